@@ -1,0 +1,29 @@
+"""One way to a pipeline: the bundled model, a folder or a model id."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+BUNDLED = Path(__file__).resolve().parents[1] / "data" / "urban-tiny"
+
+
+def load_pipeline(model: str | Path | None = None, *, device: str | None = None, dtype: torch.dtype | None = None):
+    """Load a diffusers text-to-image pipeline for tracing.
+
+    model: None for the bundled `urban-tiny`, a folder, or a model id of the hub. device: "cuda" if there is one, else
+    "cpu". dtype: float16 on a GPU, float32 on a CPU. The progress bar is off; turn it on with
+    `pipe.set_progress_bar_config(disable=False)`. Raises FileNotFoundError if the bundled model is not there, and
+    whatever diffusers raises for a model it cannot load.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.float16)
+    options: dict[str, Any] = {}
+    if model is None:
+        if not (BUNDLED / "model_index.json").exists():
+            raise FileNotFoundError(f"the bundled model is not at {BUNDLED}: install from a clone (pip install -e .)")
+        model, options = BUNDLED, {"local_files_only": True}
+    pipe = DiffusionPipeline.from_pretrained(model, dtype=dtype, **options).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

@@ -1,0 +1,80 @@
+"""Records of real images: no generation, no inversion."""
+
+from collections.abc import Sequence
+
+import torch
+
+from .record import AttentionRecord
+from .trace import trace
+
+
+@torch.no_grad()
+def trace_image(
+    pipe, image, *, prompt: str = "", timesteps: Sequence[int] = (100, 300, 500), seed: int = 0
+) -> AttentionRecord:
+    """The record of a REAL image: encode it, add noise at each timestep, one U-Net pass each.
+
+    image: a PIL image, an (H, W, 3) uint8 array, or a (3, H, W) tensor in [0, 1]; H and W multiples of the VAE's
+    factor. prompt: what the passes are conditioned on. timesteps: of the training schedule, 0 ... 999 for Stable
+    Diffusion. seed: of the noise, drawn anew for each timestep. The noise is the training's
+    (z_t = sqrt(a_t) z + sqrt(1 - a_t) e), whatever sampler the pipeline uses. Raises ValueError for sizes or
+    timesteps that do not fit.
+    """
+    steps = [int(t) for t in timesteps]
+    alphas = pipe.scheduler.alphas_cumprod
+    if not steps or min(steps) < 0 or max(steps) >= len(alphas):
+        raise ValueError(f"timesteps must be one or more of 0 ... {len(alphas) - 1}, got {list(timesteps)}")
+    device, dtype = pipe._execution_device, pipe.unet.dtype
+    pixels = _pixels(image, pipe.vae_scale_factor).to(device, pipe.vae.dtype)
+    latents = pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor
+    generator = torch.Generator("cpu").manual_seed(seed)
+    with trace(pipe) as tracer:
+        encoded = pipe.encode_prompt(
+            prompt=prompt, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        tracer._announced = len(steps)
+        for step in steps:
+            noise = torch.randn(latents.shape, generator=generator).to(device)
+            noisy = alphas[step].sqrt() * latents.float() + (1 - alphas[step]).sqrt() * noise
+            pipe.unet(
+                noisy.to(dtype),
+                torch.tensor(step, device=device),
+                encoder_hidden_states=encoded[0].to(dtype),
+                added_cond_kwargs=_size_conditions(pipe, encoded, pixels.shape[-2:], dtype),
+            )
+    return tracer[0]
+
+
+def _pixels(image, factor: int) -> torch.Tensor:
+    """(1, 3, H, W) in [-1, 1]."""
+    from diffusers.image_processor import VaeImageProcessor
+
+    if hasattr(image, "convert"):
+        image = image.convert("RGB")
+    height, width = (image.height, image.width) if hasattr(image, "convert") else _array_size(image)
+    if height % factor or width % factor:
+        raise ValueError(f"the image is {height} x {width} px; both must be multiples of {factor} for this model's VAE")
+    if not hasattr(image, "convert") and not isinstance(image, torch.Tensor):
+        image = image[None].astype("float32") / 255
+    return VaeImageProcessor(vae_scale_factor=factor).preprocess(image)
+
+
+def _array_size(image) -> tuple[int, int]:
+    shape, kind = tuple(getattr(image, "shape", ())), str(getattr(image, "dtype", type(image).__name__))
+    if isinstance(image, torch.Tensor):
+        if len(shape) == 3 and shape[0] == 3 and image.is_floating_point():
+            return shape[1], shape[2]
+    elif len(shape) == 3 and shape[2] == 3 and kind == "uint8":
+        return shape[0], shape[1]
+    raise ValueError(
+        f"expected a PIL image, an (H, W, 3) uint8 array or a (3, H, W) float tensor, got shape {shape} of {kind}"
+    )
+
+
+def _size_conditions(pipe, encoded: tuple, size: tuple[int, int], dtype: torch.dtype) -> dict | None:
+    """What SDXL's U-Net wants besides the text: the pooled embedding and (original, crop, target) sizes."""
+    if getattr(pipe.unet.config, "addition_embed_type", None) != "text_time":
+        return None
+    pooled = encoded[2].to(dtype)
+    sizes = torch.tensor([[*size, 0, 0, *size]], dtype=dtype, device=pooled.device)
+    return {"text_embeds": pooled, "time_ids": sizes}

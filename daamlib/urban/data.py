@@ -1,0 +1,80 @@
+"""Rendered scenes and their latents on disk, made once and memory-mapped by the training."""
+
+import json
+import os
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from .scenes import render
+
+SIZE = 128  # px
+HELD_OUT = 10_000_000  # seeds from here on are never trained on
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """`n` rendered scenes: `images` (n, S, S, 3) uint8, `labels` (n, S, S) Cityscapes ids, `captions`."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    captions: list[str]
+
+
+def _render_one(seed: int) -> tuple[np.ndarray, np.ndarray, str]:
+    scene = render(seed, SIZE)
+    return scene.image, scene.labels, scene.caption
+
+
+def render_scenes(folder: Path, n: int, *, first_seed: int = 0, workers: int | None = None) -> Scenes:
+    """The scenes of seeds `first_seed ... first_seed + n - 1`, rendered to `folder` unless they are there."""
+    done = folder / "captions.json"  # written last
+    if not done.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        images = np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8, (n, SIZE, SIZE, 3))
+        labels = np.lib.format.open_memmap(folder / "labels.npy", "w+", np.uint8, (n, SIZE, SIZE))
+        captions = []
+        seeds = range(first_seed, first_seed + n)
+        with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
+            rendered = pool.map(_render_one, seeds, chunksize=64)
+            for i, (image, label, caption) in enumerate(tqdm(rendered, total=n, desc="rendering", mininterval=10)):
+                images[i], labels[i] = image, label
+                captions.append(caption)
+        images.flush(), labels.flush()
+        done.write_text(json.dumps(captions))
+    captions = json.loads(done.read_text())
+    if len(captions) < n:
+        raise ValueError(f"{folder} holds {len(captions)} scenes, {n} were asked for: remove it or name another folder")
+    return Scenes(
+        np.load(folder / "images.npy", mmap_mode="r")[:n],
+        np.load(folder / "labels.npy", mmap_mode="r")[:n],
+        captions[:n],
+    )
+
+
+def to_tensor(images: np.ndarray, size: int = SIZE) -> torch.Tensor:
+    """(B, S, S, 3) uint8 -> (B, 3, size, size) float32 in [-1, 1]; a smaller size is reached by averaging."""
+    pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    if size != pixels.shape[-1]:
+        pixels = torch.nn.functional.interpolate(pixels, (size, size), mode="area")
+    return pixels
+
+
+@torch.no_grad()
+def encode_latents(vae, scenes: Scenes, path: Path, *, size: int, device: str, batch: int = 64) -> np.ndarray:
+    """The scenes' latent means (n, 4, size/4, size/4) float16, unscaled, written to `path` unless they are there."""
+    if not path.exists():
+        vae = vae.to(device).eval()
+        latents = np.empty((len(scenes.captions), vae.config.latent_channels, size // 4, size // 4), np.float16)
+        for start in tqdm(range(0, len(latents), batch), desc=f"latents {size} px", mininterval=10):
+            pixels = to_tensor(scenes.images[start : start + batch], size).to(device)
+            mean = vae.encode(pixels).latent_dist.mean
+            latents[start : start + batch] = mean.float().cpu().numpy()
+        temporary = path.with_suffix(".part.npy")
+        np.save(temporary, latents)
+        temporary.replace(path)
+    return np.load(path, mmap_mode="r")

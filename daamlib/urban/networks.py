@@ -1,0 +1,141 @@
+"""The networks of `urban-tiny`, all stock diffusers / transformers classes built from a config.
+
+Nothing here is special to this project: the finished folder loads with
+`StableDiffusionPipeline.from_pretrained` and none of our code.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+CONTEXT = 77  # tokens, as in Stable Diffusion
+TEXT_WIDTH = 128  # d_text: the width of the embeddings the U-Net attends to
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+
+# CLIP's own way of cutting a text into words, so that stock CLIPTokenizer reads our files the same way.
+_CLIP_WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
+
+
+def train_tokenizer(captions: Iterable[str], folder: Path, *, vocab_size: int = 1000) -> CLIPTokenizer:
+    """Train a byte-level BPE on `captions`, write `vocab.json` and `merges.txt` to `folder`, load it as CLIP's.
+
+    `vocab_size` is an upper bound that counts 512 byte symbols and the two special tokens.
+    """
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", continuing_subword_prefix="", fuse_unk=False))
+    bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_CLIP_WORDS), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 514,
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        min_frequency=20,
+        show_progress=False,
+    )
+    bpe.train_from_iterator(captions, trainer)
+    merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
+    symbols = alphabet + [symbol + "</w>" for symbol in alphabet]
+    words = list(dict.fromkeys(symbols + ["".join(merge) for merge in merges] + [BOS, EOS]))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}, ensure_ascii=False))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+    tokenizer = CLIPTokenizer.from_pretrained(
+        folder, bos_token=BOS, eos_token=EOS, unk_token=EOS, pad_token=EOS, model_max_length=CONTEXT
+    )
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def new_vae() -> AutoencoderKL:
+    """An f = 4 autoencoder with 4 latent channels: (B, 3, H, W) in [-1, 1] <-> (B, 4, H/4, W/4)."""
+    return AutoencoderKL(
+        block_out_channels=(24, 48, 64),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        mid_block_add_attention=False,
+        sample_size=128,
+    )
+
+
+def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """A two-layer CLIP text model: (B, 77) token ids -> (B, 77, 128)."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=4 * TEXT_WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=CONTEXT,
+            projection_dim=TEXT_WIDTH,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def new_unet() -> UNet2DConditionModel:
+    """A three-level U-Net, cross-attention on every level: 4 x 32 x 32 latents of 128 px images."""
+    return UNet2DConditionModel(
+        sample_size=32,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(48, 96, 192),
+        down_block_types=("CrossAttnDownBlock2D",) * 3,
+        up_block_types=("CrossAttnUpBlock2D",) * 3,
+        layers_per_block=1,
+        cross_attention_dim=TEXT_WIDTH,
+        # diffusers' historical name: these are the NUMBERS of heads. One head on the largest grid, where
+        # self-attention over 1024 positions is what costs.
+        attention_head_dim=(1, 4, 4),
+        norm_num_groups=16,
+    )
+
+
+def new_scheduler() -> DDIMScheduler:
+    """Stable Diffusion's scaled-linear schedule, with v-prediction (as SD 2.x)."""
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+def assemble(vae, text_encoder, tokenizer, unet) -> StableDiffusionPipeline:
+    """The stock pipeline of the parts, without the safety checker (the model knows only drawn streets)."""
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=new_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
+    """(B, 77) int64 token ids, padded as the pipeline pads; longer captions are cut."""
+    batch = tokenizer(captions, padding="max_length", max_length=CONTEXT, truncation=True, return_tensors="pt")
+    return batch.input_ids

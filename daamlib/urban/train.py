@@ -1,0 +1,311 @@
+"""Train `urban-tiny` from scratch, in five stages that each continue where they were stopped.
+
+    python -m daamlib.urban.train data       # render the scenes (seeds 0 ... N-1) and train the tokenizer
+    python -m daamlib.urban.train vae        # the autoencoder
+    python -m daamlib.urban.train latents    # encode every scene once, at 64 and at 128 px
+    python -m daamlib.urban.train unet --size 64  --samples 300000   # U-Net and text encoder, jointly
+    python -m daamlib.urban.train unet --size 128 --samples 400000   # the same networks, continued
+    python -m daamlib.urban.train export     # write the Stable Diffusion folder in float16
+
+`--samples` counts from the very beginning of a stage's network, so the second `unet` line trains 100,000 samples at
+128 px. Checkpoints go to `--work` every few minutes; a stopped command is simply given again. On a CPU use one
+process per core (`--processes 2`); on a GPU one process and a larger `--batch`.
+"""
+
+import argparse
+import copy
+import json
+import math
+import os
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch.nn import functional as F
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from . import networks
+from .data import encode_latents, render_scenes, to_tensor
+
+EMPTY_CAPTIONS = 0.1  # for classifier-free guidance
+NOISE_OFFSET = 0.05  # lets the model learn overall brightness, which the schedule's last step leaks
+SNR_GAMMA = 5.0  # min-SNR weighting (Hang et al. 2023)
+
+
+class Denoiser(torch.nn.Module):
+    """Text encoder and U-Net as one module, so that one optimiser and one DDP wrapper hold both."""
+
+    def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel):
+        super().__init__()
+        self.unet, self.text_encoder = unet, text_encoder
+
+    def forward(self, noisy, timesteps, ids):
+        """(B, 4, h, w), (B,), (B, 77) -> the predicted velocity (B, 4, h, w)."""
+        return self.unet(noisy, timesteps, self.text_encoder(ids).last_hidden_state).sample
+
+
+@dataclass
+class Job:
+    """A network in training with its EMA copy; knows how to stop, to save and to continue."""
+
+    module: torch.nn.Module
+    path: Path
+    args: argparse.Namespace
+    rank: int
+    world: int
+
+    def __post_init__(self):
+        self.device = torch.device(self.args.device)
+        self.module.to(self.device)
+        self.ema = copy.deepcopy(self.module).requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(
+            self.module.parameters(), lr=self.args.lr, betas=(0.9, 0.99), weight_decay=0.01
+        )
+        self.samples, self.seconds, self.loss = 0, 0.0, []
+        if self.path.exists():
+            state = torch.load(self.path, map_location=self.device, weights_only=True)
+            self.module.load_state_dict(state["module"])
+            self.ema.load_state_dict(state["ema"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.samples, self.seconds = state["samples"], state["seconds"]
+        self.forward = self.module
+        if self.world > 1:
+            self.forward = torch.nn.parallel.DistributedDataParallel(self.module)
+        self.started = self.saved = self.logged = time.monotonic()
+        self.first = self.samples
+
+    def autocast(self) -> torch.autocast:
+        """bfloat16 where the hardware multiplies it (a GPU, or a CPU with AMX); without, it is 80x slower on a CPU."""
+        fast = self.device.type != "cpu" or torch.cpu._is_amx_tile_supported()
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=fast)
+
+    def rng(self) -> np.random.Generator:
+        """A stream that differs by process and by starting point, so a continued run sees new noise."""
+        return np.random.default_rng([self.args.seed, self.rank, self.samples])
+
+    def step(self, loss: torch.Tensor, lr: float) -> None:
+        """One optimiser step on a process's loss of `--batch` samples, at learning rate `lr`."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
+        self.optimizer.step()
+        self.samples += self.args.batch * self.world
+        updates = self.samples / (self.args.batch * self.world)
+        decay = min(self.args.ema, (1 + updates) / (10 + updates))
+        with torch.no_grad():
+            averaged, current = list(self.ema.parameters()), list(self.module.parameters())
+            torch._foreach_lerp_(averaged, current, 1 - decay)
+        self.loss.append(loss.item())
+        self._report()
+
+    def _report(self) -> None:
+        now = time.monotonic()
+        if self.rank or now - self.logged < 20:
+            return
+        speed = (self.samples - self.first) / (now - self.started)
+        print(
+            f"{self.path.stem}: {self.samples} samples, loss {np.mean(self.loss):.4f}, {speed:.1f} samples/s",
+            flush=True,
+        )
+        self.logged, self.loss = now, []
+        if now - self.saved > 60 * self.args.save_minutes:
+            self.save()
+
+    def save(self) -> None:
+        """Write the checkpoint, never leaving a half-written one."""
+        if self.rank:
+            return
+        now = time.monotonic()
+        self.seconds += now - self.saved
+        self.saved = now
+        state = {
+            "module": self.module.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "samples": self.samples,
+            "seconds": self.seconds,
+        }
+        temporary = self.path.with_suffix(".part")
+        torch.save(state, temporary)
+        temporary.replace(self.path)
+
+    def learning_rate(self, *, decay_from: float = 1.0) -> float:
+        """Linear warm-up, constant, then a cosine to 5 % over the part of `--samples` after `decay_from`."""
+        warm = min(1.0, (self.samples + 1) / (200 * self.args.batch * self.world))
+        done = self.samples / self.args.samples
+        tail = max(0.0, done - decay_from) / max(1e-9, 1 - decay_from)
+        return self.args.lr * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, tail))))
+
+
+class Autoencoder(torch.nn.Module):
+    """The VAE as one forward pass, for DDP: pixels -> (reconstruction, KL per latent value)."""
+
+    def __init__(self, vae: AutoencoderKL):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, pixels):
+        """(B, 3, H, W) -> (B, 3, H, W), scalar."""
+        posterior = self.vae.encode(pixels).latent_dist
+        return self.vae.decode(posterior.sample()).sample, posterior.kl().sum() / posterior.mean.numel()
+
+
+def reconstruction_loss(decoded: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+    """Mean absolute and squared error, and the absolute error of horizontal and vertical differences (edges)."""
+    error = decoded - pixels
+    edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+    return error.abs().mean() + 2 * error.square().mean() + 0.5 * edges
+
+
+def train_vae(rank: int, world: int, args: argparse.Namespace) -> None:
+    """Train the autoencoder on 64 px crops of the scenes and, a quarter of the time, on scenes shrunk to 64 px."""
+    scenes = render_scenes(args.work / "scenes", args.scenes)
+    torch.manual_seed(args.seed)
+    job = Job(Autoencoder(networks.new_vae()), args.work / "vae.pt", args, rank, world)
+    rng = job.rng()
+    torch.manual_seed(int(rng.integers(2**31)))  # the posterior's noise
+    while job.samples < args.samples:
+        images = to_tensor(scenes.images[np.sort(rng.integers(len(scenes.captions), size=args.batch))])
+        if rng.random() < 0.25:
+            pixels = F.interpolate(images, (64, 64), mode="area")
+        else:
+            top, left = rng.integers(65, size=2)
+            pixels = images[:, :, top : top + 64, left : left + 64]
+        pixels = pixels.to(job.device)
+        with job.autocast():
+            decoded, kl = job.forward(pixels)
+        job.step(reconstruction_loss(decoded.float(), pixels) + 1e-5 * kl, job.learning_rate(decay_from=0.3))
+    job.save()
+
+
+def trained_vae(work: Path) -> AutoencoderKL:
+    """The averaged (EMA) autoencoder of the checkpoint, with the scale that gives its latents unit deviation."""
+    autoencoder = Autoencoder(networks.new_vae())
+    autoencoder.load_state_dict(torch.load(work / "vae.pt", map_location="cpu", weights_only=True)["ema"])
+    scale = work / "scale.json"
+    if scale.exists():
+        autoencoder.vae.register_to_config(scaling_factor=json.loads(scale.read_text()))
+    return autoencoder.vae.eval()
+
+
+def cache_latents(args: argparse.Namespace) -> None:
+    """Encode all scenes at both sizes; store the scaling factor, 1 / the deviation of the 128 px latents."""
+    scenes = render_scenes(args.work / "scenes", args.scenes)
+    vae = trained_vae(args.work)
+    for size in (64, 128):
+        latents = encode_latents(vae, scenes, args.work / f"latents{size}.npy", size=size, device=args.device)
+        deviation = float(latents[:2000].astype(np.float32).std())
+        print(f"{size} px: latents {latents.shape}, standard deviation {deviation:.3f}")
+    (args.work / "scale.json").write_text(json.dumps(round(1 / deviation, 5)))
+
+
+def new_denoiser(tokenizer: CLIPTokenizer) -> Denoiser:
+    return Denoiser(networks.new_unet(), networks.new_text_encoder(tokenizer))
+
+
+def train_unet(rank: int, world: int, args: argparse.Namespace) -> None:
+    """Train U-Net and text encoder jointly on the cached latents, with v-prediction and min-SNR weights."""
+    tokenizer = CLIPTokenizer.from_pretrained(args.work / "tokenizer")
+    captions = json.loads((args.work / "scenes" / "captions.json").read_text())
+    latents = np.load(args.work / f"latents{args.size}.npy", mmap_mode="r")
+    ids = networks.tokenize(tokenizer, captions)
+    empty = networks.tokenize(tokenizer, [""])
+    scale = json.loads((args.work / "scale.json").read_text())
+    scheduler = networks.new_scheduler()
+    alphas = scheduler.alphas_cumprod
+    weights = torch.clamp(alphas / (1 - alphas), max=SNR_GAMMA) / (alphas / (1 - alphas) + 1)
+
+    torch.manual_seed(args.seed)
+    job = Job(new_denoiser(tokenizer), args.work / "unet.pt", args, rank, world)
+    rng = job.rng()
+    torch.manual_seed(int(rng.integers(2**31)))
+    while job.samples < args.samples:
+        index = np.sort(rng.integers(len(latents), size=args.batch))
+        clean = torch.from_numpy(latents[index].astype(np.float32)) * scale
+        noise = torch.randn_like(clean) + NOISE_OFFSET * torch.randn(args.batch, clean.shape[1], 1, 1)
+        # stratified over the batch: the loss of a step varies less
+        timesteps = ((torch.arange(args.batch) + torch.rand(args.batch)) * 1000 / args.batch).long()
+        text = torch.where(torch.rand(args.batch, 1) < EMPTY_CAPTIONS, empty, ids[index])
+        noisy = scheduler.add_noise(clean, noise, timesteps)
+        target = scheduler.get_velocity(clean, noise, timesteps).to(job.device)
+        with job.autocast():
+            predicted = job.forward(noisy.to(job.device), timesteps.to(job.device), text.to(job.device))
+        error = (predicted.float() - target).square().mean(dim=(1, 2, 3))
+        job.step((error * weights[timesteps].to(job.device)).mean(), job.learning_rate(decay_from=args.decay_from))
+    job.save()
+
+
+def export(args: argparse.Namespace) -> None:
+    """Write the averaged weights as a Stable Diffusion folder in float16 safetensors."""
+    tokenizer = CLIPTokenizer.from_pretrained(args.work / "tokenizer")
+    state = torch.load(args.work / "unet.pt", map_location="cpu", weights_only=True)
+    denoiser = new_denoiser(tokenizer)
+    denoiser.load_state_dict(state["ema"])
+    pipe = networks.assemble(trained_vae(args.work), denoiser.text_encoder, tokenizer, denoiser.unet)
+    pipe.to(dtype=torch.float16).save_pretrained(args.out, safe_serialization=True)
+    print(f"{args.out}: {state['samples']} samples, {state['seconds'] / 3600:.2f} h of U-Net training")
+
+
+def make_data(args: argparse.Namespace) -> None:
+    """Render the training scenes and train the tokenizer on their captions."""
+    scenes = render_scenes(args.work / "scenes", args.scenes)
+    networks.train_tokenizer(scenes.captions, args.work / "tokenizer")
+
+
+def _worker(rank: int, world: int, port: int, args: argparse.Namespace) -> None:
+    """One data-parallel process; on a CPU it keeps to one core of its own."""
+    if args.device == "cpu":
+        torch.set_num_threads(args.threads)
+        if world > 1:
+            os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank]})
+    if world > 1:
+        backend = "gloo" if args.device == "cpu" else "nccl"
+        dist.init_process_group(backend, f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    {"vae": train_vae, "unet": train_unet}[args.stage](rank, world, args)
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def main() -> None:
+    """Read the command line and run one stage."""
+    parser = argparse.ArgumentParser(
+        prog="python -m daamlib.urban.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("stage", choices=["data", "vae", "latents", "unet", "export"])
+    parser.add_argument("--work", type=Path, default=Path("checkpoints/urban-tiny"), help="checkpoints and caches")
+    parser.add_argument("--out", type=Path, default=Path("data/urban-tiny"), help="the folder `export` writes")
+    parser.add_argument("--scenes", type=int, default=24_000, help="rendered training scenes")
+    parser.add_argument("--samples", type=int, default=100_000, help="stop when this many samples were seen in all")
+    parser.add_argument("--size", type=int, choices=[64, 128], default=64, help="image size of the U-Net's samples, px")
+    parser.add_argument("--batch", type=int, default=32, help="samples per process and step")
+    parser.add_argument("--lr", type=float, default=6e-4)
+    parser.add_argument("--decay-from", type=float, default=1.0, help="part of --samples after which the rate falls")
+    parser.add_argument("--ema", type=float, default=0.999)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--processes", type=int, default=1, help="data-parallel processes on this machine")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each process, on a CPU")
+    parser.add_argument("--save-minutes", type=float, default=3)
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    if args.stage in ("vae", "unet"):
+        torch.multiprocessing.spawn(_worker, (args.processes, _free_port(), args), nprocs=args.processes)
+    else:
+        {"data": make_data, "latents": cache_latents, "export": export}[args.stage](args)
+
+
+if __name__ == "__main__":
+    main()
