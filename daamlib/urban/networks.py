@@ -71,6 +71,24 @@ def new_vae() -> AutoencoderKL:
     )
 
 
+@torch.no_grad()
+def standardise(vae: AutoencoderKL, mean: list[float], deviation: list[float]) -> None:
+    """Fold the latents' mean and deviation (one per channel) into the VAE's two 1x1 convolutions, in place.
+
+    Stable Diffusion's pipelines know one scale for all channels and no shift; with this the latents have mean 0 and
+    deviation 1 in each channel, the scale is 1, and the reconstructions stay what they were.
+    """
+    shift, scale = torch.tensor(mean), torch.tensor(deviation)
+    channels = len(shift)
+    quant, post = vae.quant_conv, vae.post_quant_conv
+    quant.weight[:channels] /= scale.view(-1, 1, 1, 1)
+    quant.bias[:channels] = (quant.bias[:channels] - shift) / scale
+    quant.bias[channels:] -= 2 * scale.log()  # log variances
+    post.bias += post.weight[:, :, 0, 0] @ shift
+    post.weight *= scale.view(1, -1, 1, 1)
+    vae.register_to_config(scaling_factor=1.0)
+
+
 def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     """A two-layer CLIP text model: (B, 77) token ids -> (B, 77, 128)."""
     return CLIPTextModel(

@@ -2,7 +2,7 @@
 
     python -m daamlib.urban.train data       # render the scenes (seeds 0 ... N-1) and train the tokenizer
     python -m daamlib.urban.train vae        # the autoencoder
-    python -m daamlib.urban.train latents    # encode every scene once, at 64 and at 128 px
+    python -m daamlib.urban.train latents --size 64    # encode every scene once; then the same with --size 128
     python -m daamlib.urban.train unet --size 64  --samples 300000   # U-Net and text encoder, jointly
     python -m daamlib.urban.train unet --size 128 --samples 400000   # the same networks, continued
     python -m daamlib.urban.train export     # write the Stable Diffusion folder in float16
@@ -17,7 +17,9 @@ import copy
 import json
 import math
 import os
+import signal
 import socket
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,24 +188,30 @@ def train_vae(rank: int, world: int, args: argparse.Namespace) -> None:
 
 
 def trained_vae(work: Path) -> AutoencoderKL:
-    """The averaged (EMA) autoencoder of the checkpoint, with the scale that gives its latents unit deviation."""
+    """The averaged (EMA) autoencoder of the checkpoint, its latents standardised once `latents` has measured them."""
     autoencoder = Autoencoder(networks.new_vae())
     autoencoder.load_state_dict(torch.load(work / "vae.pt", map_location="cpu", weights_only=True)["ema"])
-    scale = work / "scale.json"
-    if scale.exists():
-        autoencoder.vae.register_to_config(scaling_factor=json.loads(scale.read_text()))
+    moments = work / "moments.json"
+    if moments.exists():
+        networks.standardise(autoencoder.vae, **json.loads(moments.read_text()))
     return autoencoder.vae.eval()
 
 
 def cache_latents(args: argparse.Namespace) -> None:
-    """Encode all scenes at both sizes; store the scaling factor, 1 / the deviation of the 128 px latents."""
+    """Measure the latents' mean and deviation by channel, standardise them, encode all scenes at `--size`."""
+    if args.device == "cpu":
+        torch.set_num_threads(args.threads * args.processes)
     scenes = render_scenes(args.work / "scenes", args.scenes)
+    moments = args.work / "moments.json"
+    if not moments.exists():
+        with torch.no_grad():
+            latents = trained_vae(args.work).encode(to_tensor(scenes.images[:1000])).latent_dist.mean
+        mean, deviation = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
+        moments.write_text(json.dumps({"mean": mean.tolist(), "deviation": deviation.tolist()}))
     vae = trained_vae(args.work)
-    for size in (64, 128):
-        latents = encode_latents(vae, scenes, args.work / f"latents{size}.npy", size=size, device=args.device)
-        deviation = float(latents[:2000].astype(np.float32).std())
-        print(f"{size} px: latents {latents.shape}, standard deviation {deviation:.3f}")
-    (args.work / "scale.json").write_text(json.dumps(round(1 / deviation, 5)))
+    path = args.work / f"latents{args.size}.npy"
+    latents = encode_latents(vae, scenes, path, size=args.size, device=args.device)
+    print(f"{args.size} px: latents {latents.shape}, standard deviation {latents[:2000].astype(np.float32).std():.3f}")
 
 
 def new_denoiser(tokenizer: CLIPTokenizer) -> Denoiser:
@@ -217,7 +225,6 @@ def train_unet(rank: int, world: int, args: argparse.Namespace) -> None:
     latents = np.load(args.work / f"latents{args.size}.npy", mmap_mode="r")
     ids = networks.tokenize(tokenizer, captions)
     empty = networks.tokenize(tokenizer, [""])
-    scale = json.loads((args.work / "scale.json").read_text())
     scheduler = networks.new_scheduler()
     alphas = scheduler.alphas_cumprod
     weights = torch.clamp(alphas / (1 - alphas), max=SNR_GAMMA) / (alphas / (1 - alphas) + 1)
@@ -228,7 +235,7 @@ def train_unet(rank: int, world: int, args: argparse.Namespace) -> None:
     torch.manual_seed(int(rng.integers(2**31)))
     while job.samples < args.samples:
         index = np.sort(rng.integers(len(latents), size=args.batch))
-        clean = torch.from_numpy(latents[index].astype(np.float32)) * scale
+        clean = torch.from_numpy(latents[index].astype(np.float32))
         noise = torch.randn_like(clean) + NOISE_OFFSET * torch.randn(args.batch, clean.shape[1], 1, 1)
         # stratified over the batch: the loss of a step varies less
         timesteps = ((torch.arange(args.batch) + torch.rand(args.batch)) * 1000 / args.batch).long()
@@ -289,7 +296,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("data/urban-tiny"), help="the folder `export` writes")
     parser.add_argument("--scenes", type=int, default=24_000, help="rendered training scenes")
     parser.add_argument("--samples", type=int, default=100_000, help="stop when this many samples were seen in all")
-    parser.add_argument("--size", type=int, choices=[64, 128], default=64, help="image size of the U-Net's samples, px")
+    parser.add_argument("--size", type=int, choices=[64, 128], default=64, help="image size of the latents, px")
     parser.add_argument("--batch", type=int, default=32, help="samples per process and step")
     parser.add_argument("--lr", type=float, default=6e-4)
     parser.add_argument("--decay-from", type=float, default=1.0, help="part of --samples after which the rate falls")
@@ -301,8 +308,9 @@ def main() -> None:
     parser.add_argument("--save-minutes", type=float, default=3)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as a normal exit, which ends the worker processes too
     if args.stage in ("vae", "unet"):
-        torch.multiprocessing.spawn(_worker, (args.processes, _free_port(), args), nprocs=args.processes)
+        torch.multiprocessing.spawn(_worker, (args.processes, _free_port(), args), nprocs=args.processes, daemon=True)
     else:
         {"data": make_data, "latents": cache_latents, "export": export}[args.stage](args)
 

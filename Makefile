@@ -1,0 +1,68 @@
+# make reproduce    run the notebooks headless and print their results
+# make test         lint, unit tests, golden tests, and the notebooks under nbval
+# make lab          open the notebooks in JupyterLab
+# make notebooks    run the notebooks in place, to store new outputs
+# make constraints  resolve the newest versions that pyproject.toml allows and pin them
+# make clean        remove the environment and caches (papermill_runs/ stays)
+#
+# Every target makes or updates .venv first when pyproject.toml or constraints.txt are newer than it.
+# Choices for reproduce: MODEL= DEVICE= STEPS= N_IMAGES= SEED= NOTEBOOKS="00 04"
+
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+# A name on the path is not enough (version managers put stubs there), so each candidate is run.
+IS_RECENT := import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON := $(shell for p in python3.11 python3; do $$p -c '$(IS_RECENT)' >/dev/null 2>&1 && echo $$p && break; done)
+
+# --nbval compares every printed text and value with the stored one, but for what notebooks/conftest.py takes out;
+# the sanitising file masks durations. tests/test_notebooks.py reads this line.
+NBVAL_FLAGS := --nbval --nbval-current-env --nbval-cell-timeout 600 --nbval-sanitize-with notebooks/nbval_sanitize.cfg
+
+# What is stored and tested must never reach for a model on the hub; `make reproduce MODEL=...` may.
+OFFLINE := HF_HUB_OFFLINE=1
+
+.PHONY: reproduce test lab notebooks constraints clean
+
+reproduce: $(STAMP)
+	@$(PY) -m daamlib.runs \
+	  $(if $(MODEL),--model "$(MODEL)") $(if $(DEVICE),--device "$(DEVICE)") \
+	  $(if $(STEPS),--steps "$(STEPS)") $(if $(N_IMAGES),--n-images "$(N_IMAGES)") \
+	  $(if $(SEED),--seed "$(SEED)") $(NOTEBOOKS)
+
+test: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(OFFLINE) $(PY) -m pytest
+	$(OFFLINE) $(PY) -m pytest $(NBVAL_FLAGS) notebooks
+
+lab: $(STAMP)
+	$(PY) -m jupyterlab notebooks
+
+notebooks: $(STAMP)
+	$(OFFLINE) CI=true $(PY) -m nbconvert --to notebook --execute --inplace \
+	  --ExecutePreprocessor.record_timing=False notebooks/[0-9]*.ipynb
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(PY) || test -n "$(PYTHON)" || { echo "daamlib needs Python 3.11 or newer, as python3.11 or python3 on the PATH;" \
+	  "found: $$(python3 --version 2>&1 || echo none)" >&2; exit 1; }
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# A fresh environment without pins; `+cpu` and the like are cut off, so that the pins hold for every build of torch.
+constraints:
+	rm -rf .venv-pins
+	$(PYTHON) -m venv .venv-pins
+	.venv-pins/bin/python -m pip install --editable '.[dev]'
+	{ echo "# What '.[dev]' installs, pinned. Written by 'make constraints'; do not edit by hand."; \
+	  echo "# The CUDA packages that torch brings on some platforms are pinned by torch itself."; \
+	  .venv-pins/bin/python -m pip list --format=freeze --exclude-editable --exclude pip \
+	    | sed 's/+[^+]*$$//'; } > constraints.new
+	mv constraints.new constraints.txt
+	rm -rf .venv-pins
+
+clean:
+	rm -rf $(VENV) .venv-pins .pytest_cache .ruff_cache build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,160 @@
+"""The headless runner, on small notebooks of its own."""
+
+import json
+import os
+import sys
+
+import nbformat
+import numpy as np
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from daamlib.runs import find_notebooks, main, write_metrics
+
+PARAMETERS = "MODEL = None  # the model\nSEED = 0  # the seed\nOUTPUT_DIR = 'outputs'  # where results go"
+METRICS = """from daamlib.runs import write_metrics
+write_metrics(OUTPUT_DIR, {"seed": SEED, "nested": {"half": 0.5}})"""
+
+
+def write_notebook(path, *cells, parameters=PARAMETERS):
+    tagged = new_code_cell(parameters, metadata={"tags": ["parameters"]})
+    kernel = {"name": "some-other-kernel", "display_name": "Python", "language": "python"}
+    content = [new_markdown_cell("# Title"), tagged, *map(new_code_cell, cells)]
+    path.parent.mkdir(exist_ok=True)
+    nbformat.write(new_notebook(cells=content, metadata={"kernelspec": kernel}), path)
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Run the command line on tmp_path/notebooks; return its exit code and its run folder or None."""
+
+    def launch(*arguments):
+        folders = ["--notebooks-dir", str(tmp_path / "notebooks"), "--runs-dir", str(tmp_path / "runs")]
+        code = main([*arguments, *folders])
+        made = list((tmp_path / "runs").glob("*"))
+        assert len(made) <= 1
+        return code, made[0] if made else None
+
+    return launch
+
+
+def printed(path):
+    cells = nbformat.read(path, as_version=4).cells
+    return "".join(output.get("text", "") for cell in cells for output in cell.get("outputs", []))
+
+
+def test_metrics_and_reports_of_a_run_are_gathered(tmp_path, launch, capsys):
+    write_notebook(tmp_path / "notebooks/00_one.ipynb", "import sys\nprint(sys.executable, MODEL)", METRICS)
+    write_notebook(tmp_path / "notebooks/01_two.ipynb", "import os\nprint(os.getcwd())", METRICS)
+    code, run_dir = launch("--seed", "7", "-p", "MODEL", "some/model v1")
+    assert code == 0
+    assert run_dir.name.endswith("Z-model-v1")
+    metrics = {"seed": 7, "nested": {"half": 0.5}}
+    assert json.loads((run_dir / "metrics.json").read_text()) == {"00_one": metrics, "01_two": metrics}
+    assert json.loads((run_dir / "01_two/metrics.json").read_text()) == metrics
+    assert json.loads((run_dir / "environment.json").read_text())["versions"]["torch"].startswith("2.13.0")
+    assert printed(run_dir / "00_one.ipynb") == f"{sys.executable} some/model v1\n"
+    assert printed(run_dir / "01_two.ipynb") == f"{tmp_path / 'notebooks'}\n"
+    summary = (run_dir / "summary.md").read_text()
+    assert "| [00_one](00_one.ipynb) | passed |" in summary
+    assert "| 01_two | nested.half | 0.5 |" in summary
+    assert "| SEED | 7 |" in summary
+    assert "| versions.diffusers |" in summary
+    out = capsys.readouterr().out
+    assert "[2/2] 01_two.ipynb passed" in out
+    assert "00_one  seed = 7" in out
+
+
+def test_a_failed_notebook_is_named_and_kept_and_the_rest_reported(tmp_path, launch, capsys):
+    write_notebook(tmp_path / "notebooks/00_good.ipynb", METRICS)
+    write_notebook(tmp_path / "notebooks/01_bad.ipynb", "print('before')", "1 / 0", METRICS)
+    write_notebook(tmp_path / "notebooks/02_never.ipynb", METRICS)
+    code, run_dir = launch()
+    assert code == 1
+    assert "01_bad.ipynb: In [4] raised ZeroDivisionError: division by zero" in capsys.readouterr().err
+    assert printed(run_dir / "01_bad.ipynb").startswith("before\n")
+    assert not (run_dir / "02_never.ipynb").exists()
+    summary = (run_dir / "summary.md").read_text()
+    assert "| [00_good](00_good.ipynb) | passed |" in summary
+    assert "ZeroDivisionError" in summary
+    assert "| 02_never | not run |" in summary
+    assert list(json.loads((run_dir / "metrics.json").read_text())) == ["00_good"]
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        ("import os\nos._exit(1)", "DeadKernelError: Kernel died (after the cell 'import os')"),
+        ("print('no metrics')", "no metrics.json in OUTPUT_DIR"),
+        ("open(OUTPUT_DIR + '/metrics.json', 'w').write('{\"iou\": NaN}')", "metrics['iou'] is nan"),
+    ],
+)
+def test_a_dead_kernel_and_missing_or_wrong_metrics_are_failures(tmp_path, launch, capsys, cell, message):
+    write_notebook(tmp_path / "notebooks/00_bad.ipynb", cell)
+    code, run_dir = launch()
+    assert code == 1
+    assert message in capsys.readouterr().err
+    assert (run_dir / "00_bad.ipynb").is_file()
+    assert "| [00_bad](00_bad.ipynb) | failed |" in (run_dir / "summary.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-p", "SED", "1"], "00_one.ipynb has no parameter SED; it has MODEL, SEED, OUTPUT_DIR"),
+        (["--steps", "5"], "00_one.ipynb has no parameter STEPS"),
+        (["-p", "TOP_K", "1"], "00_one.ipynb has no parameter TOP_K"),  # only the other notebook has it
+        (["--seed", "1", "-p", "SEED", "2"], "given twice"),
+        (["-p", "OUTPUT_DIR", "x"], "OUTPUT_DIR is set for each notebook"),
+        (["07"], "no notebook has the number 07; there are 00, 01"),
+    ],
+)
+def test_a_wrong_choice_is_an_error_before_anything_runs(tmp_path, launch, capsys, arguments, message):
+    write_notebook(tmp_path / "notebooks/00_one.ipynb", METRICS)
+    write_notebook(
+        tmp_path / "notebooks/01_two.ipynb", METRICS, parameters=PARAMETERS + "\nTOP_K = 1  # more"
+    )
+    code, run_dir = launch(*arguments)
+    assert (code, run_dir) == (2, None)
+    assert message in capsys.readouterr().err
+
+
+def test_a_relative_model_folder_is_made_absolute(tmp_path, launch, monkeypatch):
+    (tmp_path / "my-model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    write_notebook(tmp_path / "notebooks/00_one.ipynb", "print(MODEL)", METRICS)
+    code, run_dir = launch("--model", "my-model")
+    assert code == 0
+    assert printed(run_dir / "00_one.ipynb") == f"{tmp_path / 'my-model'}\n"
+
+
+def test_notebooks_are_chosen_by_number_in_order(tmp_path):
+    for name in ("00_a", "01_b", "10_c"):
+        write_notebook(tmp_path / f"{name}.ipynb")
+    (tmp_path / "draft.ipynb").touch()
+    assert [path.stem for path in find_notebooks(tmp_path)] == ["00_a", "01_b", "10_c"]
+    assert [path.stem for path in find_notebooks(tmp_path, ["10", "0"])] == ["00_a", "10_c"]
+    write_notebook(tmp_path / "10_d.ipynb")
+    with pytest.raises(ValueError, match="the same number"):
+        find_notebooks(tmp_path)
+    with pytest.raises(ValueError, match="no notebook named"):
+        find_notebooks(tmp_path / "elsewhere")
+
+
+def test_metrics_are_written_as_plain_json(tmp_path):
+    metrics = {"iou": np.float32(0.5), "n": np.int64(3), "exact": True, "by": {"car": 1, "name": "é"}}
+    path = tmp_path / "new/folder/metrics.json"
+    write_metrics(path.parent, metrics)
+    expected = {"iou": 0.5, "n": 3, "exact": True, "by": {"car": 1, "name": "é"}}
+    assert json.loads(path.read_text(encoding="utf-8")) == expected
+    assert os.listdir(path.parent) == ["metrics.json"]
+
+
+@pytest.mark.parametrize(
+    "bad", [float("nan"), float("inf"), None, [1.0], {}, {1: 2.0}, {"a": np.zeros(2)}, 1j]
+)
+def test_other_metrics_are_refused_and_the_old_file_stays(tmp_path, bad):
+    write_metrics(tmp_path, {"old": 1})
+    with pytest.raises(ValueError, match=r"metrics\['bad'\]"):
+        write_metrics(tmp_path, {"bad": bad})
+    assert json.loads((tmp_path / "metrics.json").read_text()) == {"old": 1}
