@@ -1,5 +1,6 @@
 """Cross-attention of latent diffusion models, read as segmentation masks."""
 
+from . import metrics as metrics
 from .heatmaps import HeatMaps as HeatMaps
 from .linear import LinearMap as LinearMap
 from .pipeline import load_pipeline as load_pipeline

@@ -72,7 +72,7 @@ def load(path: Path, pipe: Any = None) -> AttentionRecord:
             header["prompt"], prompt, [int(t) for t in header["timesteps"]], layers, header["branch"], pipe
         )
         _check(record)
-    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (SafetensorError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{path} is not a readable attention record, or is damaged: {error}") from error
     if pipe is not None:
         from .trace import current_layers
@@ -90,11 +90,18 @@ def _check(record: AttentionRecord) -> None:
     """ValueError if the tensors do not fit each other."""
     if not record.layers:
         raise ValueError("it holds no layers")
+    prompt, d_text = record.prompt_embeddings, record.d_text
+    if tuple(prompt.values.shape) != (len(prompt.tokens), d_text):
+        raise ValueError(f"it has {len(prompt.tokens)} tokens and embeddings of shape {tuple(prompt.values.shape)}")
     for layer in record.layers:
         kept = layer.query_sum if layer.queries is None else layer.queries
         expected = (layer.grid[0] * layer.grid[1], len(layer.key_weight))
         if layer.queries is not None:
             expected = (len(record.timesteps), *expected)
-        if kept is None or tuple(kept.shape) != expected or len(layer.key_weight) % layer.heads:
+        fits = layer.key_weight.ndim == 2 and layer.key_weight.shape[1] == d_text
+        if not fits or layer.heads < 1 or len(layer.key_weight) % layer.heads:
+            got = tuple(layer.key_weight.shape)
+            raise ValueError(f"the keys of {layer.name} have shape {got}, not {layer.heads} heads of width {d_text}")
+        if kept is None or tuple(kept.shape) != expected:
             got = None if kept is None else tuple(kept.shape)
             raise ValueError(f"the queries of {layer.name} have shape {got}, expected {expected}")

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from .text import Word, find_word
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class HeatMaps:
     """Attention heat maps of a text's tokens.
 

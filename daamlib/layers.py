@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layer:
     """What one cross-attention layer (thesis: i) leaves behind of one image.
 

@@ -22,7 +22,7 @@ from .layers import Layer
 from .text import TokenEmbeddings
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LinearMap:
     """The whole of Linear DAAM for one image. weight: (H, W, d_text) float32 (A in the derivation above)."""
 

@@ -1,9 +1,14 @@
 """One way to a pipeline: the bundled model, a folder or a model id."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 from diffusers import DiffusionPipeline
 
 BUNDLED = Path(__file__).resolve().parents[1] / "data" / "urban-tiny"
@@ -13,9 +18,9 @@ def load_pipeline(model: str | Path | None = None, *, device: str | None = None,
     """Load a diffusers text-to-image pipeline for tracing.
 
     model: None for the bundled `urban-tiny`, a folder, or a model id of the hub. device: "cuda" if there is one, else
-    "cpu". dtype: float16 on a GPU, float32 on a CPU. The progress bar is off; turn it on with
-    `pipe.set_progress_bar_config(disable=False)`. Raises FileNotFoundError if the bundled model is not there, and
-    whatever diffusers raises for a model it cannot load.
+    "cpu". dtype: float16 on a GPU, float32 on a CPU. Of the progress bars only those of downloads show; that of the
+    steps comes on with `pipe.set_progress_bar_config(disable=False)`. Raises FileNotFoundError if the bundled model is
+    not there, and whatever diffusers raises for a model it cannot load.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.float16)
@@ -24,6 +29,27 @@ def load_pipeline(model: str | Path | None = None, *, device: str | None = None,
         if not (BUNDLED / "model_index.json").exists():
             raise FileNotFoundError(f"the bundled model is not at {BUNDLED}: install from a clone (pip install -e .)")
         model, options = BUNDLED, {"local_files_only": True}
-    pipe = DiffusionPipeline.from_pretrained(model, dtype=dtype, **options).to(device)
+    with _quiet_loading():
+        pipe = DiffusionPipeline.from_pretrained(model, dtype=dtype, **options)
     pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return pipe.to(device)
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """No loading bars, and no note that transformers does without torchvision; bars of downloads stay."""
+    bars = diffusers.utils.logging.is_progress_bar_enabled()
+    hook = transformers.utils.logging.set_tqdm_hook(
+        lambda bar, args, options: bar(*args, **{**options, "disable": True})
+    )
+    logger = logging.getLogger("transformers.utils.import_utils")
+    keep = lambda record: "requires torchvision" not in record.getMessage()  # noqa: E731
+    logger.addFilter(keep)
+    diffusers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if bars:
+            diffusers.utils.logging.enable_progress_bar()
+        logger.removeFilter(keep)
+        transformers.utils.logging.set_tqdm_hook(hook)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from .record import AttentionRecord
-from .trace import trace
+from .trace import cross_attentions, trace
 
 
 @torch.no_grad()
@@ -18,8 +18,9 @@ def trace_image(
     factor. prompt: what the passes are conditioned on. timesteps: of the training schedule, 0 ... 999 for Stable
     Diffusion. seed: of the noise, drawn anew for each timestep. The noise is the training's
     (z_t = sqrt(a_t) z + sqrt(1 - a_t) e), whatever sampler the pipeline uses. Raises ValueError for sizes or
-    timesteps that do not fit.
+    timesteps that do not fit, TypeError or ValueError for a pipeline that `trace` refuses.
     """
+    cross_attentions(pipe, middle=False)  # an error if it has none
     steps = [int(t) for t in timesteps]
     alphas = pipe.scheduler.alphas_cumprod
     if not steps or min(steps) < 0 or max(steps) >= len(alphas):

@@ -18,7 +18,7 @@ from .text import encode as encode_text
 MAX_BYTES = 2**26  # of attention probabilities held at a time while computing DAAM
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AttentionRecord:
     """The cross-attention of one image, from `trace`, `trace_image` or `load`.
 
@@ -32,7 +32,7 @@ class AttentionRecord:
     timesteps: list[int]
     layers: tuple[Layer, ...]
     branch: str = "conditional"
-    pipe: Any = field(default=None, repr=False, compare=False)  # embeds further texts
+    pipe: Any = field(default=None, repr=False)  # embeds further texts
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -144,8 +144,8 @@ class AttentionRecord:
     def _embeddings(self, text: str | None, padding: bool) -> TokenEmbeddings:
         if text is not None:
             return self.encode(text, padding=padding)
-        prompt = self.prompt_embeddings
-        return prompt if padding else replace(prompt, values=prompt.values[: prompt.length])
+        prompt, rows = self.prompt_embeddings, self.prompt_embeddings.length
+        return prompt if padding else replace(prompt, values=prompt.values[:rows], tokens=prompt.tokens[:rows])
 
     @staticmethod
     def _rows(maps: HeatMaps, embeddings: TokenEmbeddings) -> HeatMaps:

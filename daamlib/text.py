@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+PAD = "<pad>"  # the name of padding rows
+
 
 class Word(NamedTuple):
     """A word of a text and the rows `start ... stop - 1` of its tokens."""
@@ -15,7 +17,7 @@ class Word(NamedTuple):
     stop: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenEmbeddings:
     """The embeddings of a text's tokens, as cross-attention receives them (thesis: x, the columns of X').
 
@@ -30,7 +32,7 @@ class TokenEmbeddings:
     @property
     def length(self) -> int:
         """Tokens from start to end token: the rows that are not padding."""
-        return self.words[-1].stop + 1 if self.words else min(2, len(self.tokens))
+        return self.tokens.index(PAD) if PAD in self.tokens else len(self.tokens)
 
 
 def read_tokens(tokenizer, ids: Sequence[int]) -> tuple[tuple[str, ...], tuple[Word, ...]]:
@@ -69,17 +71,25 @@ def find_word(word: str, words: Sequence[Word], tokens: Sequence[str]) -> list[i
     return rows
 
 
-def _context_length(pipe) -> int:
-    limit = getattr(pipe.text_encoder.config, "max_position_embeddings", None)
-    return min(pipe.tokenizer.model_max_length, limit or pipe.tokenizer.model_max_length)
+def _reader(pipe) -> tuple:
+    """The tokenizer whose tokens are shown, and its context length: the first of SDXL's two, its refiner's only one."""
+    second = pipe.tokenizer is None
+    tokenizer = pipe.tokenizer_2 if second else pipe.tokenizer
+    config = (pipe.text_encoder_2 if second else pipe.text_encoder).config
+    limit = getattr(config, "max_position_embeddings", None)
+    return tokenizer, min(tokenizer.model_max_length, limit or tokenizer.model_max_length)
+
+
+def _converted(pipe, tokenizer, text: str) -> str:
+    """With textual inversion, one name may stand for several vectors."""
+    return pipe.maybe_convert_prompt(text, tokenizer) if hasattr(pipe, "maybe_convert_prompt") else text
 
 
 def prompt_tokens(pipe, prompt: str) -> tuple[tuple[str, ...], tuple[Word, ...]]:
     """Tokens and words of a prompt as the pipeline reads it: cut at the context length, never padded."""
-    if hasattr(pipe, "maybe_convert_prompt"):  # textual inversion: one name may stand for several vectors
-        prompt = pipe.maybe_convert_prompt(prompt, pipe.tokenizer)
-    ids = pipe.tokenizer(prompt, truncation=True, max_length=_context_length(pipe)).input_ids
-    return read_tokens(pipe.tokenizer, ids)
+    tokenizer, context = _reader(pipe)
+    ids = tokenizer(_converted(pipe, tokenizer, prompt), truncation=True, max_length=context).input_ids
+    return read_tokens(tokenizer, ids)
 
 
 @torch.no_grad()
@@ -92,10 +102,9 @@ def encode(pipe, text: str, *, padding: bool = False) -> TokenEmbeddings:
     """
     if not isinstance(text, str):
         raise TypeError(f"text must be a string, got {type(text).__name__}: {text!r}")
-    converted = pipe.maybe_convert_prompt(text, pipe.tokenizer) if hasattr(pipe, "maybe_convert_prompt") else text
+    tokenizer, context = _reader(pipe)
     # counted without truncation; `verbose=False` silences the tokenizer's own warning, the error says it better
-    count = len(pipe.tokenizer(converted, verbose=False).input_ids)
-    context = _context_length(pipe)
+    count = len(tokenizer(_converted(pipe, tokenizer, text), verbose=False).input_ids)
     if count > context:
         raise ValueError(
             f"the text has {count} tokens with its start and end token, the text encoder reads {context}: "
@@ -106,5 +115,5 @@ def encode(pipe, text: str, *, padding: bool = False) -> TokenEmbeddings:
     )[0][0]
     tokens, words = prompt_tokens(pipe, text)
     if padding:
-        tokens += ("<pad>",) * (len(embeddings) - len(tokens))
+        tokens += (PAD,) * (len(embeddings) - len(tokens))
     return TokenEmbeddings(embeddings[: len(tokens)], tokens, words)

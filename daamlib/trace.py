@@ -8,8 +8,8 @@ xformers, IP-Adapter, LoRA) and cannot change the image; hooks on the U-Net mark
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ import torch
 
 from .layers import Layer
 from .record import AttentionRecord
-from .text import TokenEmbeddings, prompt_tokens
+from .text import PAD, TokenEmbeddings, prompt_tokens
 
 log = logging.getLogger("daamlib")
 
@@ -35,12 +35,12 @@ class _Call:
 
     prompts: list[str | None]
     embeddings: torch.Tensor  # (image, token, d_text), conditional half
-    first: int  # row of the U-Net's batch where the wanted half starts
     latent: tuple[int, int]
     steps: int  # that the pipeline announced
     plan: Any  # the scheduler's timesteps, a new object in every call
     timesteps: list[Any] = field(default_factory=list)
     done: int = 0  # U-Net passes that ended
+    rows: slice | None = None  # of the U-Net's batch in the pass under way: the wanted half
     buffers: dict[str, torch.Tensor] = field(default_factory=dict)
     keys: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -51,6 +51,7 @@ class Trace(Sequence[AttentionRecord]):
     def __init__(self, pipe, branch: Branch, store: Store, middle: bool):
         self._pipe, self._branch, self._store = pipe, branch, store
         self._attentions = cross_attentions(pipe, middle=middle)
+        self._queries = {name: attention.to_q for name, attention in self._attentions.items()}
         self._records: list[AttentionRecord] = []
         self._call: _Call | None = None
         self._prompts: list[str | None] | None = None  # of the call that is about to start
@@ -85,12 +86,15 @@ class Trace(Sequence[AttentionRecord]):
 
     # -- hooks ---------------------------------------------------------------------------------------------------
 
-    def _before_prompt(self, signature: inspect.Signature, args: tuple, kwargs: dict) -> None:
-        arguments = signature.bind(*args, **kwargs).arguments
-        prompt = arguments.get("prompt")
+    def _before_prompt(self, prompt=None, num_images_per_prompt=None, **_) -> None:
         prompts = [prompt] if isinstance(prompt, str) else prompt
-        per_prompt = arguments.get("num_images_per_prompt") or 1
-        self._prompts = None if prompts is None else [p for p in prompts for _ in range(per_prompt)]
+        self._prompts = None if prompts is None else [p for p in prompts for _ in range(num_images_per_prompt or 1)]
+
+    def _before_end(self, **_) -> None:
+        """The pipeline's last act, and the last chance to see that it was interrupted: the next call resets that."""
+        if self._call is not None and self._call.done and getattr(self._pipe, "interrupt", False):
+            self._call.steps = self._call.done
+        self._finish()
 
     def _before_unet(self, unet, args: tuple, kwargs: dict) -> None:
         arguments = inspect.signature(unet.forward).bind_partial(*args, **kwargs).arguments
@@ -102,7 +106,19 @@ class Trace(Sequence[AttentionRecord]):
                 self._call = None
                 warnings.warn("an earlier pipeline call inside this trace did not end: it left no record", stacklevel=2)
             call = self._call = self._begin(sample, text[0] if isinstance(text, tuple) else text)
+        call.rows = self._rows(len(sample), len(call.prompts))
         call.timesteps = call.timesteps[: call.done] + [arguments["timestep"]]
+
+    def _rows(self, batch: int, images: int) -> slice:
+        """The wanted half of this pass; the conditional one is the last. A callback may end guidance half-way."""
+        if batch == 2 * images:
+            return slice(images, None) if self._branch == "conditional" else slice(0, images)
+        if batch == images and self._branch == "conditional":
+            return slice(None)
+        raise ValueError(
+            f"the U-Net was called with {batch} latents for {images} images: the {self._branch} half of guidance is "
+            "not among them, or trace cannot tell which it is"
+        )
 
     def _begin(self, sample: torch.Tensor, text: torch.Tensor) -> _Call:
         pipe = self._pipe
@@ -115,15 +131,16 @@ class Trace(Sequence[AttentionRecord]):
         images = len(sample) // (2 if guided else 1)
         prompts = self._prompts or [None] * images
         self._prompts = None
-        if len(sample) != images * (2 if guided else 1) or len(prompts) != images:
+        if len(prompts) != images:
             raise ValueError(
                 f"the U-Net was called with {len(sample)} latents for {len(prompts)} images"
-                f"{' under guidance' if guided else ''}: this pipeline mixes other passes in, trace cannot tell them apart"
+                f"{' under guidance' if guided else ''}: it mixes other passes in, trace cannot tell them apart"
             )
+        if any(attention.to_q is not self._queries[name] for name, attention in self._attentions.items()):
+            raise ValueError("layers of the U-Net were replaced inside the `with`, as a LoRA does: load it before")
         return _Call(
             prompts=prompts,
             embeddings=text[-images:].detach().clone(),  # the conditional half is the last one
-            first=images if guided and self._branch == "conditional" else 0,
             latent=tuple(sample.shape[-2:]),
             steps=self._announced or getattr(pipe, "num_timesteps", None) or len(pipe.scheduler.timesteps),
             plan=pipe.scheduler.timesteps,
@@ -134,15 +151,13 @@ class Trace(Sequence[AttentionRecord]):
         call = self._call
         if call is None:
             return  # a cross-attention called by itself, outside the U-Net
-        images = len(call.prompts)
-        queries = output.detach()[call.first : call.first + images]
+        queries = output.detach()[call.rows]
         if name not in call.keys:
             call.keys[name] = self._key_weight(name, output)
-            shape = queries.shape[1:]
             if self._store == "queries":
-                call.buffers[name] = queries.new_empty((images, call.steps, *shape))
+                call.buffers[name] = queries.new_empty((len(queries), call.steps, *queries.shape[1:]))
             else:
-                call.buffers[name] = queries.new_zeros((images, *shape), dtype=torch.float32)
+                call.buffers[name] = queries.new_zeros(queries.shape, dtype=torch.float32)
         if self._store == "queries":
             call.buffers[name][:, call.done] = queries
         else:
@@ -167,13 +182,16 @@ class Trace(Sequence[AttentionRecord]):
         if call.done == 1 and self._store == "queries":
             log.info("queries of %d images: %.1f MiB", len(call.prompts), self.bytes_needed / 2**20)
 
+    def _close(self) -> None:
+        self._finish()
+        self._call = None  # an unfinished call keeps nothing alive
+
     # -- records -------------------------------------------------------------------------------------------------
 
     def _finish(self) -> None:
-        """Turn the call into records if it is complete (or was interrupted by the user, who still gets the image)."""
+        """Turn the call into records if it is complete."""
         call = self._call
-        interrupted = call is not None and call.done and getattr(self._pipe, "interrupt", False)
-        if call is None or not (call.done == call.steps or interrupted):
+        if call is None or call.done != call.steps:
             return
         self._records.extend(self._record(call, image) for image in range(len(call.prompts)))
         self._call = None
@@ -185,7 +203,7 @@ class Trace(Sequence[AttentionRecord]):
             tokens, words = tuple(str(i) for i in range(len(values))), ()
         else:
             tokens, words = prompt_tokens(self._pipe, prompt)
-            tokens += ("<pad>",) * (len(values) - len(tokens))
+            tokens += (PAD,) * (len(values) - len(tokens))
         layers = []
         for name, attention in self._attentions.items():
             kept = call.buffers[name][image]
@@ -211,41 +229,48 @@ def trace(pipe, *, branch: Branch = "conditional", store: Store = "queries", mid
     and `trace.bytes_needed`); "linear" only their float32 sums over the steps, enough for LDAAM. middle: read the
     middle block too, which DAAM leaves out.
 
-    The image is the same bit for bit. A call that an exception ends leaves no record; the records of the calls before
-    stay. Raises TypeError or ValueError for a pipeline without U-Net cross-attention or an unknown option.
+    The image is the same bit for bit. A call that an exception ends before its last U-Net pass leaves no record, one
+    that `pipe._interrupt` ends leaves that of the passes made; the records of the calls before stay. Raises TypeError
+    or ValueError for a pipeline without U-Net cross-attention or an unknown option.
     """
     for name, value, known in (("branch", branch, Branch), ("store", store, Store)):
         if value not in known.__args__:
             raise ValueError(f"{name} must be one of {known.__args__}, got {value!r}")
     tracer = Trace(pipe, branch, store, middle)
-    handles = []
-    shadowed = vars(pipe).get("encode_prompt")
-    encode_prompt = getattr(pipe, "encode_prompt", None)
-    try:
-        if encode_prompt is not None:  # the only place where a prompt's text can be seen; on this instance alone
-            signature = inspect.signature(encode_prompt)
-
-            def watched(*args, **kwargs):
-                tracer._before_prompt(signature, args, kwargs)
-                return encode_prompt(*args, **kwargs)
-
-            watched.__signature__ = signature  # for a trace inside this one
-            vars(pipe)["encode_prompt"] = watched
-        for name, attention in tracer._attentions.items():
+    with ExitStack() as stack:
+        stack.callback(tracer._close)
+        # the only places where a prompt's text and a call's end can be seen
+        stack.enter_context(_watch(pipe, "encode_prompt", tracer._before_prompt))
+        stack.enter_context(_watch(pipe, "maybe_free_model_hooks", tracer._before_end))
+        for name, to_q in tracer._queries.items():
             hook = lambda module, args, output, name=name: tracer._after_queries(name, output)  # noqa: E731
-            handles.append(attention.to_q.register_forward_hook(hook))
-        handles.append(pipe.unet.register_forward_pre_hook(tracer._before_unet, with_kwargs=True))
-        handles.append(pipe.unet.register_forward_hook(lambda *_: tracer._after_unet()))
+            stack.callback(to_q.register_forward_hook(hook).remove)
+        stack.callback(pipe.unet.register_forward_pre_hook(tracer._before_unet, with_kwargs=True).remove)
+        stack.callback(pipe.unet.register_forward_hook(lambda *_: tracer._after_unet()).remove)
         yield tracer
+
+
+@contextmanager
+def _watch(pipe, method: str, before: Callable[..., None]) -> Iterator[None]:
+    """Call `before` with the arguments of every `pipe.method(...)`, on this instance alone."""
+    original = getattr(pipe, method, None)
+    if original is None:
+        yield
+        return
+    signature, shadowed = inspect.signature(original), vars(pipe).get(method)
+
+    def watched(*args, **kwargs):
+        before(**signature.bind(*args, **kwargs).arguments)
+        return original(*args, **kwargs)
+
+    watched.__signature__ = signature  # for a trace inside this one
+    vars(pipe)[method] = watched
+    try:
+        yield
     finally:
-        for handle in handles:
-            handle.remove()
-        if encode_prompt is not None:
-            vars(pipe).pop("encode_prompt", None)
-            if shadowed is not None:
-                vars(pipe)["encode_prompt"] = shadowed
-        tracer._finish()
-        tracer._call = None  # an unfinished call keeps nothing alive
+        vars(pipe).pop(method, None)
+        if shadowed is not None:
+            vars(pipe)[method] = shadowed
 
 
 def cross_attentions(pipe, *, middle: bool) -> dict[str, torch.nn.Module]:

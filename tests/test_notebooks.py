@@ -81,9 +81,7 @@ def test_the_notebook_was_run_in_order_from_a_fresh_kernel(path):
 
 @each_notebook
 def test_every_checked_cell_that_prints_has_stored_outputs(path):
-    prints = [
-        cell for cell in code_cells(path) if is_checked(cell) and calls(cell.source) & {"print", "display"}
-    ]
+    prints = [cell for cell in code_cells(path) if is_checked(cell) and calls(cell.source) & {"print", "display"}]
     assert [cell.source for cell in prints if not cell.outputs] == []
     assert prints, "nbval would compare nothing"
 
@@ -123,9 +121,7 @@ def test_nbval_compares_what_is_printed_and_no_pictures_bars_stderr_or_durations
         "print('9.5 s for 3 images')": [new_output("stream", text="12 s for 3 images\n")],
         "print('9.5 s for 4 images')": [new_output("stream", text="12 s for 3 images\n")],
         "import PIL.Image\nPIL.Image.new('RGB', (2, 2))": [new_output("display_data", data=picture)],
-        "from tqdm.auto import tqdm\nfor i in tqdm(range(2)): print(i)": [
-            new_output("stream", text="0\n1\n")
-        ],
+        "from tqdm.auto import tqdm\nfor i in tqdm(range(2)): print(i)": [new_output("stream", text="0\n1\n")],
     }
     differ = [1, 3, 4, 7]
     stored = [

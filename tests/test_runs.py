@@ -111,9 +111,7 @@ def test_a_dead_kernel_and_missing_or_wrong_metrics_are_failures(tmp_path, launc
 )
 def test_a_wrong_choice_is_an_error_before_anything_runs(tmp_path, launch, capsys, arguments, message):
     write_notebook(tmp_path / "notebooks/00_one.ipynb", METRICS)
-    write_notebook(
-        tmp_path / "notebooks/01_two.ipynb", METRICS, parameters=PARAMETERS + "\nTOP_K = 1  # more"
-    )
+    write_notebook(tmp_path / "notebooks/01_two.ipynb", METRICS, parameters=PARAMETERS + "\nTOP_K = 1  # more")
     code, run_dir = launch(*arguments)
     assert (code, run_dir) == (2, None)
     assert message in capsys.readouterr().err
@@ -150,9 +148,7 @@ def test_metrics_are_written_as_plain_json(tmp_path):
     assert os.listdir(path.parent) == ["metrics.json"]
 
 
-@pytest.mark.parametrize(
-    "bad", [float("nan"), float("inf"), None, [1.0], {}, {1: 2.0}, {"a": np.zeros(2)}, 1j]
-)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), None, [1.0], {}, {1: 2.0}, {"a": np.zeros(2)}, 1j])
 def test_other_metrics_are_refused_and_the_old_file_stays(tmp_path, bad):
     write_metrics(tmp_path, {"old": 1})
     with pytest.raises(ValueError, match=r"metrics\['bad'\]"):

@@ -3,7 +3,7 @@
 It is trained on rendered scenes, whose labels are exact, and judges what the generative model draws: a stock
 `transformers` Segformer whose first stage works on half the image's side, since a lamp post is two pixels wide.
 
-    python -m daamlib.urban.annotator train --samples 40000   # continues where it was stopped
+    python -m daamlib.urban.annotator train --samples 30000   # continues where it was stopped
     python -m daamlib.urban.annotator export                  # writes the averaged weights in float16
     python -m daamlib.urban.annotator evaluate                # IoU of the exported weights on held-out scenes
 
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 from torch.nn import functional as F
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
@@ -146,9 +147,7 @@ def train(args: argparse.Namespace) -> None:
     job.module.train()
     vae = None
     if args.vae:
-        from diffusers import AutoencoderKL
-
-        vae = AutoencoderKL.from_pretrained(args.vae, torch_dtype=torch.float32).to(job.device).eval()
+        vae = AutoencoderKL.from_pretrained(args.vae, dtype=torch.float32).to(job.device).eval()
     rng = job.rng()
     torch.manual_seed(int(rng.integers(2**31)))  # the augmentation's noise
     end = time.monotonic() + 60 * args.minutes
@@ -156,9 +155,10 @@ def train(args: argparse.Namespace) -> None:
         index = np.sort(rng.integers(len(scenes.captions), size=args.batch))
         pixels = to_tensor(scenes.images[index])
         targets = torch.from_numpy(to_channels(scenes.labels[index]).astype(np.int64))
-        if vae is not None and rng.random() < 0.25:
+        if vae is not None:
             with torch.no_grad():
-                pixels = vae.decode(vae.encode(pixels.to(job.device)).latent_dist.mean).sample.cpu()
+                mean = vae.encode(pixels[::4].to(job.device)).latent_dist.mean
+                pixels[::4] = vae.decode(mean).sample.cpu()
         pixels, targets = augment(pixels, targets)
         with job.autocast():
             logits = job.forward(pixels.to(job.device)).logits
@@ -288,13 +288,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("checkpoints/urban-tiny"), help="scenes, checkpoint")
     parser.add_argument("--out", type=Path, default=FOLDER, help="the folder of the exported weights")
     parser.add_argument("--scenes", type=int, default=24_000, help="rendered training scenes")
-    parser.add_argument("--samples", type=int, default=40_000, help="train until so many were seen in all")
+    parser.add_argument("--samples", type=int, default=30_000, help="train until so many were seen in all")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop this run after so long")
     parser.add_argument("--batch", type=int, default=8, help="samples per step")
     parser.add_argument("--lr", type=float, default=1.5e-3, help="the highest rate; it falls as a cosine")
     parser.add_argument("--ema", type=float, default=0.998)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--vae", type=Path, help="an autoencoder's folder: a quarter of the steps see through it")
+    parser.add_argument("--vae", type=Path, help="an autoencoder's folder: every fourth sample goes through it")
     parser.add_argument("--images", type=int, default=500, help="held-out scenes of `evaluate`")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1, help="threads on a CPU")

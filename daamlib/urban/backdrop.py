@@ -30,8 +30,8 @@ LEAVES = ((58, 132, 56), (88, 150, 50), (40, 112, 70), (120, 150, 48), (196, 132
 def toner(time, haze, lit=0.0):
     """What a colour looks like at this time of day; `haze` 0..1 is distance, `lit` is street light."""
     if time == "night":
-        gain = tuple(g + lit * w for g, w in zip((0.34, 0.37, 0.50), (1.15, 1.0, 0.75)))
-        return lambda c: tuple(v * g + a for v, g, a in zip(c, gain, (6, 8, 18)))
+        gain = tuple(g + lit * w for g, w in zip((0.34, 0.37, 0.50), (1.15, 1.0, 0.75), strict=True))
+        return lambda c: tuple(v * g + a for v, g, a in zip(c, gain, (6, 8, 18), strict=True))
     if time == "sunset":
         return lambda c: ob.mix((c[0] * 0.96 + 10, c[1] * 0.86 + 2, c[2] * 0.80 + 6), (216, 130, 112), 0.28 * haze)
     if time == "fog":

@@ -44,7 +44,8 @@ def render_scenes(folder: Path, n: int, *, first_seed: int = 0, workers: int | N
             for i, (image, label, caption) in enumerate(tqdm(rendered, total=n, desc="rendering", mininterval=10)):
                 images[i], labels[i] = image, label
                 captions.append(caption)
-        images.flush(), labels.flush()
+        images.flush()
+        labels.flush()
         done.write_text(json.dumps(captions))
     captions = json.loads(done.read_text())
     if len(captions) < n:
@@ -66,8 +67,8 @@ def to_tensor(images: np.ndarray, size: int = SIZE) -> torch.Tensor:
 
 @torch.no_grad()
 def encode_latents(vae, scenes: Scenes, path: Path, *, size: int, device: str, batch: int = 64) -> np.ndarray:
-    """The scenes' latent means (n, 4, size/4, size/4) float16, unscaled, written to `path` unless they are there."""
-    if not path.exists():
+    """The scenes' latent means (n, 4, size/4, size/4) float16, written to `path` unless all are there."""
+    if not path.exists() or len(np.load(path, mmap_mode="r")) < len(scenes.captions):
         vae = vae.to(device).eval()
         latents = np.empty((len(scenes.captions), vae.config.latent_channels, size // 4, size // 4), np.float16)
         for start in tqdm(range(0, len(latents), batch), desc=f"latents {size} px", mininterval=10):

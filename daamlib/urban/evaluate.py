@@ -231,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if "hits" in args.only:  # what would fail late is checked before the first image
         hit_prompts(args.images)
         annotator = load_annotator(args.annotator or args.model / "annotator")
-    pipe = StableDiffusionPipeline.from_pretrained(args.model, torch_dtype=torch.float32, local_files_only=True)
+    pipe = StableDiffusionPipeline.from_pretrained(args.model, dtype=torch.float32, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     out.mkdir(parents=True, exist_ok=True)
     path = out / "metrics.json"

@@ -27,7 +27,7 @@ LIT = {"red": (255, 48, 40), "yellow": (255, 206, 40), "green": (52, 240, 112)}
 
 def mix(a, b, share):
     """Colour `share` of the way from a to b (tuples of three, 0..255)."""
-    return tuple(p + (q - p) * share for p, q in zip(a, b))
+    return tuple(p + (q - p) * share for p, q in zip(a, b, strict=True))
 
 
 class Pen:
@@ -69,7 +69,7 @@ class Pen:
     def limb(self, points, radius, colour, end=None):
         """A bent tube with round joints through `points`; the radius goes linearly from `radius` to `end`."""
         radii = np.linspace(radius, radius if end is None else end, len(points))
-        for (u0, v0), (u1, v1), r0, r1 in zip(points, points[1:], radii, radii[1:]):
+        for (u0, v0), (u1, v1), r0, r1 in zip(points, points[1:], radii, radii[1:], strict=False):
             length = max(1e-6, ((u1 - u0) ** 2 + (v1 - v0) ** 2) ** 0.5)
             nu, nv = (v0 - v1) / length, (u1 - u0) / length
             self.poly(
@@ -81,7 +81,7 @@ class Pen:
                 ),
                 colour,
             )
-        for (u, v), r in zip(points, radii):
+        for (u, v), r in zip(points, radii, strict=True):
             self.disc(u, v, r, colour)
 
     def glow(self, u, v, radius, colour, strength=1.0):

@@ -123,7 +123,9 @@ def _place(rng, ground, kerb):
     best, least = (), np.inf
     for attempt in range(24):
         slots = rng.permutation((0.22, 0.5, 0.78))
-        things = [_propose(rng, kind, slot, ground, kerb, attempt / 23) for kind, slot in zip(kinds, slots)]
+        things = [
+            _propose(rng, kind, slot, ground, kerb, attempt / 23) for kind, slot in zip(kinds, slots, strict=False)
+        ]
         things.sort(key=lambda thing: thing.box[3])  # what stands lower in the image is nearer
         hidden = _hidden(things)
         if hidden < least:

@@ -1,4 +1,4 @@
-"""Train `urban-tiny` from scratch, in five stages that each continue where they were stopped.
+"""Train `urban-tiny` from scratch, in stages that each continue where they were stopped.
 
     python -m daamlib.urban.train data       # render the scenes (seeds 0 ... N-1) and train the tokenizer
     python -m daamlib.urban.train vae        # the autoencoder
@@ -6,6 +6,8 @@
     python -m daamlib.urban.train unet --size 64  --samples 300000   # U-Net and text encoder, jointly
     python -m daamlib.urban.train unet --size 128 --samples 400000   # the same networks, continued
     python -m daamlib.urban.train export     # write the Stable Diffusion folder in float16
+
+    python -m daamlib.urban.train restore    # instead: checkpoints from that folder, to train it further
 
 `--samples` counts from the very beginning of a stage's network, so the second `unet` line trains 100,000 samples at
 128 px. Checkpoints go to `--work` every few minutes; a stopped command is simply given again. On a CPU use one
@@ -27,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -66,15 +68,16 @@ class Job:
         self.module.to(self.device)
         self.ema = copy.deepcopy(self.module).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
-            self.module.parameters(), lr=self.args.lr, betas=(0.9, 0.99), weight_decay=0.01
+            self.module.parameters(), lr=self.args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True
         )
         self.samples, self.seconds, self.loss = 0, 0.0, []
         if self.path.exists():
             state = torch.load(self.path, map_location=self.device, weights_only=True)
             self.module.load_state_dict(state["module"])
             self.ema.load_state_dict(state["ema"])
-            self.optimizer.load_state_dict(state["optimizer"])
             self.samples, self.seconds = state["samples"], state["seconds"]
+            if "optimizer" in state:  # `restore` has none
+                self.optimizer.load_state_dict(state["optimizer"])
         self.forward = self.module
         if self.world > 1:
             self.forward = torch.nn.parallel.DistributedDataParallel(self.module)
@@ -250,14 +253,34 @@ def train_unet(rank: int, world: int, args: argparse.Namespace) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
-    """Write the averaged weights as a Stable Diffusion folder in float16 safetensors."""
+    """Write the averaged weights as a Stable Diffusion folder in float16 safetensors, and what they cost."""
     tokenizer = CLIPTokenizer.from_pretrained(args.work / "tokenizer")
-    state = torch.load(args.work / "unet.pt", map_location="cpu", weights_only=True)
+    states = {
+        name: torch.load(args.work / f"{name}.pt", map_location="cpu", weights_only=True) for name in ("vae", "unet")
+    }
     denoiser = new_denoiser(tokenizer)
-    denoiser.load_state_dict(state["ema"])
+    denoiser.load_state_dict(states["unet"]["ema"])
     pipe = networks.assemble(trained_vae(args.work), denoiser.text_encoder, tokenizer, denoiser.unet)
     pipe.to(dtype=torch.float16).save_pretrained(args.out, safe_serialization=True)
-    print(f"{args.out}: {state['samples']} samples, {state['seconds'] / 3600:.2f} h of U-Net training")
+    spent = {name: {key: state[key] for key in ("samples", "seconds")} for name, state in states.items()}
+    (args.out / "training.json").write_text(json.dumps(spent, indent=1) + "\n")
+    print(f"{args.out}: {spent}")
+
+
+def restore(args: argparse.Namespace) -> None:
+    """Write the checkpoints that continue the training of the shipped folder, where none are left."""
+    pipe = StableDiffusionPipeline.from_pretrained(args.out, dtype=torch.float32)
+    spent = json.loads((args.out / "training.json").read_text())
+    pipe.tokenizer.save_pretrained(args.work / "tokenizer")
+    parts = {"vae": Autoencoder(pipe.vae), "unet": Denoiser(pipe.unet, pipe.text_encoder)}
+    for name, module in parts.items():
+        path = args.work / f"{name}.pt"
+        if path.exists():
+            raise ValueError(f"{path} exists: continue from it, or move it away first")
+        weights = module.state_dict()
+        torch.save({"module": weights, "ema": weights, **spent[name]}, path)
+    channels = pipe.vae.config.latent_channels  # the shipped latents are standardised already
+    (args.work / "moments.json").write_text(json.dumps({"mean": [0.0] * channels, "deviation": [1.0] * channels}))
 
 
 def make_data(args: argparse.Namespace) -> None:
@@ -291,7 +314,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m daamlib.urban.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("stage", choices=["data", "vae", "latents", "unet", "export"])
+    parser.add_argument("stage", choices=["data", "vae", "latents", "unet", "export", "restore"])
     parser.add_argument("--work", type=Path, default=Path("checkpoints/urban-tiny"), help="checkpoints and caches")
     parser.add_argument("--out", type=Path, default=Path("data/urban-tiny"), help="the folder `export` writes")
     parser.add_argument("--scenes", type=int, default=24_000, help="rendered training scenes")
@@ -312,7 +335,7 @@ def main() -> None:
     if args.stage in ("vae", "unet"):
         torch.multiprocessing.spawn(_worker, (args.processes, _free_port(), args), nprocs=args.processes, daemon=True)
     else:
-        {"data": make_data, "latents": cache_latents, "export": export}[args.stage](args)
+        {"data": make_data, "latents": cache_latents, "export": export, "restore": restore}[args.stage](args)
 
 
 if __name__ == "__main__":

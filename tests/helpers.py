@@ -1,0 +1,73 @@
+"""What several tests share: one way to generate, and DAAM and LDAAM as their formulas say.
+
+`naive_maps` works from explicit attention scores, slowly, and shares no code with daamlib.
+"""
+
+from collections import defaultdict
+from contextlib import contextmanager
+
+import torch
+from torch.nn import functional as F
+
+
+def generate(pipe, prompt="a car and a tree", *, seed=0, **options):
+    """Images, by default latents of 16 x 24: two steps with guidance. The same call makes the same images."""
+    defaults = {"num_inference_steps": 2, "guidance_scale": 5.0, "output_type": "latent"}
+    if "image" not in options:
+        defaults |= {"height": 32, "width": 48}
+    generator = torch.Generator().manual_seed(seed)
+    return pipe(prompt, **{**defaults, **options}, generator=generator).images
+
+
+def assert_close(got, expected, tolerance=1e-5):
+    """Equal to `tolerance` times the largest expected absolute value."""
+    assert got.shape == expected.shape
+    error = (got - expected).abs().max() / expected.abs().max()
+    assert error <= tolerance, f"off by {error:.2e} of the maximum"
+
+
+class Capture:
+    """An attention processor that keeps every pass: (batch, head, h*w, token) probabilities and scaled scores."""
+
+    def __init__(self):
+        self.probabilities, self.scores = [], []
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **_):
+        query = attn.head_to_batch_dim(attn.to_q(hidden_states))
+        key = attn.head_to_batch_dim(attn.to_k(encoder_hidden_states))
+        value = attn.head_to_batch_dim(attn.to_v(encoder_hidden_states))
+        probabilities = attn.get_attention_scores(query, key, attention_mask)
+        self.probabilities.append(probabilities.unflatten(0, (-1, attn.heads)))
+        self.scores.append((attn.scale * query @ key.transpose(1, 2)).unflatten(0, (-1, attn.heads)))
+        hidden_states = attn.batch_to_head_dim(probabilities @ value)
+        return attn.to_out[1](attn.to_out[0](hidden_states))
+
+
+@contextmanager
+def capture(unet):
+    """{module name: Capture} of every cross-attention but the middle block's."""
+    before = unet.attn_processors
+    names = [name for name in before if "attn2" in name and "mid_block" not in name]
+    found = {name.removesuffix(".processor"): Capture() for name in names}
+    unet.set_attn_processor({**before, **{name + ".processor": capture for name, capture in found.items()}})
+    try:
+        yield found
+    finally:
+        unet.set_attn_processor(before)
+
+
+def naive_maps(captures, grids, image, *, kind="probabilities", mode="bilinear"):
+    """(token, H, W) of one row of the U-Net's batch: every layer, step and head up-sampled by itself, then summed.
+
+    grids: the (h, w) of the model's levels, the largest first; a layer's is the one that has as many positions.
+    """
+    by_size = {h * w: (h, w) for h, w in grids}
+    sizes = {tensor.shape[2] for capture in captures.values() for tensor in getattr(capture, kind)}
+    largest = by_size[max(sizes)]
+    total = defaultdict(float)
+    for name, captured in captures.items():
+        for tensor in getattr(captured, kind):
+            grid = by_size[tensor.shape[2]]
+            maps = tensor[image].transpose(1, 2).unflatten(2, grid)  # (head, token, h, w)
+            total[name] = total[name] + F.interpolate(maps, largest, mode=mode, align_corners=False).sum(dim=0)
+    return sum(total.values())

@@ -1,0 +1,136 @@
+"""IoU over thresholds equals a plain loop, and bad input is refused."""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from daamlib import metrics
+from daamlib.heatmaps import HeatMaps
+
+
+def naive_curve(maps, masks, thresholds):
+    """What miou_curve is meant to be: up-sample, normalise, threshold, one image and one threshold at a time."""
+    rows = []
+    for heat, mask in zip(maps, masks, strict=True):
+        heat = HeatMaps(heat[None], ("word",)).resize(*mask.shape).normalized()[0]
+        row = []
+        for threshold in thresholds:
+            prediction = heat > threshold
+            row.append(((prediction & mask).sum() / (prediction | mask).sum()).item())
+        rows.append(row)
+    return np.mean(rows, axis=0)
+
+
+@pytest.fixture
+def some():
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.randn(6, 9, 13, generator=generator) * 40 - 10
+    maps[2] = 7.0  # constant
+    masks = torch.rand(6, 9, 13, generator=generator) > 0.7
+    masks[4] = True
+    return maps, masks
+
+
+@pytest.mark.parametrize("thresholds", [metrics.THRESHOLDS, (0.0, 0.5, 1.0), (0.3,), np.linspace(0, 0.9, 500)])
+@pytest.mark.parametrize("size", [(9, 13), (36, 52), (20, 17)])
+def test_the_curve_equals_a_plain_loop(some, thresholds, size):
+    maps, masks = some
+    masks = torch.nn.functional.interpolate(masks[None].float(), size, mode="nearest")[0] > 0.5
+    levels, values = metrics.miou_curve(maps, masks, thresholds=thresholds)
+    assert levels == pytest.approx(np.asarray(thresholds), abs=1e-7)
+    assert values.dtype == np.float64
+    assert values == pytest.approx(naive_curve(maps, masks, np.asarray(thresholds, np.float32)), abs=1e-6)
+
+
+def test_values_on_a_threshold_do_not_exceed_it():
+    heat = torch.tensor([[[0.0, 0.25, 0.5, 1.0]]])  # exact in binary, and min-max normalised already
+    mask = torch.tensor([[[False, False, True, True]]])
+    _, values = metrics.miou_curve(heat, mask, thresholds=(0, 0.25, 0.5, 1))
+    assert values.tolist() == [2 / 3, 1.0, 0.5, 0.0]
+    assert metrics.max_miou(heat, mask, thresholds=(0, 0.25, 0.5, 1)) == 1.0
+    area = 0.25 * (2 / 3 + 1) / 2 + 0.25 * 0.75 + 0.5 * 0.25
+    assert metrics.area_under_curve(heat, mask, thresholds=(0, 0.25, 0.5, 1)) == pytest.approx(area, abs=1e-12)
+
+
+def test_a_perfect_map_and_a_constant_one(some):
+    _, masks = some
+    assert metrics.max_miou(masks[:4].float(), masks[:4]) == 1.0
+    assert metrics.area_under_curve(masks[:4].float(), masks[:4]) == pytest.approx(0.995)  # nothing exceeds 1
+    assert metrics.max_miou(torch.ones(4, 9, 13), masks[:4]) == 0.0
+
+
+def test_iou_of_two_masks():
+    prediction, mask = np.zeros((4, 6), bool), np.zeros((4, 6), bool)
+    prediction[1:3, :4], mask[1:4, 2:] = True, True
+    assert metrics.iou(prediction, mask) == 4 / 16
+    assert metrics.iou(torch.tensor(prediction), mask) == 4 / 16
+    assert metrics.iou(np.zeros((4, 6), bool), mask) == 0.0
+    assert metrics.iou(mask, mask) == 1.0
+
+
+def test_arrays_are_taken_and_left_as_they_were(some):
+    maps, masks = (tensor.numpy() for tensor in some)
+    before = maps.copy(), masks.copy()
+    expected = metrics.miou_curve(*some)[1]
+    assert (metrics.miou_curve(maps.astype(np.float64), masks)[1] == expected).all()
+    assert (maps == before[0]).all() and (masks == before[1]).all()
+
+
+def nan(maps, masks):
+    maps = maps.clone()
+    maps[3, 0, 0] = float("nan")
+    return maps, masks
+
+
+def empty_mask(maps, masks):
+    masks = masks.clone()
+    masks[[1, 5]] = False
+    return maps, masks
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda maps, masks: (maps[:5], masks), "5 maps for 6 masks"),
+        (lambda maps, masks: (maps[0], masks), "expected \\(n, h, w\\) maps"),
+        (lambda maps, masks: (maps, masks[0]), "expected masks of shape \\(n, H, W\\)"),
+        (lambda maps, masks: (maps[:0], masks[:0]), "one or more"),
+        (lambda maps, masks: (maps, masks.float()), "masks must be boolean, got torch.float32"),
+        (lambda maps, masks: (maps, masks.byte().numpy()), "masks must be boolean, got torch.uint8"),
+        (nan, "maps 3 hold NaN"),
+        (empty_mask, "mask 1, 5 is empty"),
+    ],
+)
+@pytest.mark.parametrize("function", [metrics.miou_curve, metrics.max_miou, metrics.area_under_curve])
+def test_bad_maps_and_masks_are_refused(some, spoil, message, function):
+    with pytest.raises(ValueError, match=message):
+        function(*spoil(*some))
+
+
+@pytest.mark.parametrize("thresholds", [(), (0.5, 0.5), (0.5, 0.2), (-0.1, 0.5), (0.5, 1.1), (0.5, float("nan")), 0.5])
+def test_bad_thresholds_are_refused(some, thresholds):
+    with pytest.raises(ValueError, match="thresholds must be ascending"):
+        metrics.miou_curve(*some, thresholds=thresholds)
+
+
+def test_iou_refuses_what_has_no_answer():
+    mask = np.ones((3, 4), bool)
+    with pytest.raises(ValueError, match="must agree"):
+        metrics.iou(np.ones((4, 3), bool), mask)
+    with pytest.raises(ValueError, match="prediction must be boolean"):
+        metrics.iou(mask.astype(float), mask)
+    with pytest.raises(ValueError, match="mask 0 is empty"):
+        metrics.iou(mask, ~mask)
+
+
+def test_200_maps_and_100_thresholds_take_less_than_a_second():
+    maps = torch.rand(200, 128, 128, generator=torch.Generator().manual_seed(0))
+    masks = maps > 0.6
+    best = float("inf")
+    for _ in range(3):
+        start = time.process_time()  # what else runs on the machine does not count
+        metrics.miou_curve(maps, masks)
+        best = min(best, time.process_time() - start)
+    assert best < 1

@@ -1,0 +1,27 @@
+"""Loading pipelines."""
+
+import pytest
+import torch
+from conftest import GOLDEN
+
+import daamlib
+from daamlib import pipeline
+
+
+def test_a_folder(capfd):
+    pipe = daamlib.load_pipeline(GOLDEN / "tiny-sd15", device="cpu")
+    assert type(pipe).__name__ == "StableDiffusionPipeline"
+    assert (pipe.unet.dtype, pipe.device.type) == (torch.float32, "cpu")
+    pipe("a car", height=64, width=64, num_inference_steps=1, output_type="latent")
+    assert "it/s" not in capfd.readouterr().err  # no bars
+
+
+def test_the_precision_is_the_callers():
+    pipe = daamlib.load_pipeline(str(GOLDEN / "tiny-sd15"), device="cpu", dtype=torch.bfloat16)
+    assert {pipe.unet.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {torch.bfloat16}
+
+
+def test_a_missing_bundled_model_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setattr(pipeline, "BUNDLED", tmp_path / "urban-tiny")
+    with pytest.raises(FileNotFoundError, match="the bundled model is not at .*urban-tiny: install from a clone"):
+        daamlib.load_pipeline()
