@@ -99,15 +99,16 @@ class Trace(Sequence[AttentionRecord]):
     def _before_unet(self, unet, args: tuple, kwargs: dict) -> None:
         arguments = inspect.signature(unet.forward).bind_partial(*args, **kwargs).arguments
         sample, text = arguments["sample"], arguments["encoder_hidden_states"]
-        call = self._call
-        if call is None or call.plan is not self._pipe.scheduler.timesteps or call.done >= call.steps:
+        call, plan = self._call, self._pipe.scheduler.timesteps
+        # a call goes on while its passes all ended and more are to come
+        if call is None or call.plan is not plan or not len(call.timesteps) == call.done < call.steps:
             self._finish()
             if self._call is not None:
                 self._call = None
                 warnings.warn("an earlier pipeline call inside this trace did not end: it left no record", stacklevel=2)
             call = self._call = self._begin(sample, text[0] if isinstance(text, tuple) else text)
         call.rows = self._rows(len(sample), len(call.prompts))
-        call.timesteps = call.timesteps[: call.done] + [arguments["timestep"]]
+        call.timesteps.append(arguments["timestep"])
 
     def _rows(self, batch: int, images: int) -> slice:
         """The wanted half of this pass; the conditional one is the last. A callback may end guidance half-way."""

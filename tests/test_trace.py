@@ -450,6 +450,49 @@ def test_records_of_earlier_calls_survive_an_exception(sd1_pipe):
     assert trace[0].daam()["car"].max() > 0
 
 
+def own_loop(pipe, text, fails=()):
+    """Denoising without the pipeline's call, two steps without guidance; the passes of the numbers `fails` fail."""
+    latents = torch.ones(1, 4, 16, 24)
+    to_k = pipe.unet.up_blocks[1].attentions[0].transformer_blocks[0].attn2.to_k
+    for number, t in enumerate(pipe.scheduler.timesteps):
+        if number in fails:
+            handle = to_k.register_forward_pre_hook(raising_hook)
+            with pytest.raises(RuntimeError, match="stop"), torch.no_grad():
+                pipe.unet(latents, t, encoder_hidden_states=text)
+            handle.remove()
+        with torch.no_grad():
+            noise = pipe.unet(latents, t, encoder_hidden_states=text).sample
+        latents = pipe.scheduler.step(noise, t, latents).prev_sample
+
+
+def raising_hook(module, args):
+    raise RuntimeError("stop")
+
+
+def test_loops_of_ones_own(fresh):
+    pipe = fresh("sd1")
+    pipe.scheduler.set_timesteps(2)
+    text = pipe.encode_prompt("a tree", "cpu", 1, False)[0]
+    with daamlib.trace(pipe) as trace:
+        own_loop(pipe, text)
+        own_loop(pipe, text)  # of the same timesteps object
+    assert len(trace) == 2
+    assert_same_records(*trace)
+    assert trace[0].timesteps == pipe.scheduler.timesteps.tolist()
+
+
+@pytest.mark.parametrize("store", ["queries", "linear"])
+def test_a_pass_that_fails_ends_the_call(fresh, store):
+    """Its sums would hold some layers twice if the pass were made again."""
+    pipe = fresh("sd1")
+    pipe.scheduler.set_timesteps(2)
+    text = pipe.encode_prompt("a tree", "cpu", 1, False)[0]
+    with daamlib.trace(pipe, store=store) as trace:
+        with pytest.warns(UserWarning, match="did not end: it left no record"):
+            own_loop(pipe, text, fails=[1])
+    assert len(trace) == 0
+
+
 # -- afterwards ----------------------------------------------------------------------------------------------------
 
 
@@ -506,7 +549,7 @@ def test_nothing_keeps_activations_alive(sd1_pipe, fails):
             generate(sd1_pipe, "a tree")
             if fails:
                 with pytest.raises(RuntimeError, match="stop"):
-                    generate(sd1_pipe, callback_on_step_end=raising(0))
+                    generate(sd1_pipe, ["a car", "a tree"], callback_on_step_end=raising(0))
     finally:
         for handle in handles:
             handle.remove()
