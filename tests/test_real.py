@@ -103,9 +103,10 @@ def test_half_precision(fresh, array):
 
 
 def test_nothing_stays_on_the_pipeline_and_its_input(sd1_pipe, array):
-    before, attributes = array.copy(), set(vars(sd1_pipe))
+    before, attributes, state = array.copy(), set(vars(sd1_pipe)), torch.get_rng_state()
     record = daamlib.trace_image(sd1_pipe, array)
     assert np.array_equal(array, before)
+    assert torch.equal(torch.get_rng_state(), state)
     assert set(vars(sd1_pipe)) == attributes
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in sd1_pipe.unet.modules())
     assert not record.layers[0].queries.requires_grad
