@@ -1,7 +1,5 @@
 """IoU over thresholds equals a plain loop, and bad input is refused."""
 
-import time
-
 import numpy as np
 import pytest
 import torch
@@ -123,14 +121,3 @@ def test_iou_refuses_what_has_no_answer():
         metrics.iou(mask.astype(float), mask)
     with pytest.raises(ValueError, match="mask 0 is empty"):
         metrics.iou(mask, ~mask)
-
-
-def test_200_maps_and_100_thresholds_take_less_than_a_second():
-    maps = torch.rand(200, 128, 128, generator=torch.Generator().manual_seed(0))
-    masks = maps > 0.6
-    best = float("inf")
-    for _ in range(3):
-        start = time.process_time()  # what else runs on the machine does not count
-        metrics.miou_curve(maps, masks)
-        best = min(best, time.process_time() - start)
-    assert best < 1
