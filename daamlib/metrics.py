@@ -1,10 +1,13 @@
-"""How well heat maps segment: IoU over thresholds, averaged over images.
+"""How well heat maps segment: IoU over thresholds, averaged over images or pooled.
 
 A heat map becomes a mask by a threshold: it is up-sampled bilinearly to the size of the true mask, scaled to its own
 [0, 1] (min-max), and a pixel belongs to the word where the map is larger than the threshold. mIoU is the thesis': the
-IoU of each image, averaged over the images that contain the class. An image without the class (an empty mask) has no
-IoU and is refused; leave it out before.
+IoU of each image, averaged over the images that contain the class. Pooled IoU, which OVAM (Marcos-Manchón et al. 2024)
+reports, adds up the pixels of all images before it divides: large objects weigh more. An image without the class (an
+empty mask) has no IoU and is refused; leave it out before.
 """
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,6 +15,36 @@ import torch
 from .heatmaps import upsample
 
 THRESHOLDS = tuple(i / 100 for i in range(101))
+
+
+@dataclass(frozen=True, eq=False)
+class ThresholdCounts:
+    """Pixels in the intersection and in the union, for every image and threshold; all metrics follow from them.
+
+    thresholds: (T,) float64, ascending in [0, 1]. intersection, union: (n, T) int64.
+    """
+
+    thresholds: np.ndarray
+    intersection: np.ndarray
+    union: np.ndarray
+
+    def curve(self, *, pooled: bool = False) -> np.ndarray:
+        """(T,) float64: the IoU averaged over the images (mIoU), or pooled over all their pixels."""
+        if pooled:
+            return self.intersection.sum(axis=0) / self.union.sum(axis=0)
+        return (self.intersection / self.union).mean(axis=0)
+
+    def resampled_curves(self, resamples: int = 1000, *, seed: int = 0, pooled: bool = False) -> np.ndarray:
+        """(resamples, T): the curve of as many images, drawn anew with replacement each time (the bootstrap).
+
+        Quantiles of any statistic of the rows are its interval over images: `np.quantile(curves.max(axis=1),
+        [0.025, 0.975])` is the 95 % interval of the maximum.
+        """
+        n = len(self.union)
+        drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)  # how often each image
+        if pooled:
+            return (drawn @ self.intersection) / (drawn @ self.union)
+        return drawn @ (self.intersection / self.union) / n
 
 
 def iou(prediction, mask) -> float:
@@ -26,15 +59,15 @@ def iou(prediction, mask) -> float:
     return float((prediction & mask).sum() / (prediction | mask).sum())
 
 
-def miou_curve(maps, masks, *, thresholds=THRESHOLDS) -> tuple[np.ndarray, np.ndarray]:
-    """The thresholds and, for each, the IoU averaged over the images.
+def threshold_counts(maps, masks, *, thresholds=THRESHOLDS) -> ThresholdCounts:
+    """Count intersection and union of each image at all thresholds at once.
 
     maps: (n, h, w) heat maps of one word, one an image. masks: (n, H, W) boolean, the truth; the maps are up-sampled
-    to its size. thresholds: ascending numbers in [0, 1]. All thresholds of an image are counted at once, from a
-    histogram of its map inside the mask and one of the whole map.
+    to its size. thresholds: ascending numbers in [0, 1]. An image costs two histograms, of its map inside the mask
+    and outside, however many thresholds there are.
 
-    Returns two float64 arrays of one length. Raises ValueError for shapes that do not fit, NaN or infinite maps,
-    masks that are not boolean, an empty mask, no images, or thresholds that are not ascending in [0, 1].
+    Raises ValueError for shapes that do not fit, NaN or infinite maps, masks that are not boolean, an empty mask, no
+    images, or thresholds that are not ascending in [0, 1].
     """
     maps, masks = torch.as_tensor(maps).detach().cpu(), _masks(masks, "masks", 3)
     levels = _levels(thresholds)
@@ -45,30 +78,43 @@ def miou_curve(maps, masks, *, thresholds=THRESHOLDS) -> tuple[np.ndarray, np.nd
     if not maps.isfinite().all():
         raise ValueError(f"maps {_numbers(~maps.isfinite().all(dim=(1, 2)))} hold NaN or infinite values")
     _refuse_empty(masks)
-    curves = [_iou_at(heat, mask, levels) for heat, mask in zip(maps.float(), masks, strict=True)]
-    return levels.double().numpy(), torch.stack(curves).mean(dim=0).numpy()
+    counts = [_count(heat, mask, levels) for heat, mask in zip(maps.float(), masks, strict=True)]
+    intersection, union = torch.stack(counts).permute(1, 0, 2).numpy()
+    return ThresholdCounts(levels.double().numpy(), intersection, union)
 
 
-def max_miou(maps, masks, *, thresholds=THRESHOLDS) -> float:
-    """The maximum of `miou_curve`: the mIoU at the one threshold that is best for all the images together."""
-    return float(miou_curve(maps, masks, thresholds=thresholds)[1].max())
+def miou_curve(maps, masks, *, thresholds=THRESHOLDS, pooled: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """The thresholds and, for each, the IoU averaged over the images, or pooled over their pixels.
+
+    Arguments and errors are those of `threshold_counts`. Returns two float64 arrays of one length.
+    """
+    counts = threshold_counts(maps, masks, thresholds=thresholds)
+    return counts.thresholds, counts.curve(pooled=pooled)
 
 
-def area_under_curve(maps, masks, *, thresholds=THRESHOLDS) -> float:
+def max_miou(maps, masks, *, thresholds=THRESHOLDS, pooled: bool = False) -> float:
+    """The maximum of `miou_curve`: the mIoU at the one threshold that is best for all the images together.
+
+    The threshold is chosen on the very images it is judged on, as in the thesis, which is optimistic.
+    """
+    return float(miou_curve(maps, masks, thresholds=thresholds, pooled=pooled)[1].max())
+
+
+def area_under_curve(maps, masks, *, thresholds=THRESHOLDS, pooled: bool = False) -> float:
     """The area under `miou_curve`, by the trapezoidal rule; at most 1 for thresholds from 0 to 1."""
-    levels, values = miou_curve(maps, masks, thresholds=thresholds)
+    levels, values = miou_curve(maps, masks, thresholds=thresholds, pooled=pooled)
     return float(np.trapezoid(values, levels))
 
 
-def _iou_at(heat: torch.Tensor, mask: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
-    """(h, w) map, (H, W) mask -> float64 IoU at each of the levels."""
+def _count(heat: torch.Tensor, mask: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    """(h, w) map, (H, W) mask -> (2, T) int64: intersection and union at each of the levels."""
     heat = upsample(heat[None], tuple(mask.shape))[0]
     span = heat.max() - heat.min()
     heat = (heat - heat.min()) / (span if span > 0 else 1)  # a constant map becomes zero, as in HeatMaps.normalized
     below = torch.bucketize(heat, levels)  # how many levels the pixel exceeds
     counts = torch.bincount((2 * below + mask).flatten(), minlength=2 * len(levels) + 2).view(-1, 2)
-    outside, inside = counts.flip(0).cumsum(0).flip(0)[1:].double().unbind(1)  # pixels that exceed each level
-    return inside / (outside + mask.sum())
+    outside, inside = counts.flip(0).cumsum(0).flip(0)[1:].unbind(1)  # pixels that exceed each level
+    return torch.stack([inside, outside + mask.sum()])
 
 
 def _levels(thresholds) -> torch.Tensor:

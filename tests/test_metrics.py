@@ -121,3 +121,37 @@ def test_iou_refuses_what_has_no_answer():
         metrics.iou(mask.astype(float), mask)
     with pytest.raises(ValueError, match="mask 0 is empty"):
         metrics.iou(mask, ~mask)
+
+
+def test_pooled_counts_the_pixels_of_all_images(some):
+    maps, masks = some
+    levels, values = metrics.miou_curve(maps, masks, thresholds=(0.2, 0.6), pooled=True)
+    for level, value in zip(levels, values, strict=True):
+        found = torch.stack([HeatMaps(heat[None], ("word",)).normalized()[0] > level for heat in maps])
+        assert value == pytest.approx(((found & masks).sum() / (found | masks).sum()).item(), abs=1e-7)
+    assert metrics.max_miou(maps, masks, thresholds=(0.2, 0.6), pooled=True) == values.max()
+    area = 0.4 * values.mean()
+    assert metrics.area_under_curve(maps, masks, thresholds=(0.2, 0.6), pooled=True) == pytest.approx(area)
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_the_bootstrap_draws_images(some, pooled):
+    counts = metrics.threshold_counts(*some, thresholds=(0.2, 0.6))
+    drawn = counts.resampled_curves(2000, seed=1, pooled=pooled)
+    assert drawn.shape == (2000, 2)
+    assert (drawn == counts.resampled_curves(2000, seed=1, pooled=pooled)).all()
+    assert (drawn != counts.resampled_curves(2000, seed=2, pooled=pooled)).any()
+    # against numpy's way of drawing with replacement: the same mean and deviation
+    rng = np.random.default_rng(0)
+    naive = []
+    for _ in range(2000):
+        which = rng.integers(6, size=6)
+        inside, union = counts.intersection[which], counts.union[which]
+        naive.append(inside.sum(0) / union.sum(0) if pooled else (inside / union).mean(0))
+    assert drawn.mean(axis=0) == pytest.approx(np.mean(naive, axis=0), abs=0.01)
+    assert drawn.std(axis=0) == pytest.approx(np.std(naive, axis=0), rel=0.1)
+
+
+def test_one_image_has_no_spread(some):
+    counts = metrics.threshold_counts(some[0][:1], some[1][:1])
+    assert (counts.resampled_curves(10) == counts.curve()).all()
