@@ -3,6 +3,8 @@
 from . import metrics as metrics
 from .heatmaps import HeatMaps as HeatMaps
 from .linear import LinearMap as LinearMap
+from .optimize import optimize_token as optimize_token
+from .optimized import OptimizedToken as OptimizedToken
 from .pipeline import load_pipeline as load_pipeline
 from .real import trace_image as trace_image
 from .record import AttentionRecord as AttentionRecord

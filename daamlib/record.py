@@ -70,12 +70,12 @@ class AttentionRecord:
         the softmax is over the whole context, as while generating; without, over the text's own tokens (as OVAM).
         Returns (m, H, W) maps of start token ... end token. Raises ValueError with `store="linear"`.
         """
-        embeddings = self._embeddings(text, padding)
+        embeddings = self.text_embeddings(text, padding=padding)
         return self._rows(self.daam_from(embeddings), embeddings)
 
     def ldaam(self, text: str | None = None) -> HeatMaps:
         """Linear DAAM: the same sums without the softmax, so every token's map is its own (thesis: LD(x))."""
-        embeddings = self._embeddings(text, padding=False)
+        embeddings = self.text_embeddings(text, padding=False)
         return self._rows(self.ldaam_from(embeddings), embeddings)
 
     def daam_from(self, embeddings: torch.Tensor | TokenEmbeddings, *, max_bytes: int = MAX_BYTES) -> HeatMaps:
@@ -141,7 +141,8 @@ class AttentionRecord:
         """
         return files.load(Path(path), pipe)
 
-    def _embeddings(self, text: str | None, padding: bool) -> TokenEmbeddings:
+    def text_embeddings(self, text: str | None = None, *, padding: bool = True) -> TokenEmbeddings:
+        """The embeddings of the prompt (`text=None`), which need no pipeline, or of any other text (`encode`)."""
         if text is not None:
             return self.encode(text, padding=padding)
         prompt, rows = self.prompt_embeddings, self.prompt_embeddings.length

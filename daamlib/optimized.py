@@ -1,0 +1,124 @@
+"""Optimised tokens: what `optimize_token` returns, and how it is kept on disk."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .heatmaps import HeatMaps
+from .record import AttentionRecord
+from .text import Word
+
+FORMAT = "daamlib-token-1"
+
+
+@dataclass(frozen=True, eq=False)
+class OptimizedToken:
+    """Text embeddings fitted to masks, which read any image of the same model (thesis: x-hat, X-hat').
+
+    embedding: (m, d_text) float32. LDAAM: one row a word (and one of the background, if asked for). DAAM: the whole
+    text. words: the names of the K maps. rows: K tuples, the rows of `embedding` averaged to each word's map.
+    scale, bias: K numbers; sigmoid(scale * map + bias) is the calibrated probability.
+    losses: the objective at every evaluation. gradient_norm: of the objective where it stopped, for steps as long as
+    the initial token. seconds: of the optimisation alone.
+    info: what made it (model, prompts, text, loss, optimiser, weight decay, seed ...), JSON's own types.
+    """
+
+    embedding: torch.Tensor
+    method: str
+    words: tuple[str, ...]
+    rows: tuple[tuple[int, ...], ...]
+    scale: tuple[float, ...]
+    bias: tuple[float, ...]
+    losses: tuple[float, ...]
+    gradient_norm: float
+    seconds: float
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+    def maps(self, record: AttentionRecord) -> HeatMaps:
+        """The K maps of another image of the same model, (K, H, W), looked up by word.
+
+        Raises ValueError if the record is of a model with other cross-attention keys.
+        """
+        _require_keys_like(self.info.get("keys"), record)
+        maps = record.ldaam_from(self.embedding) if self.method == "ldaam" else record.daam_from(self.embedding)
+        values = torch.stack([maps.values[list(rows)].mean(dim=0) for rows in self.rows])
+        return named_maps(values, self.words)
+
+    def probabilities(self, record: AttentionRecord) -> torch.Tensor:
+        """(K, H, W) in [0, 1]: the maps through the scale and the bias that were learned with the token."""
+        scale, bias = (torch.tensor(numbers).view(-1, 1, 1) for numbers in (self.scale, self.bias))
+        values = self.maps(record).values
+        return torch.sigmoid(scale.to(values) * values + bias.to(values))
+
+    def save(self, path: str | Path) -> None:
+        """Write one `.safetensors` file, all but the embedding as JSON in its header, whole or not at all."""
+        path = Path(path)
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "embedding"}
+        header = json.dumps({"format": FORMAT, **fields})
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            embedding = self.embedding.detach().cpu().contiguous().clone()
+            save_file({"embedding": embedding}, temporary, metadata={"daamlib": header})
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "OptimizedToken":
+        """Read a saved token. Raises FileNotFoundError, or ValueError if the file is none or is damaged."""
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no optimised token at {path}")
+        try:
+            with safe_open(path, "pt") as file:
+                header = json.loads((file.metadata() or {})["daamlib"])
+                embedding = file.get_tensor("embedding")
+            if header.pop("format") != FORMAT:
+                raise ValueError(f"its format is not {FORMAT!r}")
+            for name in ("words", "scale", "bias", "losses"):
+                header[name] = tuple(header[name])
+            header["rows"] = tuple(tuple(rows) for rows in header["rows"])
+            token = cls(embedding, **header)
+            count = len(token.words)
+            if embedding.ndim != 2 or not len(token.rows) == len(token.scale) == len(token.bias) == count > 0:
+                raise ValueError(f"its parts do not fit: embedding {tuple(embedding.shape)}, words {token.words}")
+            if max(max(rows) for rows in token.rows) >= len(embedding):
+                raise ValueError(f"its rows {token.rows} are not those of {len(embedding)} embeddings")
+        except (SafetensorError, LookupError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{path} is not a readable optimised token, or is damaged: {error}") from error
+        return token
+
+    def __repr__(self) -> str:
+        last = f"{self.losses[-1]:.4g}" if self.losses else "none"
+        return (
+            f"OptimizedToken({list(self.words)}, {self.method}, {tuple(self.embedding.shape)}, loss {last}, "
+            f"gradient norm {self.gradient_norm:.1e})"
+        )
+
+
+def named_maps(values: torch.Tensor, words: tuple[str, ...]) -> HeatMaps:
+    """(K, H, W) maps that are looked up by `words`, one row each."""
+    return HeatMaps(values, words, tuple(Word(word, row, row + 1) for row, word in enumerate(words)))
+
+
+def key_norms(record: AttentionRecord) -> list[float]:
+    """The norm of every layer's key weights: what tells models apart, and half precision changes by far less."""
+    return [float(layer.key_weight.float().norm()) for layer in record.layers]
+
+
+def _require_keys_like(norms: list[float] | None, record: AttentionRecord) -> None:
+    found = key_norms(record)
+    if norms is not None and (
+        len(norms) != len(found) or any(abs(a - b) > 0.01 * a for a, b in zip(norms, found, strict=True))
+    ):
+        raise ValueError(
+            "the token was optimised on another model than this record's (their cross-attention keys differ): "
+            "optimise one for this model, with the same LoRA"
+        )
