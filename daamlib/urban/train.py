@@ -80,7 +80,7 @@ class Job:
                 self.optimizer.load_state_dict(state["optimizer"])
         self.forward = self.module
         if self.world > 1:
-            self.forward = torch.nn.parallel.DistributedDataParallel(self.module)
+            self.forward = torch.nn.parallel.DistributedDataParallel(self.module, gradient_as_bucket_view=True)
         self.started = self.saved = self.logged = time.monotonic()
         self.first = self.samples
 
