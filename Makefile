@@ -6,7 +6,7 @@
 # make clean        remove the environment and caches (papermill_runs/ stays)
 #
 # Every target makes or updates .venv first when pyproject.toml or constraints.txt are newer than it.
-# Choices for reproduce: MODEL= DEVICE= STEPS= N_IMAGES= SEED= NOTEBOOKS="00 04"
+# Choices for reproduce: MODEL= DEVICE= STEPS= N_IMAGES= SEED= NOTEBOOKS="00 04"; for notebooks: NOTEBOOKS="00 04"
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -22,6 +22,9 @@ NBVAL_FLAGS := --nbval --nbval-current-env --nbval-cell-timeout 600 --nbval-sani
 
 # What is stored and tested must never reach for a model on the hub; `make reproduce MODEL=...` may.
 OFFLINE := HF_HUB_OFFLINE=1
+
+# The files that `make notebooks` runs, by their numbers
+CHOSEN = $(if $(NOTEBOOKS),$(foreach n,$(NOTEBOOKS),$(wildcard notebooks/$(n)_*.ipynb)),$(wildcard notebooks/[0-9]*.ipynb))
 
 .PHONY: reproduce test lab notebooks constraints clean
 
@@ -42,7 +45,8 @@ lab: $(STAMP)
 
 notebooks: $(STAMP)
 	$(OFFLINE) CI=true $(PY) -m nbconvert --to notebook --execute --inplace \
-	  --ExecutePreprocessor.record_timing=False notebooks/[0-9]*.ipynb
+	  --ExecutePreprocessor.record_timing=False $(CHOSEN)
+	$(PY) notebooks/shrink_pictures.py $(CHOSEN)
 
 $(STAMP): pyproject.toml constraints.txt
 	@test -x $(PY) || test -n "$(PYTHON)" || { echo "daamlib needs Python 3.11 or newer, as python3.11 or python3 on the PATH;" \

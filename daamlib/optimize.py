@@ -98,7 +98,7 @@ def optimize_token(
         gradient_norm=gradient,
         seconds=time.perf_counter() - started,
         info={
-            "model": getattr(records[0].pipe, "name_or_path", None),
+            "model": str(getattr(records[0].pipe, "name_or_path", None)),  # it may be a Path
             "keys": key_norms(records[0]),
             "prompts": [record.prompt for record in records],
             "text": text,

@@ -2,6 +2,9 @@
 
 import json
 import math
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -251,6 +254,13 @@ def test_a_token_survives_the_disk(records, masks, tmp_path):
         assert loaded.info["prompts"] == [PROMPT] * 3
 
 
+def test_a_model_loaded_from_a_path_object(records, masks, tmp_path):
+    named = [replace(record, pipe=SimpleNamespace(name_or_path=Path("some/folder"))) for record in records]
+    token = optimize_token(named, masks, iterations=1)
+    token.save(tmp_path / "car.safetensors")
+    assert OptimizedToken.load(tmp_path / "car.safetensors").info["model"] == "some/folder"
+
+
 def test_a_file_that_is_no_token(records, masks, tmp_path):
     path = tmp_path / "token.safetensors"
     with pytest.raises(FileNotFoundError, match="no optimised token at"):
@@ -330,8 +340,6 @@ def test_bad_input(records, masks, case):
 
 
 def test_maps_that_are_not_numbers(records, masks):
-    from dataclasses import replace
-
     layer = records[0].layers[0]
     broken = replace(layer, queries=layer.queries * float("nan"))
     record = replace(records[0], layers=(broken, *records[0].layers[1:]))
