@@ -43,6 +43,7 @@ CLASSES = (
     "car",
 )
 IDS = np.array([BY_NAME[name].id for name in CLASSES], np.uint8)  # channel -> Cityscapes id
+SCALES = (1.0, 1.25)  # the image is seen at both sizes: what is two pixels wide is found better enlarged
 LEAST_SIDE = 32  # px: below it the strided convolutions of the attention have nothing to stand on
 
 _UNKNOWN = 255
@@ -235,9 +236,16 @@ def annotate(model, images: np.ndarray | Sequence[Image.Image], *, batch: int = 
     maps = np.empty(images.shape[:3], np.uint8)
     for start in range(0, len(images), batch):
         pixels = to_tensor(images[start : start + batch], images.shape[2]).to(model.device)
-        logits = F.interpolate(model(pixels).logits.float(), images.shape[1:3], mode="bilinear", align_corners=False)
+        logits = sum(_logits(model, pixels, scale) for scale in SCALES)
         maps[start : start + batch] = ids[logits.argmax(1).cpu().numpy()]
     return maps
+
+
+def _logits(model, pixels: torch.Tensor, scale: float) -> torch.Tensor:
+    """(B, 3, H, W) -> (B, C, H, W) logits of the pixels enlarged by `scale`."""
+    size = [round(side * scale) for side in pixels.shape[-2:]]
+    logits = model(F.interpolate(pixels, size, mode="bilinear", align_corners=False)).logits
+    return F.interpolate(logits.float(), pixels.shape[-2:], mode="bilinear", align_corners=False)
 
 
 def count_pixels(truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
