@@ -1,0 +1,91 @@
+"""One dataset of images with label maps, as it lies in its folder."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from . import _dataset_folder as files
+from .record import AttentionRecord
+from .urban.labels import BY_NAME
+
+CLASSES = ("car", "person", "traffic light", "rider")  # the thesis' four
+# As for `daamlib.urban.evaluate`, 2 % of an image of the bundled model: the things of rendered scenes are larger,
+# what a label map has by mistake is smaller.
+MIN_PIXELS = 328
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Images of a folder, by their index in the manifest; each is read when asked for.
+
+    manifest: one row an image: index (also the row's name), file, prompt, seed, model, weights, scheduler, steps,
+    guidance, and the versions of torch, diffusers, transformers and daamlib. That of one shard has its images alone.
+    """
+
+    folder: Path
+    manifest: pd.DataFrame
+
+    def __len__(self) -> int:
+        return len(self.manifest)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What dataset.json says: how the images were made, and in `labels` where the label maps come from."""
+        return files.read_settings(self.folder)
+
+    def image(self, i: int) -> Image.Image:
+        """Image `i`, RGB. Raises IndexError for an index that is not in the manifest."""
+        return Image.fromarray(files.read_png(self._path("images", i)))
+
+    def labels(self, i: int) -> np.ndarray:
+        """(H, W) uint8 Cityscapes ids of image `i`. Raises IndexError, or ValueError where it has no label map."""
+        path = self._path("labels", i)
+        if not path.is_file():
+            raise ValueError(f"image {i} of {self.folder} has no label map: make it with add_labels or import_masks")
+        return files.read_png(path)
+
+    def mask(self, i: int, name: str) -> np.ndarray:
+        """(H, W) bool: where image `i` shows the class. Raises ValueError for a name that is no Cityscapes label."""
+        return self.labels(i) == label_id(name)
+
+    def with_class(self, name: str, min_pixels: int = MIN_PIXELS, *, in_prompt: bool = True) -> list[int]:
+        """The images whose label map has the class, `min_pixels` of it or more.
+
+        in_prompt: of generated images only those whose prompt has the class' name as well. Images without a label map
+        are left out; ValueError if no image has one, or for a name that is no Cityscapes label.
+        """
+        found = label_id(name)
+        labelled = [i for i in self.manifest.index if self._path("labels", i).is_file()]
+        if not labelled:
+            raise ValueError(f"{self.folder} has no label maps: make them with add_labels or import_masks")
+        if in_prompt and self.settings["kind"] == "generated":
+            labelled = [i for i in labelled if re.search(rf"\b{re.escape(name)}\b", self.manifest.prompt[i])]
+        return [int(i) for i in labelled if (self.labels(i) == found).sum() >= min_pixels]
+
+    def record(self, i: int, pipe: Any = None) -> AttentionRecord:
+        """The attention record of image `i`, of the steps that were kept; `pipe` lets it embed further texts.
+
+        Its DAAM and LDAAM are sums over those steps. Raises IndexError; ValueError if the images were made without
+        `keep_steps`, or by another model than `pipe`.
+        """
+        path = self._path("records", i)
+        if not path.is_file():
+            raise ValueError(f"no record was kept of image {i} of {self.folder}: generate with keep_steps > 0")
+        return AttentionRecord.load(path, pipe=pipe)
+
+    def _path(self, part: str, i: int) -> Path:
+        if i not in self.manifest.index:
+            raise IndexError(f"no image {i!r}: this dataset has {len(self)}, see the index of its manifest")
+        return self.folder / files.file_name(part, i)
+
+
+def label_id(name: str) -> int:
+    """The Cityscapes id of a class. Raises ValueError for a name that is none, or has none in uint8."""
+    if name not in BY_NAME or BY_NAME[name].id < 0:
+        raise ValueError(f"{name!r} is no Cityscapes label of a pixel: expected one such as {CLASSES}")
+    return BY_NAME[name].id
