@@ -67,11 +67,14 @@ def to_tensor(images: np.ndarray, size: int = SIZE) -> torch.Tensor:
 
 @torch.no_grad()
 def encode_latents(vae, scenes: Scenes, path: Path, *, size: int, device: str, batch: int = 64) -> np.ndarray:
-    """The scenes' latent means (n, 4, size/4, size/4) float16, written to `path` unless all are there."""
-    if not path.exists() or len(np.load(path, mmap_mode="r")) < len(scenes.captions):
+    """The scenes' latent means (n, 4, size/4, size/4) float16, in `path`; only what it lacks is encoded."""
+    shape = (vae.config.latent_channels, size // 4, size // 4)
+    done = np.load(path) if path.exists() else np.empty((0, *shape), np.float16)
+    if len(done) < len(scenes.captions):
         vae = vae.to(device).eval()
-        latents = np.empty((len(scenes.captions), vae.config.latent_channels, size // 4, size // 4), np.float16)
-        for start in tqdm(range(0, len(latents), batch), desc=f"latents {size} px", mininterval=10):
+        latents = np.empty((len(scenes.captions), *shape), np.float16)
+        latents[: len(done)] = done
+        for start in tqdm(range(len(done), len(latents), batch), desc=f"latents {size} px", mininterval=10):
             pixels = to_tensor(scenes.images[start : start + batch], size).to(device)
             mean = vae.encode(pixels).latent_dist.mean
             latents[start : start + batch] = mean.float().cpu().numpy()
