@@ -1,5 +1,6 @@
 """What a headless run leaves behind besides the notebooks: metrics.json, environment.json and summary.md."""
 
+import base64
 import importlib.metadata
 import json
 import os
@@ -10,6 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import nbformat
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -54,13 +57,40 @@ def _git(*arguments: str) -> str | None:
 def write_reports(run_dir: Path, parameters: Mapping, results: Sequence[Result], machine: Mapping) -> None:
     """Write the metrics of all notebooks, the environment and the summary into ``run_dir``."""
     metrics = {result.name: result.metrics for result in results if result.metrics}
+    pages = [page for result in results if (page := _tables_and_figures(run_dir, result.name))]
     for name, content in {"environment": machine, "metrics": metrics}.items():
         (run_dir / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    summary = _summary(run_dir.name, parameters, results, machine)
+    summary = _summary(run_dir.name, parameters, results, machine, pages)
     (run_dir / "summary.md").write_text(summary, encoding="utf-8")
 
 
-def _summary(name: str, parameters: Mapping, results: Sequence[Result], machine: Mapping) -> str:
+def _tables_and_figures(run_dir: Path, name: str) -> str:
+    """The tables (HTML, as pandas shows them) and figures of an executed notebook, each under its last heading.
+
+    The figures are written as PNG files beside the notebook's metrics.
+    """
+    executed, parts, heading, count = run_dir / f"{name}.ipynb", [], "", 0
+    for cell in nbformat.read(executed, as_version=4).cells if executed.is_file() else []:
+        if cell.cell_type == "markdown":
+            headings = re.findall(r"^#+ (.*)$", cell.source, re.MULTILINE)
+            heading = f"**{headings[-1]}**" if headings else heading
+        for output in cell.get("outputs", []):
+            data, shown = output.get("data", {}), None
+            if "image/png" in data:
+                count += 1
+                figure = run_dir / name / f"figure-{count:02d}.png"
+                figure.write_bytes(base64.b64decode(data["image/png"]))
+                shown = f"![{name}, figure {count}]({name}/{figure.name})"
+            elif "<table" in data.get("text/html", ""):
+                shown = re.sub(r"<style.*?</style>", "", data["text/html"], flags=re.DOTALL)
+                shown = re.sub(r"\n\s*", "\n", shown).strip()  # indented lines would be code in Markdown
+            if shown:
+                parts += [heading] * (heading != "") + [shown]
+                heading = ""
+    return "\n\n".join([f"### {name}", *parts]) if parts else ""
+
+
+def _summary(name: str, parameters: Mapping, results: Sequence[Result], machine: Mapping, pages: Sequence[str]) -> str:
     links = [r.name if r.state == "not run" else f"[{r.name}]({r.name}.ipynb)" for r in results]
     notebooks = [(link, r.state, f"{r.seconds:.1f}", r.error) for link, r in zip(links, results, strict=True)]
     metrics = [(r.name, key, value) for r in results for key, value in flat(r.metrics)]
@@ -69,6 +99,8 @@ def _summary(name: str, parameters: Mapping, results: Sequence[Result], machine:
         _table(("notebook", "state", "seconds", "error"), notebooks),
         "## Metrics",
         _table(("notebook", "metric", "value"), metrics),
+        "## Tables and figures",
+        *(pages or ["none"]),
         "## Parameters given (all others: the notebooks' own values)",
         _table(("parameter", "value"), [(key, repr(value)) for key, value in parameters.items()]),
         "## Environment",

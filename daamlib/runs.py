@@ -1,5 +1,7 @@
 """Run the notebooks headless and gather what they measured: ``python -m daamlib.runs``.
 
+``python -m daamlib.runs compare A B`` says which metrics of two runs differ.
+
 Every run writes one folder, ``papermill_runs/<UTC time>-<model>/``: the executed notebooks, a folder of
 outputs for each with its ``metrics.json``, the metrics of all of them, the environment, and a ``summary.md``.
 """
@@ -24,6 +26,7 @@ from jupyter_client.kernelspec import NATIVE_KERNEL_NAME, KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from papermill.exceptions import PapermillException, PapermillExecutionError
 
+from daamlib import _compare
 from daamlib._report import ROOT, Result, environment, flat, write_reports
 
 
@@ -173,7 +176,10 @@ def _value(text: str) -> Any:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m daamlib.runs", description="Run the notebooks headless.")
+    parser = argparse.ArgumentParser(
+        prog="python -m daamlib.runs",
+        description="Run the notebooks headless. (`compare A B` instead: which metrics of two runs differ.)",
+    )
     parser.add_argument("notebooks", nargs="*", metavar="NN", help="numbers of notebooks (default: all)")
     parser.add_argument("--model", help="id or folder of a diffusers pipeline (default: the bundled model)")
     parser.add_argument("--device", help="such as cpu, cuda, cuda:1, mps")
@@ -214,6 +220,9 @@ def _new_run_dir(runs_dir: Path, model: str | None) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return 0 where all notebooks passed, 1 where one failed, 2 for a wrong choice."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["compare"]:
+        return _compare.main(argv[1:])
     arguments = _parser().parse_args(argv)
     try:
         parameters = _parameters(arguments)

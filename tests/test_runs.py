@@ -154,3 +154,65 @@ def test_other_metrics_are_refused_and_the_old_file_stays(tmp_path, bad):
     with pytest.raises(ValueError, match=r"metrics\['bad'\]"):
         write_metrics(tmp_path, {"bad": bad})
     assert json.loads((tmp_path / "metrics.json").read_text()) == {"old": 1}
+
+
+FIGURE = """import matplotlib.pyplot as plt
+plt.plot([1, 2])
+plt.show()"""
+TABLE = """import pandas as pd
+pd.DataFrame({"DAAM": [53.2], "LDAAM": [38.3]})"""
+
+
+def test_the_summary_shows_tables_and_figures(tmp_path, launch):
+    write_notebook(tmp_path / "notebooks/00_one.ipynb", FIGURE, TABLE, METRICS)
+    code, run_dir = launch()
+    assert code == 0
+    summary = (run_dir / "summary.md").read_text()
+    shown = summary.split("## Tables and figures")[1].split("## Parameters")[0]
+    assert "### 00_one\n\n**Title**\n\n![00_one, figure 1](00_one/figure-01.png)" in shown
+    assert (run_dir / "00_one/figure-01.png").read_bytes().startswith(b"\x89PNG")
+    assert "<td>53.2</td>" in shown and "<style" not in shown
+    assert not any(line.startswith(" ") for line in shown.splitlines())
+
+
+def write_run(folder, metrics):
+    folder.mkdir()
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    return str(folder)
+
+
+def test_two_runs_are_compared(tmp_path, capsys):
+    first = {"miou": 50.0, "deep": {"auc": 20.0, "seconds": 1.0}, "only": 1, "verdict": "holds", "none": 0.0}
+    second = {"miou": 50.4, "deep": {"auc": 25.0, "seconds": 9.0}, "verdict": "does not hold", "none": 1e-9, "new": 2}
+    a, b = write_run(tmp_path / "a", {"06": first}), write_run(tmp_path / "b", {"06": second})
+    assert main(["compare", a, b]) == 1
+    assert capsys.readouterr().out.splitlines() == [
+        "06.deep.auc: 20.0 and 25.0, 20.00% apart (tolerance 1.00%)",
+        "06.only: 1 and nothing",
+        "06.verdict: 'holds' and 'does not hold'",
+        "06.new: nothing and 2",
+        "4 of 7 metrics differ by more than their tolerance",
+    ]
+    assert main(["compare", a, a]) == 0
+    assert main(["compare", a, b, "-t", "auc=0.3", "-t", "miou=0.001"]) == 1
+    out = capsys.readouterr().out
+    assert "deep.auc" not in out and "06.miou: 50.0 and 50.4, 0.79% apart (tolerance 0.10%)" in out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["a", "nowhere"], "no metrics of a run in"),
+        (["a", "a", "-t", "auc"], "expected PATTERN=NUMBER, got 'auc'"),
+        (["a", "a", "-t", "(=0.1"], "expected PATTERN=NUMBER"),
+        (["a", "a", "-t", "auc=-1"], "the number 0 or more"),
+        (["a"], "required: second"),
+    ],
+)
+def test_a_wrong_comparison(tmp_path, monkeypatch, capsys, arguments, message):
+    write_run(tmp_path / "a", {})
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(["compare", *arguments])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
