@@ -40,7 +40,7 @@ def optimize_token(
     optimizer: str = "lbfgs",
     iterations: int | None = None,
     lr: float | None = None,
-    weight_decay: float = 1e-3,
+    weight_decay: float = 1e-5,
     seed: int = 0,
     max_bytes: int = MAX_BYTES,
 ) -> OptimizedToken:
@@ -132,8 +132,9 @@ class _Fit:
             self.centre = maps.mean(dim=1, keepdim=True)
         frequency = problem.targets.mean(dim=1, keepdim=True)
         self.bias = torch.log(frequency / (1 - frequency)).requires_grad_()
-        # LDAAM is linear in the embedding, which holds the scale already
-        self.scale = torch.ones_like(self.bias).requires_grad_(problem.matrix is None)
+        # Its logarithm: a negative scale would turn the map over, and where the class is would be dark. LDAAM is
+        # linear in the embedding, which holds the scale already.
+        self.log_scale = torch.zeros_like(self.bias).requires_grad_(problem.matrix is None)
         self.length = self.start.square().mean().sqrt()  # of one number of the start
         self.basis: torch.Tensor = self.length
         self.v = torch.zeros_like(self.start, requires_grad=True)
@@ -147,11 +148,20 @@ class _Fit:
         centre = self.centre
         if self.problem.matrix is not None:  # the mean map moves with the token; taken out, it does not fight the bias
             centre = maps.mean(dim=1, keepdim=True)
-        logits = self.scale * (maps - centre) / self.unit + self.bias
+        logits = self.log_scale.exp() * (maps - centre) / self.unit + self.bias
         return self.loss(maps, logits) + self.decay * (embedding - self.start).square().sum()
 
-    def parameters(self) -> list[torch.Tensor]:
-        return [p for p in (self.v, self.scale, self.bias) if p.requires_grad]
+    def phases(self, iterations: int) -> list[tuple[list[torch.Tensor], int]]:
+        """The parameters to move, v first, and for how many iterations.
+
+        The scale of DAAM is held for the first half: of a map that starts upside down it would only fall to zero,
+        where the embedding has no gradient any more.
+        """
+        if not self.log_scale.requires_grad:
+            return [([self.v, self.bias], iterations)]
+        first = (iterations + 1) // 2
+        both = [([self.v, self.bias], first), ([self.v, self.bias, self.log_scale], iterations - first)]
+        return [phase for phase in both if phase[1]]
 
     def curvature(self) -> torch.Tensor:
         """(d, d): an upper bound of the Hessian of the binary cross-entropy in one LDAAM token."""
@@ -165,39 +175,41 @@ class _Fit:
             jitter = 1e-10 * curvature.diagonal().mean()  # without weight decay the rows may not span the space
             factor = torch.linalg.cholesky(curvature + jitter * torch.eye(len(curvature)).to(curvature))
             self.basis = torch.linalg.inv(factor)  # x - x_0 = L^-T v, as rows: v @ L^-1
-        solver = torch.optim.LBFGS(
-            self.parameters(),
-            max_iter=iterations,
-            history_size=30,
-            tolerance_grad=1e-9,
-            tolerance_change=1e-13,
-            line_search_fn="strong_wolfe",
-        )
-        losses = []
+        losses: list[float] = []
+        for parameters, count in self.phases(iterations):
+            solver = torch.optim.LBFGS(
+                parameters,
+                max_iter=count,
+                history_size=30,
+                tolerance_grad=1e-9,
+                tolerance_change=1e-13,
+                line_search_fn="strong_wolfe",
+            )
 
-        def closure() -> torch.Tensor:
-            solver.zero_grad()
-            value = self.objective(self.embedding())
-            value.backward()
-            losses.append(value.item())
-            return value
+            def closure(solver=solver) -> torch.Tensor:
+                solver.zero_grad()
+                value = self.objective(self.embedding())
+                value.backward()
+                losses.append(value.item())
+                return value
 
-        solver.step(closure)
+            solver.step(closure)
         return losses
 
     def sgd(self, iterations: int, lr: float | None) -> list[float]:
         if lr is None:
             linear = self.problem.matrix is not None
             lr = 1 / (torch.linalg.eigvalsh(self.curvature())[-1] * self.length**2).item() if linear else DAAM_LR
-        calibration = [p for p in (self.scale, self.bias) if p.requires_grad]  # of standardised maps: curvature 1/4
-        solver = torch.optim.SGD([{"params": [self.v], "lr": lr}, {"params": calibration, "lr": 1.0}])
         losses = []
-        for _ in range(iterations):
-            solver.zero_grad()
-            value = self.objective(self.embedding())
-            value.backward()
-            solver.step()
-            losses.append(value.item())
+        for (v, *calibration), count in self.phases(iterations):
+            # of standardised maps, whose curvature is at most 1/4
+            solver = torch.optim.SGD([{"params": [v], "lr": lr}, {"params": calibration, "lr": 1.0}])
+            for _ in range(count):
+                solver.zero_grad()
+                value = self.objective(self.embedding())
+                value.backward()
+                solver.step()
+                losses.append(value.item())
         return losses
 
     def result(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float, float]:
@@ -209,7 +221,7 @@ class _Fit:
             centre = self.centre
             if self.problem.matrix is not None:
                 centre = self.problem.maps(embedding).mean(dim=1, keepdim=True)
-            scale = self.scale / self.unit
+            scale = self.log_scale.exp() / self.unit
             bias = self.bias - scale * centre
         norm = (gradient.norm() * self.start.norm()).item()
         return embedding.detach(), scale.flatten(), bias.flatten(), value.item(), norm

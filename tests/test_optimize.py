@@ -209,6 +209,18 @@ def test_without_a_word_daam_takes_the_one_whose_map_follows_the_mask(records):
     assert token.rows == (tuple(range(tree.start, tree.stop)),)
 
 
+@pytest.mark.parametrize("method", ["ldaam", "daam"])
+def test_a_map_that_starts_upside_down_is_not_left_so(records, method):
+    """A negative scale would fit a dark hole where the class is; the map itself has to turn."""
+    plain = [(r.ldaam("car") if method == "ldaam" else r.daam_from(r.encode(PROMPT)))["car"] for r in records]
+    masks = [upsample((heat < heat.quantile(0.3))[None].float(), (32, 48))[0] > 0.5 for heat in plain]
+    token = optimize_token(records, masks, word="car", method=method, iterations=100)
+    assert token.scale[0] > 0
+    targets = at_grid([mask.numpy() for mask in masks]).flatten()
+    found = torch.cat([token.maps(record)["car"].flatten() for record in records])
+    assert found[targets].mean() > found[~targets].mean()
+
+
 def test_the_memory_budget_does_not_change_the_result(records, masks):
     options = {"method": "daam", "word": "car", "iterations": 5}
     small = optimize_token(records, masks, max_bytes=10_000, **options)
