@@ -1,0 +1,14 @@
+"""Widgets for notebooks: look for a word's map by hand, and draw masks by hand.
+
+    explorer = explore(record, image, mask)                           # turn the knobs ...
+    explorer.state, explorer.result.mask                              # ... and go on with what was found
+    annotate(images, ["car", "person"], "masks")                      # draw ...
+    datasets.import_masks(dataset, "masks/labels")                    # ... and use the masks as labels
+
+Each is a view of a model without any view (`_reading`, `_session`), which tests and scripts can use alone.
+"""
+
+from .annotator import Annotator as Annotator
+from .annotator import annotate as annotate
+from .explorer import Explorer as Explorer
+from .explorer import explore as explore

@@ -1,0 +1,104 @@
+"""The explorer's pictures: arrays in, PNG and SVG inside HTML out.
+
+HTML rather than ipywidgets' Image, which has no text for those who cannot see it.
+"""
+
+import base64
+import functools
+import html
+import io
+
+import matplotlib
+import numpy as np
+from PIL import Image
+from skimage.segmentation import find_boundaries
+
+# perceptually uniform, each of them; a rainbow shows edges where there are none
+COLOUR_MAPS = ("magma", "viridis", "inferno", "plasma", "cividis")
+TRUTH = (0, 255, 255)  # the outline of the true mask, as in daamlib.plots
+WIDTH = 220  # of a picture, in CSS pixels
+CAPTION = "line-height:1.4;padding-top:2px"
+
+
+def rgb(image) -> np.ndarray:
+    """(H, W, 3) uint8 of a PIL image or an array. Raises TypeError or ValueError for what is none."""
+    if isinstance(image, Image.Image):
+        image = image.convert("RGB")
+    elif not isinstance(image, np.ndarray):
+        raise TypeError(f"expected a PIL image or an (H, W, 3) uint8 array, got {type(image).__name__}")
+    pixels = np.array(image)
+    if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8 or not pixels.size:
+        raise ValueError(f"expected an (H, W, 3) uint8 image, got {pixels.shape} {pixels.dtype}")
+    return pixels
+
+
+@functools.cache
+def colours(name: str) -> np.ndarray:
+    """(256, 3) float32 in 0 ... 255: the colour map."""
+    return (255 * matplotlib.colormaps[name](np.linspace(0, 1, 256))[:, :3]).astype(np.float32)
+
+
+def overlay(image: np.ndarray, heat: np.ndarray, opacity: float, colour_map: str) -> np.ndarray:
+    """(H, W, 3) uint8: the (H, W) map in [0, 1], in colours, over the image."""
+    coloured = colours(colour_map)[np.rint(255 * heat).astype(np.uint8)]
+    return np.rint((1 - opacity) * image + opacity * coloured).astype(np.uint8)
+
+
+def cut_out(image: np.ndarray, mask: np.ndarray, truth: np.ndarray | None = None) -> np.ndarray:
+    """(H, W, 3) uint8: the image inside the mask, nearly black outside, and the outline of the true mask."""
+    pixels = np.where(mask[..., None], image, image // 6)
+    if truth is not None:
+        pixels[find_boundaries(truth, mode="inner")] = TRUTH
+    return pixels
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """PNG of (H, W, 3) uint8 pixels, compressed for speed."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def figure(pixels: np.ndarray, alt: str, caption: str) -> str:
+    """A picture with its text and caption as HTML."""
+    data = base64.b64encode(png(pixels)).decode("ascii")
+    return (
+        f'<figure style="margin:0;width:{WIDTH}px"><img alt="{html.escape(alt)}" '
+        f'src="data:image/png;base64,{data}" style="width:{WIDTH}px;display:block">'
+        f'<figcaption style="{CAPTION}">{html.escape(caption)}</figcaption></figure>'
+    )
+
+
+def curve_figure(thresholds: np.ndarray, values: np.ndarray, threshold: float, iou: float) -> str:
+    """The IoU over thresholds as inline SVG, with a point where the slider stands.
+
+    By hand: matplotlib takes longer for it than the model for a word. Text and axes have the notebook's own colour.
+    """
+    left, top, right, bottom = 30, 8, WIDTH - 8, WIDTH - 32
+
+    def x(value: float) -> float:
+        return left + (right - left) * value
+
+    def y(value: float) -> float:
+        return bottom - (bottom - top) * value
+
+    line = " ".join(f"{x(t):.1f},{y(v):.1f}" for t, v in zip(thresholds, values, strict=True))
+    ticks = "".join(
+        f'<path d="M{x(0)} {y(v):.1f}H{right}" stroke="currentColor" stroke-opacity=".15"/>'
+        f'<text x="{left - 4}" y="{y(v) + 3.5:.1f}" text-anchor="end">{v:g}</text>'
+        f'<text x="{x(v):.1f}" y="{bottom + 13}" text-anchor="middle">{v:g}</text>'
+        for v in (0, 0.5, 1)
+    )
+    best = int(np.argmax(values))
+    caption = f"best IoU {values[best]:.3f} at {thresholds[best]:.2f}"
+    return (
+        f'<figure style="margin:0;width:{WIDTH}px"><svg role="img" width="{WIDTH}" height="{WIDTH}" '
+        f'aria-label="IoU over the threshold; {iou:.3f} at {threshold:.2f}; {caption}" '
+        'fill="currentColor" font-size="10" style="display:block">'
+        f'{ticks}<path d="M{left} {top}V{bottom}H{right}" fill="none" stroke="currentColor"/>'
+        f'<polyline points="{line}" fill="none" stroke="#3b7dd8" stroke-width="1.8"/>'
+        f'<circle cx="{x(threshold):.1f}" cy="{y(iou):.1f}" r="4.5" fill="#d8483b"/>'
+        f'<text x="{(left + right) / 2}" y="{bottom + 27}" text-anchor="middle">threshold</text>'
+        f'<text x="{left + 5}" y="{top + 14}">IoU</text></svg>'
+        f'<figcaption style="{CAPTION}">{caption}</figcaption></figure>'
+    )

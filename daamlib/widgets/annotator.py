@@ -1,0 +1,99 @@
+"""The annotator: draw masks with brush, polygon, fill and scribbles that grow; every stroke is on disk at once."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import anywidget
+import numpy as np
+import traitlets
+
+from .._dataset import Dataset
+from ..urban.labels import BY_ID
+from ._pictures import png
+from ._reading import EXPECTED
+from ._session import AnnotationSession
+
+HERE = Path(__file__).parent
+
+
+class Annotator(anywidget.AnyWidget):
+    """What `annotate` returns: a view of an `AnnotationSession`, which holds all that is drawn.
+
+    The browser sends each stroke as a message and shows the label map that comes back.
+    """
+
+    _esm = HERE / "annotator.js"
+    _css = HERE / "annotator.css"
+
+    # what the browser shows; it writes none of it
+    classes = traitlets.List().tag(sync=True)  # {"id", "name", "color": [r, g, b]}
+    palette = traitlets.Dict().tag(sync=True)  # id -> [r, g, b] of every label that may be on the map
+    height = traitlets.Int().tag(sync=True)
+    width = traitlets.Int().tag(sync=True)
+    picture = traitlets.Bytes().tag(sync=True)  # PNG of the open image
+    labels = traitlets.Bytes().tag(sync=True)  # height * width ids, row by row
+    position = traitlets.Int().tag(sync=True)
+    count = traitlets.Int().tag(sync=True)
+    done = traitlets.Int().tag(sync=True)
+    can_undo = traitlets.Bool().tag(sync=True)
+    status = traitlets.Unicode().tag(sync=True)
+    failed = traitlets.Bool().tag(sync=True)  # whether `status` says what went wrong
+    revision = traitlets.Int().tag(sync=True)  # one more after each message, also where nothing else changed
+
+    def __init__(self, session: AnnotationSession) -> None:
+        self.session = session
+        super().__init__(
+            classes=[{"id": label.id, "name": label.name, "color": list(label.color)} for label in session.classes],
+            palette={str(number): list(label.color) for number, label in BY_ID.items()},
+            count=len(session.numbers),
+        )
+        self._shown = None
+        self._show("")
+        self.on_msg(self._received)
+
+    @property
+    def folder(self) -> Path:
+        """Where the masks are; `folder / "labels"` is what `datasets.import_masks` reads."""
+        return self.session.folder
+
+    @property
+    def label_map(self) -> np.ndarray:
+        """(H, W) uint8 Cityscapes ids of the image that is shown, a copy."""
+        return self.session.labels
+
+    def _received(self, _widget, action, _buffers) -> None:
+        message = ""
+        try:
+            self.session.apply(action)
+        except EXPECTED as error:
+            message = str(error) or type(error).__name__
+        self._show(message)
+
+    def _show(self, message: str) -> None:
+        """Send all that changed in one message."""
+        session = self.session
+        with self.hold_sync():
+            if self._shown != session.position:
+                self._shown = session.position
+                self.height, self.width = session.image.shape[:2]
+                self.picture = png(session.image)
+                self.position = session.position
+            self.labels = session.labels.tobytes()
+            self.done = session.done
+            self.can_undo = session.editor.can_undo > 0
+            self.failed = bool(message)
+            self.status = message or session.saved
+            self.revision += 1
+
+
+def annotate(images: Sequence | Dataset, classes: Iterable[str], folder: str | Path) -> Annotator:
+    """Draw masks of some images by hand: the last line of a notebook's cell.
+
+    images: PIL images or (H, W, 3) uint8 arrays, or a `Dataset`. classes: names of `daamlib.urban.labels`, such as
+    ["car", "traffic light"]. folder: gets images/00000.png and labels/00000.png (Cityscapes ids) after every stroke,
+    and where it has some, one goes on with them. `datasets.import_masks(dataset, folder / "labels")` makes them the
+    labels of the dataset whose images they are.
+
+    Raises TypeError or ValueError for unknown classes, no images, and a folder of other images or of a dataset.
+    """
+    return Annotator(AnnotationSession(images, classes, folder))
