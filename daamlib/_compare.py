@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from daamlib._report import leaves
+
 # (pattern, relative tolerance): the first pattern found in a metric's name counts
 TOLERANCES = ((r"second|speedup|time", math.inf), (r"", 0.01))  # durations differ on every machine
 
@@ -33,17 +35,9 @@ def read_metrics(run: Path) -> dict[str, Any]:
     """The metrics of a run by dotted name. Raises ValueError where the folder holds none."""
     path = run / "metrics.json"
     try:
-        return dict(_leaves(json.loads(path.read_text(encoding="utf-8"))))
+        return dict(leaves(json.loads(path.read_text(encoding="utf-8"))))
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"no metrics of a run in {path}: expected a folder of papermill_runs ({error})") from error
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = ""):
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def differences(

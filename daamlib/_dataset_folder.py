@@ -9,8 +9,8 @@ written first and `manifest.csv` last, so a folder with a manifest is a complete
 import json
 import os
 import time
-from collections.abc import Callable, Container, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Container, Iterable
+from contextlib import suppress
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from PIL import Image
+
+from .files import temporary_name, whole
 
 FORMAT = "daamlib-dataset-1"
 SETTINGS, MANIFEST = "dataset.json", "manifest.csv"
@@ -39,19 +41,9 @@ def missing(folder: Path, part: str, indices: Iterable[int]) -> list[int]:
 
 def write(path: Path, save: Callable[[Path], Any]) -> None:
     """`save` to a temporary name beside `path`, then rename: the file is whole or not there."""
-    with _temporary(path) as temporary:
-        save(temporary)
-        temporary.replace(path)
-
-
-@contextmanager
-def _temporary(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole(path) as temporary:
+        save(temporary)
 
 
 def write_png(path: Path, image: Image.Image | np.ndarray) -> None:
@@ -100,7 +92,8 @@ def _parts(settings: dict[str, Any]) -> list[str]:
 
 
 def _create(path: Path, settings: dict[str, Any]) -> None:
-    with _temporary(path) as temporary:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with temporary_name(path) as temporary:
         _write_json(temporary, settings)
         try:
             os.link(temporary, path)  # unlike a renaming it never replaces another process' settings

@@ -109,13 +109,19 @@ def _summary(name: str, parameters: Mapping, results: Sequence[Result], machine:
     return "\n\n".join(parts) + "\n"
 
 
-def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield (dotted name, value as text) for each leaf of a nested dict."""
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted name, value) for each leaf of a nested dict."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
-            yield prefix + key, f"{value:.6g}" if isinstance(value, float) else str(value)
+            yield prefix + key, value
+
+
+def flat(tree: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield (dotted name, value as text) for each leaf of a nested dict."""
+    for name, value in leaves(tree):
+        yield name, f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -6,6 +6,7 @@ images. "all" is the mean of the classes' curves, as in the thesis (its Table 4.
 threshold for all classes.
 """
 
+import functools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from tqdm.auto import tqdm
 
 from . import metrics
 from .datasets import CLASSES, Dataset
+from .heatmaps import HeatMaps
 from .optimize import optimize_token
 from .optimized import OptimizedToken
 from .real import trace_image
@@ -35,6 +37,11 @@ class Example:
 
     record: AttentionRecord
     masks: Mapping[str, np.ndarray]
+
+    @functools.cached_property
+    def daam(self) -> HeatMaps:
+        """Plain DAAM of the prompt, computed once for all the classes in it."""
+        return self.record.daam()
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +106,7 @@ def count(
         if token is not None:
             maps.append(token.maps(example.record)[name])
         elif method == "DAAM":
-            maps.append(example.record.daam()[name])
+            maps.append(example.daam[name])
         else:
             maps.append(example.record.ldaam(name)[name])
     return metrics.threshold_counts(torch.stack(maps), np.stack([example.masks[name] for example in examples]))
@@ -170,8 +177,9 @@ def summary(
             "auc": lambda curves, levels=levels: np.trapezoid(curves, levels, axis=-1),
             "miou_at_train_threshold": lambda curves, chosen=chosen: curves[..., chosen],
         }
+        resampled = np.mean(drawn, axis=0)
         for name, statistic in statistics.items():
-            interval = np.quantile(statistic(np.mean(drawn, axis=0)), [0.025, 0.975])
+            interval = np.quantile(statistic(resampled), [0.025, 0.975])
             found["pooled_" * pooled + name] = tuple(100 * float(x) for x in (statistic(curve), *interval))
     return found
 
@@ -201,7 +209,7 @@ def claims(results: pd.DataFrame) -> pd.DataFrame:
     All by maximum mIoU on the test images, in points. What is "few" and "within" is set here: the thesis says "one to
     five samples" and "1 to 2 points".
     """
-    here, thesis = (_test_miou(table) for table in (results.rename(columns={"value": "number"}), thesis_values()))
+    here, thesis = _test_miou(results, "value"), _test_miou(thesis_values(), "thesis")
     few, many = (pick(k for k in here.index.levels[1] if k) for pick in (min, max))
     rows = []
     for numbers, one, most in ((thesis, 1, 5), (here, few, many)):
@@ -231,11 +239,10 @@ def claims(results: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(table, columns=["claim", "thesis", "here", "verdict"])
 
 
-def _test_miou(table: pd.DataFrame) -> pd.Series:
-    """(method, train_images, class) -> maximum mIoU on the test images."""
-    table = table.rename(columns={"thesis": "number"})
+def _test_miou(table: pd.DataFrame, column: str) -> pd.Series:
+    """(method, train_images, class) -> maximum mIoU on the test images, which stands in `column`."""
     table = table[(table.split == "test") & (table.metric == "max_miou")]
-    return table.set_index(["method", "train_images", "class"]).number.sort_index()
+    return table.set_index(["method", "train_images", "class"])[column].sort_index()
 
 
 def evaluate_transfer(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,24 @@ if TYPE_CHECKING:
 
 FORMAT = "daamlib-record-1"
 TENSORS = ("key_weight", "queries", "query_sum")
+
+
+@contextmanager
+def temporary_name(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to; what is left under it afterwards is removed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to; it becomes `path` on leaving, and is removed after an error."""
+    with temporary_name(path) as temporary:
+        yield temporary
+        temporary.replace(path)
 
 
 def save(record: AttentionRecord, path: Path) -> None:
@@ -40,14 +60,10 @@ def save(record: AttentionRecord, path: Path) -> None:
             for layer in record.layers
         ],
     }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        # clone: safetensors writes no tensors that share memory
-        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    # clone: safetensors writes no tensors that share memory
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    with whole(path) as temporary:
         save_file(tensors, temporary, metadata={"daamlib": json.dumps(header)})
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load(path: Path, pipe: Any = None) -> AttentionRecord:

@@ -1,7 +1,6 @@
 """Optimised tokens: what `optimize_token` returns, and how it is kept on disk."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .files import whole
 from .heatmaps import HeatMaps
 from .record import AttentionRecord
 from .text import Word
@@ -62,13 +62,9 @@ class OptimizedToken:
         path = Path(path)
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "embedding"}
         header = json.dumps({"format": FORMAT, **fields})
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            embedding = self.embedding.detach().cpu().contiguous().clone()
+        embedding = self.embedding.detach().cpu().contiguous().clone()
+        with whole(path) as temporary:
             save_file({"embedding": embedding}, temporary, metadata={"daamlib": header})
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> "OptimizedToken":

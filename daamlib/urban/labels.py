@@ -69,6 +69,11 @@ del _
 
 BY_NAME = MappingProxyType({label.name: label for label in LABELS})
 BY_ID = MappingProxyType({label.id: label for label in LABELS})
+COLOURS = np.zeros((256, 3), np.uint8)  # RGB by the id as it stands in a uint8 label map
+for _label in LABELS:
+    COLOURS[_label.id % 256] = _label.color
+COLOURS.setflags(write=False)
+del _label
 
 # Row id + 1 (so that -1 is row 0). The licence plate's train_id -1 has no place in uint8: it is ignored as
 # well.

@@ -13,12 +13,9 @@ from PIL import Image
 from .. import datasets
 from ..pipeline import BUNDLED, load_pipeline
 from .annotator import annotate, load_annotator
-from .labels import BY_NAME
+from .labels import COLOURS
 
 FOLDER = BUNDLED.parent / "urban-sample"
-COLOURS = np.zeros((256, 3), np.uint8)  # Cityscapes id -> RGB
-for _label in BY_NAME.values():
-    COLOURS[_label.id % 256] = _label.color
 
 
 def overlay(image: Image.Image, labels: np.ndarray, *, opacity: float = 0.55) -> np.ndarray:

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 from . import objects as ob
 from .backdrop import SKIES, STUFF, backdrop, toner
 from .captions import TIMES, caption
-from .labels import BY_NAME
+from .labels import BY_NAME, COLOURS
 
 KINDS = ("car", "person", "traffic light", "rider")
 SS = 3  # supersampling; odd, so that every cell has a centre
@@ -206,13 +206,10 @@ def main(argv=None):
     parser.add_argument("--labels", action="store_true", help="show each label map under its scene")
     parser.add_argument("--captions", action="store_true", help="print the captions")
     args = parser.parse_args(argv)
-    colours = np.zeros((256, 3), np.uint8)
-    for label in BY_NAME.values():
-        colours[label.id % 256] = label.color
     tiles = []
     for seed in range(args.start, args.start + args.n):
         scene = render(seed, args.size)
-        tiles.append(np.concatenate((scene.image, colours[scene.labels])) if args.labels else scene.image)
+        tiles.append(np.concatenate((scene.image, COLOURS[scene.labels])) if args.labels else scene.image)
         if args.captions:
             print(f"{seed}: {scene.caption}")
     tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % args.columns)
