@@ -29,14 +29,14 @@ def load_pipeline(model: str | Path | None = None, *, device: str | None = None,
         if not (BUNDLED / "model_index.json").exists():
             raise FileNotFoundError(f"the bundled model is not at {BUNDLED}: install from a clone (pip install -e .)")
         model, options = BUNDLED, {"local_files_only": True}
-    with _quiet_loading():
+    with quiet_loading():
         pipe = DiffusionPipeline.from_pretrained(model, dtype=dtype, **options)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
 
 @contextmanager
-def _quiet_loading() -> Iterator[None]:
+def quiet_loading() -> Iterator[None]:
     """No loading bars, and no note that transformers does without torchvision; bars of downloads stay."""
     bars = diffusers.utils.logging.is_progress_bar_enabled()
     hook = transformers.utils.logging.set_tqdm_hook(

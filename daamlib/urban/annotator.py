@@ -23,10 +23,11 @@ from PIL import Image
 from torch.nn import functional as F
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
+from ..pipeline import quiet_loading
 from .data import HELD_OUT, SIZE, render_scenes, to_tensor
+from .job import Job
 from .labels import BY_NAME
 from .scenes import render
-from .train import Job
 
 FOLDER = Path(__file__).resolve().parents[2] / "data" / "urban-tiny" / "annotator"
 # Every class that occurs in the scenes, in the order of its train id: the network's channels.
@@ -193,7 +194,8 @@ def load_annotator(folder: str | Path | None = None, device: str = "cpu") -> Seg
         raise ValueError(
             f"there is no annotator in {folder}: train and export one with `python -m daamlib.urban.annotator`"
         )
-    model = SegformerForSemanticSegmentation.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    with quiet_loading():
+        model = SegformerForSemanticSegmentation.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     unknown = sorted(set(model.config.id2label.values()) - set(BY_NAME))
     if unknown:
         raise ValueError(f"the model in {folder} has classes that are no Cityscapes labels: {unknown}")
