@@ -129,10 +129,34 @@ def test_nbval_compares_what_is_printed_and_no_pictures_bars_stderr_or_durations
         for count, (source, outputs) in enumerate(cells.items(), start=1)
     ]
     nbformat.write(new_notebook(cells=stored), tmp_path / "00_test.ipynb")
-    shutil.copy(FOLDER / "conftest.py", tmp_path)
-    command = [sys.executable, "-m", "pytest", "-c", "pyproject.toml", "-rA", *nbval_flags(), str(tmp_path)]
+    failed, passed = run_nbval(tmp_path)
+    assert failed == differ
+    assert sorted(failed + passed) == list(range(len(cells)))
+
+
+@pytest.mark.slow
+def test_one_digit_changed_in_a_stored_output_fails_that_cell_and_no_other(tmp_path):
+    notebook = nbformat.read(FOLDER / "00_quickstart.ipynb", as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    stored = [
+        (i, output)
+        for i, cell in enumerate(code)
+        for output in cell.outputs
+        if re.search(r"\d", output.get("text", ""))
+    ]
+    number, output = stored[0]
+    output.text = re.sub(r"\d", lambda digit: str(9 - int(digit[0])), output.text, count=1)
+    nbformat.write(notebook, tmp_path / "00_quickstart.ipynb")
+    failed, passed = run_nbval(tmp_path)
+    assert failed == [number]
+    assert len(passed) == len(code) - 1
+
+
+def run_nbval(folder):
+    """The numbers of the code cells that fail and of those that pass when `make test` checks a folder."""
+    shutil.copy(FOLDER / "conftest.py", folder)
+    command = [sys.executable, "-m", "pytest", "-c", "pyproject.toml", "-rA", *nbval_flags(), str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    failed = re.findall(r"^FAILED .*::Cell (\d+)", done.stdout, re.MULTILINE)
-    passed = re.findall(r"^PASSED .*::Cell (\d+)", done.stdout, re.MULTILINE)
-    assert list(map(int, failed)) == differ, done.stdout
-    assert sorted(map(int, failed + passed)) == list(range(len(cells)))
+    found = [re.findall(rf"^{how} .*::Cell (\d+)", done.stdout, re.MULTILINE) for how in ("FAILED", "PASSED")]
+    assert any(found), done.stdout
+    return [[int(number) for number in numbers] for numbers in found]
