@@ -28,6 +28,7 @@ from papermill.exceptions import PapermillException, PapermillExecutionError
 
 from daamlib import _compare
 from daamlib._report import ROOT, Result, environment, flat, write_reports
+from daamlib.files import whole
 
 
 def write_metrics(output_dir: str | os.PathLike, metrics: Mapping[str, Any]) -> None:
@@ -39,9 +40,8 @@ def write_metrics(output_dir: str | os.PathLike, metrics: Mapping[str, Any]) -> 
     text = json.dumps(_plain(metrics), indent=2, ensure_ascii=False) + "\n"
     path = Path(output_dir) / "metrics.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)  # a reader sees the old file or the new one, never a half
+    with whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _plain(value: Any, name: str = "metrics") -> Any:

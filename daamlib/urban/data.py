@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from ..files import whole
 from .scenes import render
 
 SIZE = 128  # px
@@ -78,7 +79,6 @@ def encode_latents(vae, scenes: Scenes, path: Path, *, size: int, device: str, b
             pixels = to_tensor(scenes.images[start : start + batch], size).to(device)
             mean = vae.encode(pixels).latent_dist.mean
             latents[start : start + batch] = mean.float().cpu().numpy()
-        temporary = path.with_suffix(".part.npy")
-        np.save(temporary, latents)
-        temporary.replace(path)
+        with whole(path) as temporary, temporary.open("wb") as file:
+            np.save(file, latents)
     return np.load(path, mmap_mode="r")

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..files import whole
+
 
 @dataclass
 class Job:
@@ -95,9 +97,8 @@ class Job:
             "samples": self.samples,
             "seconds": self.seconds,
         }
-        temporary = self.path.with_suffix(".part")
-        torch.save(state, temporary)
-        temporary.replace(self.path)
+        with whole(self.path) as temporary:
+            torch.save(state, temporary)
 
     def learning_rate(self, *, decay_from: float = 1.0) -> float:
         """Linear warm-up, constant, then a cosine to 5 % over the part of `--samples` after `decay_from`."""
