@@ -104,6 +104,12 @@ def test_the_last_cell_writes_the_metrics(path):
     assert "write_metrics" in calls(code_cells(path)[-1].source)
 
 
+@each_notebook
+def test_the_readme_has_a_papermill_command_whose_parameters_exist(path):
+    command = re.search(rf"papermill notebooks/{path.name} .*", (ROOT / "README.md").read_text())[0]
+    assert set(re.findall(r"-p (\w+)", command)) <= papermill.inspect_notebook(path).keys()
+
+
 def nbval_flags():
     """The flags with which `make test` runs nbval."""
     return re.search(r"^NBVAL_FLAGS := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
