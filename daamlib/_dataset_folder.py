@@ -87,8 +87,9 @@ def start(folder: Path, settings: dict[str, Any], mine: range) -> tuple[dict[str
 
 
 def _parts(settings: dict[str, Any]) -> list[str]:
-    """What every image must have; the labels of generated ones may come later."""
-    return ["images"] + ["records"] * bool(settings["keep_steps"]) + ["labels"] * (settings["kind"] == "rendered")
+    """What every image must have; the labels of generated ones may come later, but for those that come with it."""
+    labels = settings["kind"] == "rendered" or "label_maps" in settings
+    return ["images"] + ["records"] * bool(settings["keep_steps"]) + ["labels"] * labels
 
 
 def _create(path: Path, settings: dict[str, Any]) -> None:

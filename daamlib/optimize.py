@@ -101,6 +101,7 @@ def optimize_token(
             "model": str(getattr(records[0].pipe, "name_or_path", None)),  # it may be a Path
             "keys": key_norms(records[0]),
             "prompts": [record.prompt for record in records],
+            "passes": [len(record.timesteps) for record in records],  # whose sum a map is
             "text": text,
             "word": list(names) if word else None,
             "loss": loss,
