@@ -75,7 +75,7 @@ class OptimizedToken:
         try:
             with safe_open(path, "pt") as file:
                 header = json.loads((file.metadata() or {})["daamlib"])
-                embedding = file.get_tensor("embedding")
+                embedding = file.get_tensor("embedding").clone()  # aligned: products round the same as before saving
             if header.pop("format") != FORMAT:
                 raise ValueError(f"its format is not {FORMAT!r}")
             for name in ("words", "scale", "bias", "losses"):
