@@ -8,6 +8,7 @@ Every file is written whole or not at all, and an export that was stopped is fin
 again writes the files anew, as after `datasets.import_masks`; files of another dataset in its folders are an error.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -131,7 +132,7 @@ def hugging_face(dataset: Dataset) -> Any:
     """The dataset as a `datasets.Dataset` of Hugging Face, with the extra `daamlib[datasets]`.
 
     Columns: image (RGB) and label (Cityscapes ids, 255 uncertain), both decoded to PIL images when they are looked at;
-    index, prompt, seed. It refers to the files of this dataset's folder until it is saved or pushed with its pictures.
+    index, prompt, seed. It refers to the files of this dataset's folder; `save_to_disk` and `push_to_hub` copy them.
     Raises ImportError without the package, ValueError for an image without a label map.
     """
     try:
@@ -140,16 +141,27 @@ def hugging_face(dataset: Dataset) -> Any:
         raise ImportError("Hugging Face's datasets is not installed: pip install 'daamlib[datasets]'") from error
     _require_labels(dataset)
     indices = _indices(dataset)
+    paths = {part: [str(dataset._path(part, i)) for i in indices] for part in ("images", "labels")}
     columns = {
-        "image": [str(dataset._path("images", i)) for i in indices],
-        "label": [str(dataset._path("labels", i)) for i in indices],
+        "image": [{"path": path, "bytes": None} for path in paths["images"]],
+        "label": [{"path": path, "bytes": None} for path in paths["labels"]],
         "index": indices,
         "prompt": [str(dataset.manifest.prompt[i]) for i in indices],
         "seed": [int(dataset.manifest.seed[i]) for i in indices],
     }
     kinds = {"index": datasets.Value("int64"), "prompt": datasets.Value("string"), "seed": datasets.Value("int64")}
-    pictures = {"image": datasets.Image(), "label": datasets.Image()}
-    return datasets.Dataset.from_dict(columns, features=datasets.Features({**pictures, **kinds}))
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Image(), **kinds})
+    table = datasets.table.InMemoryTable.from_pydict(columns, schema=features.arrow_schema)
+    # Their own fingerprint, as of `from_dict`, pickles the table, which datasets 5.2.0 cannot do with every pyarrow;
+    # and of the pictures it would see the paths alone.
+    info = datasets.DatasetInfo(features=features)
+    return datasets.Dataset(table, info=info, fingerprint=_fingerprint(columns, paths))
+
+
+def _fingerprint(columns: dict[str, list], paths: dict[str, list[str]]) -> str:
+    """16 hexadecimal digits that change with the rows, and when a picture is written anew."""
+    times = [os.stat(path).st_mtime_ns for part in paths.values() for path in part]
+    return hashlib.sha256(json.dumps([columns, times]).encode()).hexdigest()[:16]
 
 
 def run_lengths(mask: np.ndarray) -> dict[str, list[int]]:

@@ -1,6 +1,7 @@
 """Exports: what others' tools read there, whole files, and what must not vanish on the way."""
 
 import json
+import os
 import shutil
 import sys
 
@@ -189,8 +190,6 @@ def test_wrong_arguments_for_coco(scenes, tmp_path):
 # -- Hugging Face ------------------------------------------------------------------------------------------------
 
 
-# it makes a fingerprint of the table by dill, which warns of a class of pyarrow that it cannot pickle
-@pytest.mark.filterwarnings("ignore:Cannot (locate reference to|pickle) .*MonthDayNano")
 def test_hugging_face(sparse):
     pytest.importorskip("datasets", reason="the extra daamlib[datasets] is not installed")
     table = export.hugging_face(sparse)
@@ -200,6 +199,11 @@ def test_hugging_face(sparse):
         assert np.array_equal(row["image"], sparse.image(i))
         assert np.array_equal(row["label"], sparse.labels(i))
         assert (row["index"], row["prompt"], row["seed"]) == (i, sparse.manifest.prompt[i], sparse.manifest.seed[i])
+    assert table.select([2])[0]["index"] == 2
+    again = export.hugging_face(sparse)
+    assert again._fingerprint == table._fingerprint
+    os.utime(sparse.folder / "labels" / "00001.png", (0, 0))  # as if it was drawn anew
+    assert export.hugging_face(sparse)._fingerprint != table._fingerprint
 
 
 def test_without_hugging_face(scenes, monkeypatch):
