@@ -2,6 +2,8 @@
 # make test         lint, unit tests, golden tests, and the notebooks under nbval
 # make lab          open the notebooks in JupyterLab
 # make notebooks    run the notebooks in place, to store new outputs
+# make bench        time daamlib against plain loops; BENCH="--rows daam --repeats 1" and the like choose
+# make bench-peers  the same beside the published package `daam`, in an environment of its own
 # make constraints  resolve the newest versions that pyproject.toml allows and pin them
 # make clean        remove the environment and caches (papermill_runs/ stays)
 #
@@ -26,7 +28,7 @@ OFFLINE := HF_HUB_OFFLINE=1
 # The files that `make notebooks` runs, by their numbers
 CHOSEN = $(if $(NOTEBOOKS),$(foreach n,$(NOTEBOOKS),$(wildcard notebooks/$(n)_*.ipynb)),$(wildcard notebooks/[0-9]*.ipynb))
 
-.PHONY: reproduce test lab notebooks constraints clean
+.PHONY: reproduce test lab notebooks bench bench-peers constraints clean
 
 reproduce: $(STAMP)
 	@$(PY) -m daamlib.runs \
@@ -48,6 +50,17 @@ notebooks: $(STAMP)
 	  --ExecutePreprocessor.record_timing=False $(CHOSEN)
 	$(PY) notebooks/shrink_pictures.py $(CHOSEN)
 
+bench: $(STAMP)
+	$(OFFLINE) $(PY) tests/benchmarks/run.py $(BENCH)
+
+# `daam` 0.2.0 works with the diffusers and transformers of its time only.
+bench-peers: $(STAMP)
+	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet torch==2.13.0 daam==0.2.0 diffusers==0.21.2 \
+	  transformers==4.30.2 accelerate==0.23.0 matplotlib
+	.venv-peers/bin/python -m pip install --quiet --no-deps huggingface_hub==0.25.2
+	$(OFFLINE) $(PY) tests/benchmarks/peers.py .venv-peers/bin/python
+
 $(STAMP): pyproject.toml constraints.txt
 	@test -x $(PY) || test -n "$(PYTHON)" || { echo "daamlib needs Python 3.11 or newer, as python3.11 or python3 on the PATH;" \
 	  "found: $$(python3 --version 2>&1 || echo none)" >&2; exit 1; }
@@ -68,5 +81,5 @@ constraints:
 	rm -rf .venv-pins
 
 clean:
-	rm -rf $(VENV) .venv-pins .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf $(VENV) .venv-pins .venv-peers .pytest_cache .ruff_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,277 @@
+"""The rows of the table: each function times one thing, ours and the plain way in turn, and checks that they agree."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import models
+import naive
+import torch
+
+import daamlib
+from daamlib import metrics
+
+
+@dataclass(frozen=True)
+class Row:
+    """ours, theirs: seconds (or bytes) of each round. ratio: the median over the rounds, since both drift together.
+
+    cost: the ratio is ours / theirs, at most `to_reach`; else it is theirs / ours, at least `to_reach`. None: nothing
+    is asked.
+    """
+
+    what: str
+    against: str
+    ours: list[float]
+    theirs: list[float]
+    to_reach: float | None
+    cost: bool = False
+    note: str = ""
+    unit: str = "s"
+
+    @property
+    def ratio(self) -> float:
+        pairs = zip(self.ours, self.theirs, strict=True)
+        return statistics.median(a / b if self.cost else b / a for a, b in pairs)
+
+    @property
+    def reached(self) -> bool | None:
+        if self.to_reach is None:
+            return None
+        return self.ratio <= self.to_reach if self.cost else self.ratio >= self.to_reach
+
+
+def in_turn(repeats: int, *functions: Callable, device: str, inner: int = 1) -> list[list[float]]:
+    """Seconds of each function in each round, one after the other, after a first round that is not counted.
+
+    inner: how often the first, the fast one, is called in a round; its time is divided by that.
+    """
+    times: list[list[float]] = [[] for _ in functions]
+    for turn in range(repeats + 1):
+        for number, function in enumerate(functions):
+            calls = inner if number == 0 else 1
+            _wait(device)
+            started = time.perf_counter()
+            for _ in range(calls):
+                function()
+            _wait(device)
+            if turn:
+                times[number].append((time.perf_counter() - started) / calls)
+    return times
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _same(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 1e-4) -> None:
+    error = float((ours - theirs).abs().max() / theirs.abs().max())
+    if not error <= tolerance:
+        raise AssertionError(f"the two ways differ by {error:.1e} of the largest value: nothing to time")
+
+
+# -- generation ------------------------------------------------------------------------------------------------------
+
+
+def generation(model: models.Model, repeats: int, device: str) -> list[Row]:
+    """The pipeline inside `trace`, and without."""
+
+    def traced(store):
+        with daamlib.trace(model.pipe, store=store) as trace:
+            images = model.generate()
+        len(trace)
+        return images
+
+    plain = model.generate()
+    if isinstance(plain, torch.Tensor) and not torch.equal(plain, traced("linear")):
+        raise AssertionError("tracing changed the latents")
+    queries, linear, base = in_turn(
+        repeats, lambda: traced("queries"), lambda: traced("linear"), model.generate, device=device
+    )
+    guided = "guidance" if model.guidance > 1 else "no guidance"
+    note = f"{model.batch} x {model.size} px, {model.steps} steps, {guided}"
+    return [
+        Row('generation, trace(store="linear")', "plain pipeline", linear, base, 1.03, cost=True, note=note),
+        Row('generation, trace(store="queries")', "plain pipeline", queries, base, 1.05, cost=True, note=note),
+    ]
+
+
+def memory(model: models.Model, repeats: int, device: str) -> list[Row]:
+    """Bytes a record keeps. One step of the queries is measured and counted 50 times: their buffer is as long."""
+    size = model.size if model.shape == "bundled" else model.size // 2  # the ratio does not depend on it
+
+    def kept(store, steps):
+        with daamlib.trace(model.pipe, store=store) as trace:
+            replace(model, batch=1).generate(steps, size)
+        return trace[0]
+
+    one, three = kept("linear", 1).nbytes, kept("linear", 3).nbytes
+    if one != three:
+        raise AssertionError(f"the sums take {one} bytes after one step and {three} after three")
+    queries = 50 * 4 * sum(layer.queries.numel() for layer in kept("queries", 1).layers)
+    note = f"{size} px, 50 steps; the same for 1 and 3 steps"
+    return [Row('bytes, store="linear"', "queries in float32", [one], [queries], 25, note=note, unit="bytes")]
+
+
+# -- heat maps -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def ldaam(model: models.Model, repeats: int, device: str) -> list[Row]:
+    """One word's map from the collapsed tensor, against the loop, and against reading the tensor once."""
+    (record,) = models.records(model, 1, 30)
+    embedding = torch.randn(1, record.d_text, generator=torch.Generator().manual_seed(0)).to(device)
+    started = time.perf_counter()
+    linear = record.linear_map()
+    _wait(device)
+    collapse = time.perf_counter() - started
+    _same(linear(embedding)[0], naive.ldaam(record, embedding[0]))
+    ours, loop, once = in_turn(
+        repeats,
+        lambda: linear(embedding),
+        lambda: naive.ldaam(record, embedding[0]),
+        lambda: [linear.weight.sum() for _ in range(50)],
+        device=device,
+        inner=50,
+    )
+    once = [seconds / 50 for seconds in once]
+    note = f"30 steps; to collapse, once an image: {collapse:.3f} s"
+    megabytes = f"{linear.weight.nbytes / 1e6:.1f} MB"
+    return [
+        Row("LDAAM map of one word", "loop over steps, layers, heads", ours, loop, 500, note=note),
+        Row("LDAAM map of one word", "one pass over the weights", ours, once, 3, cost=True, note=megabytes),
+    ]
+
+
+@torch.no_grad()
+def daam(model: models.Model, repeats: int, device: str) -> list[Row]:
+    """All maps of a text, on one thread."""
+    (record,) = models.records(model, 1, 30)
+    threads, rows = torch.get_num_threads(), []
+    torch.set_num_threads(1)
+    try:
+        for tokens in (3, 77):
+            text = torch.randn(tokens, record.d_text, generator=torch.Generator().manual_seed(0)).to(device)
+            _same(record.daam_from(text).values, naive.daam(record, text))
+            ours, loop = in_turn(
+                repeats, lambda x=text: record.daam_from(x), lambda x=text: naive.daam(record, x), device=device
+            )
+            rows.append(
+                Row(f"OV-DAAM maps, {tokens} tokens", "loop over steps and layers", ours, loop, 3,
+                    note="30 steps, one thread")
+            )  # fmt: skip
+    finally:
+        torch.set_num_threads(threads)
+    return rows
+
+
+# -- optimisation ----------------------------------------------------------------------------------------------------
+
+NAIVE_STEPS = 3  # of gradient descent that are run and timed; every step costs the same
+
+
+def optimisation(model: models.Model, repeats: int, device: str) -> list[Row]:
+    """One LDAAM token on 5 images, to the loss that 1000 steps of gradient descent reach.
+
+    The same descent, of the same losses, runs twice: from the stored queries in every step, as published code does
+    (some steps are timed and count for 1000), and on the collapsed tensors, which gives the loss to reach.
+    """
+    steps, decay = (30 if model.shape == "bundled" else 4), 1e-5
+    records = models.records(model, 5, steps)
+    other = torch.randn(3, records[0].d_text, generator=torch.Generator().manual_seed(1)).to(device)
+    masks = []
+    for record in records:  # where a word's softmax map is strong: no token's linear map fits it
+        heat = record.daam_from(other).values[1]
+        masks.append(heat > heat.quantile(0.85))
+    x, lr, unit = _descent(records, decay)
+
+    def fit(**options):
+        fresh = [replace(record) for record in records]  # nothing is collapsed yet
+        return daamlib.optimize_token(fresh, masks, weight_decay=decay, **options)
+
+    def slow(count):
+        return naive.sgd(records, masks, x.float(), steps=count, lr=lr, unit=unit, decay=decay)
+
+    descent = fit(optimizer="sgd", iterations=1000, lr=lr / x.square().mean().item())
+    _same(torch.tensor(slow(NAIVE_STEPS)), torch.tensor(descent.losses[:NAIVE_STEPS]), 1e-3)
+    goal = descent.losses[-1]
+    iterations = next(count for count in range(1, 301) if fit(iterations=count).losses[-1] <= goal)
+    ours, loop, collapsed = in_turn(
+        repeats,
+        lambda: fit(iterations=iterations),
+        lambda: slow(NAIVE_STEPS),
+        lambda: fit(optimizer="sgd", iterations=1000, lr=lr / x.square().mean().item()),
+        device=device,
+    )
+    loop = [seconds * 1000 / NAIVE_STEPS for seconds in loop]
+    what = "one LDAAM token on 5 images"
+    note = f"{steps} steps an image; loss {goal:.4f}, {iterations} iterations of L-BFGS"
+    return [
+        Row(what, "1000 steps of SGD from the queries", ours, loop, 300, note=note),
+        Row(what, "1000 steps of SGD on collapsed maps", ours, collapsed, None, note=note),
+    ]
+
+
+def _descent(records, decay: float) -> tuple[torch.Tensor, float, float]:
+    """The start that `optimize_token` takes without a word, the largest stable step, and the unit of the maps."""
+    prompt = records[0].prompt_embeddings.values.float()
+    x = (torch.randn(1, records[0].d_text, generator=torch.Generator().manual_seed(0)).to(prompt) * prompt.std())[0]
+    x = x.double()
+    matrix = torch.cat([replace(record).linear_map().weight.flatten(0, 1) for record in records]).double()
+    unit = (matrix @ x).std()
+    matrix -= matrix.mean(dim=0)
+    curvature = torch.linalg.eigvalsh(matrix.T @ matrix)[-1] / (4 * len(matrix) * unit**2)
+    return x, 1 / (curvature + 2 * decay / x.square().sum()).item(), unit.item()
+
+
+# -- metrics and datasets --------------------------------------------------------------------------------------------
+
+
+def miou(model: models.Model, repeats: int, device: str) -> list[Row]:
+    """200 maps and 100 thresholds, on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    side = model.size // 4 if model.shape == "bundled" else model.size // 8
+    maps = torch.rand(200, side // 4, side // 4, generator=generator)
+    maps = torch.nn.functional.interpolate(maps[None], (side, side), mode="bicubic")[0]
+    masks = torch.nn.functional.interpolate(maps[None], (model.size, model.size), mode="bilinear")[0] > 0.6
+    levels = [i / 99 for i in range(100)]
+    ours, loop = (metrics.miou_curve(maps, masks, thresholds=levels)[1], naive.miou_curve(maps, masks, levels))
+    _same(torch.as_tensor(ours), torch.tensor(loop, dtype=torch.float64))
+    ours, loop = in_turn(
+        repeats,
+        lambda: metrics.miou_curve(maps, masks, thresholds=levels),
+        lambda: naive.miou_curve(maps, masks, levels),
+        device=device,
+    )
+    note = f"maps of {side} x {side}, masks of {model.size} x {model.size}"
+    return [Row("mIoU curve, 200 maps, 100 thresholds", "loop over maps and thresholds", ours, loop, 50, note=note)]
+
+
+def batches(model: models.Model, repeats: int, device: str) -> list[Row]:
+    """8 images at once, and one after the other; 10 steps."""
+    count = 8
+    if model.shape != "bundled" and device == "cpu":
+        return []  # minutes; the bundled model answers it
+    single, all_at_once = replace(model, batch=1), replace(model, batch=count)
+    together, alone = in_turn(
+        repeats,
+        lambda: all_at_once.generate(10),
+        lambda: [single.generate(10) for _ in range(count)],
+        device=device,
+    )
+    rate = [count / statistics.median(seconds) for seconds in (together, alone)]
+    note = f"{rate[0]:.2f} images/s at once, {rate[1]:.2f} one by one; 10 steps"
+    return [Row(f"generation, {count} images in a batch", "one by one", together, alone, None, note=note)]
+
+
+ROWS = {
+    "generation": generation,
+    "memory": memory,
+    "ldaam": ldaam,
+    "daam": daam,
+    "optimisation": optimisation,
+    "miou": miou,
+    "batches": batches,
+}
