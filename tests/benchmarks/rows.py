@@ -1,5 +1,6 @@
 """The rows of the table: each function times one thing, ours and the plain way in turn, and checks that they agree."""
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -11,6 +12,8 @@ import torch
 
 import daamlib
 from daamlib import metrics
+from daamlib.layers import Layer
+from daamlib.widgets import explore
 
 
 @dataclass(frozen=True)
@@ -266,6 +269,33 @@ def batches(model: models.Model, repeats: int, device: str) -> list[Row]:
     return [Row(f"generation, {count} images in a batch", "one by one", together, alone, None, note=note)]
 
 
+# -- waiting ---------------------------------------------------------------------------------------------------------
+
+
+def waits(model: models.Model, repeats: int, device: str) -> list[Row]:
+    """What a person at a notebook waits for, against a number of seconds that is felt as none."""
+    if model.shape != "bundled":
+        return []
+    with daamlib.trace(model.pipe) as trace:
+        (image,) = replace(model, batch=1).generate()
+    explorer, words = explore(trace[0], image), itertools.cycle(("tree", "car", "building", "road", "person"))
+    queries = [(torch.randn(64 * 64, 128, generator=torch.Generator().manual_seed(i)),) for i in range(5)]
+    layer = Layer("attn2", (64, 64), 8, 1.0, torch.eye(128), query_sum=queries[0][0])
+    records = [replace(trace[0], layers=(replace(layer, query_sum=query),)) for (query,) in queries]
+    masks = [query[:, 0].view(64, 64) + query[:, 1].view(64, 64) > 1 for (query,) in queries]
+    maps, truth = torch.rand(200, 32, 32), torch.rand(200, model.size, model.size) > 0.6
+    tasks = {
+        "explorer, LDAAM of another word": (0.1, lambda: explorer.change(word=next(words))),
+        "LDAAM token, 5 images, maps of 64 x 64": (0.5, lambda: daamlib.optimize_token(records, masks)),
+        "200 maps, 101 thresholds": (1.0, lambda: metrics.threshold_counts(maps, truth.numpy())),
+    }
+    rows = []
+    for what, (limit, task) in tasks.items():
+        (seconds,) = in_turn(max(repeats, 5), task, device=device)
+        rows.append(Row(what, f"{limit} s", seconds, [limit] * len(seconds), 1, cost=True))
+    return rows
+
+
 ROWS = {
     "generation": generation,
     "memory": memory,
@@ -274,4 +304,5 @@ ROWS = {
     "optimisation": optimisation,
     "miou": miou,
     "batches": batches,
+    "waits": waits,
 }
