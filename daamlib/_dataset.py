@@ -64,7 +64,7 @@ class Dataset:
         if not labelled:
             raise ValueError(f"{self.folder} has no label maps: make them with add_labels or import_masks")
         if in_prompt and self.settings["kind"] == "generated":
-            labelled = [i for i in labelled if re.search(rf"\b{re.escape(name)}\b", self.manifest.prompt[i])]
+            labelled = [i for i in labelled if is_named(name, self.manifest.prompt[i])]
         return [int(i) for i in labelled if (self.labels(i) == found).sum() >= min_pixels]
 
     def record(self, i: int, pipe: Any = None) -> AttentionRecord:
@@ -82,6 +82,11 @@ class Dataset:
         if i not in self.manifest.index:
             raise IndexError(f"no image {i!r}: this dataset has {len(self)}, see the index of its manifest")
         return self.folder / files.file_name(part, i)
+
+
+def is_named(name: str, prompt: str) -> bool:
+    """Whether a prompt has the class' name, as a word of its own."""
+    return bool(re.search(rf"\b{re.escape(name)}\b", prompt))
 
 
 def label_id(name: str) -> int:

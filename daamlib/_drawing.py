@@ -29,6 +29,14 @@ def weight_hash(pipe) -> str:
     return digest.hexdigest()[:16]
 
 
+def check_prompts(prompts: Sequence[str]) -> None:
+    """TypeError or ValueError unless they are strings, one or more."""
+    if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise TypeError("prompts must be a list of strings, one for each image: [prompt] * 4 makes four of one")
+    if not prompts:
+        raise ValueError("there are no prompts: expected one or more")
+
+
 def generation_settings(
     pipe,
     prompts: Sequence[str],
@@ -39,10 +47,7 @@ def generation_settings(
     keep_steps: int,
 ) -> dict[str, Any]:
     """Everything that an image depends on. Raises TypeError or ValueError for arguments that do not fit."""
-    if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
-        raise TypeError("prompts must be a list of strings, one for each image: [prompt] * 4 makes four of one")
-    if not prompts:
-        raise ValueError("there are no prompts: expected one or more")
+    check_prompts(prompts)
     if not 0 <= keep_steps <= steps:
         raise ValueError(f"keep_steps must be 0 ... {steps}, the number of steps, got {keep_steps}")
     config = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}

@@ -10,7 +10,7 @@ import torch
 
 from . import _dataset_folder as files
 from ._dataset import Dataset
-from ._drawing import draw, generation_settings
+from ._drawing import check_prompts, draw, generation_settings
 from ._generate_labels import Reader, Threshold
 from .optimized import OptimizedToken
 from .pipeline import load_pipeline
@@ -45,10 +45,7 @@ class Job:
     threads: int = 1
 
     def __post_init__(self) -> None:
-        if isinstance(self.prompts, str) or not all(isinstance(prompt, str) for prompt in self.prompts):
-            raise TypeError("prompts must be a list of strings, one for each image")
-        if not self.prompts:
-            raise ValueError("there are no prompts: expected one or more")
+        check_prompts(self.prompts)
         for name, lowest in (("seed", 0), ("steps", 1), ("threads", 1)):
             if getattr(self, name) < lowest:
                 raise ValueError(f"{name} must be {lowest} or more, got {getattr(self, name)}")

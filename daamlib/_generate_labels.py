@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import json
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ._dataset import label_id
+from ._dataset import is_named, label_id
 from .heatmaps import upsample
 from .optimize import BACKGROUND
 from .optimized import OptimizedToken, _require_keys_like
@@ -131,8 +130,7 @@ class Reader:
         return label_map(maps.clamp(0, 1), self._ids(names), *self._thresholds(names))
 
     def _considers(self, word: str, record: AttentionRecord) -> bool:
-        prompt = record.prompt or ""
-        return word == BACKGROUND or not self.named_only or bool(re.search(rf"\b{re.escape(word)}\b", prompt))
+        return word == BACKGROUND or not self.named_only or is_named(word, record.prompt or "")
 
     @staticmethod
     def _ids(names: Sequence[str]) -> list[int]:

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 from skimage.measure import label as connected
 from skimage.measure import regionprops
-from tqdm.auto import tqdm
 
 from . import _dataset_folder as files
 from ._dataset import Dataset, label_id
 from ._masks import check_ids
+from .datasets import _bar
 from .urban.labels import BY_ID, IGNORED, to_train_ids
 
 CLASSES = "classes.json"
@@ -251,7 +251,3 @@ def _checked(dataset: Dataset, i: int) -> np.ndarray:
 
 def _copy(source: Path, target: Path) -> None:
     files.write(target, lambda temporary: shutil.copyfile(source, temporary))
-
-
-def _bar(items, what: str) -> tqdm:
-    return tqdm(items, desc=what, disable="CI" in os.environ)

@@ -279,10 +279,10 @@ def waits(model: models.Model, repeats: int, device: str) -> list[Row]:
     with daamlib.trace(model.pipe) as trace:
         (image,) = replace(model, batch=1).generate()
     explorer, words = explore(trace[0], image), itertools.cycle(("tree", "car", "building", "road", "person"))
-    queries = [(torch.randn(64 * 64, 128, generator=torch.Generator().manual_seed(i)),) for i in range(5)]
-    layer = Layer("attn2", (64, 64), 8, 1.0, torch.eye(128), query_sum=queries[0][0])
-    records = [replace(trace[0], layers=(replace(layer, query_sum=query),)) for (query,) in queries]
-    masks = [query[:, 0].view(64, 64) + query[:, 1].view(64, 64) > 1 for (query,) in queries]
+    queries = [torch.randn(64 * 64, 128, generator=torch.Generator().manual_seed(i)) for i in range(5)]
+    layers = [Layer("attn2", (64, 64), 8, 1.0, torch.eye(128), query_sum=query) for query in queries]
+    records = [replace(trace[0], layers=(layer,)) for layer in layers]
+    masks = [query[:, :2].sum(dim=1).view(64, 64) > 1 for query in queries]
     maps, truth = torch.rand(200, 32, 32), torch.rand(200, model.size, model.size) > 0.6
     tasks = {
         "explorer, LDAAM of another word": (0.1, lambda: explorer.change(word=next(words))),
