@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import json
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from ._dataset import is_named, label_id
 from .heatmaps import upsample
 from .optimize import BACKGROUND
-from .optimized import OptimizedToken, _require_keys_like
+from .optimized import OptimizedToken, _require_keys_like, require_calibrated
 from .record import AttentionRecord
 from .text import TokenEmbeddings
 from .trace import current_layers
@@ -80,7 +79,7 @@ class Reader:
         if twice:
             raise ValueError(f"two tokens read {', '.join(twice)}: give one token a class")
         for token in self.tokens:
-            _require_calibrated(token)
+            _require_labels(token)
         for name, threshold in (("sure", self.sure), ("unsure", self.unsure)):
             known = threshold.keys() if isinstance(threshold, Mapping) else self.classes
             if set(known) != set(self.classes):
@@ -123,7 +122,10 @@ class Reader:
     def __call__(self, record: AttentionRecord, size: tuple[int, int]) -> np.ndarray:
         chances: dict[str, torch.Tensor] = {}
         for token in self.tokens:
-            chances |= _probabilities(token, record, [word for word in token.words if self._considers(word, record)])
+            words = [word for word in token.words if self._considers(word, record)]
+            if set(words) - {BACKGROUND}:
+                chances |= zip(words, token.probabilities(record, words), strict=True)
+        chances.pop(BACKGROUND, None)
         names = list(chances)
         maps = torch.stack(list(chances.values())) if names else torch.zeros(0, *record.grid)
         maps = upsample(maps, size) if names else torch.zeros(0, *size)
@@ -144,41 +146,14 @@ class Reader:
         return tuple([float(t[name] if isinstance(t, Mapping) else t) for name in names] for t in both)
 
 
-def _require_calibrated(token: OptimizedToken) -> None:
-    if token.info.get("loss") == "cross_entropy":
-        raise ValueError(
-            f'the token of {", ".join(token.words)} was fitted with loss="cross_entropy", which learns no scale and '
-            'bias, so it has no probabilities: use loss="bce" or "dice"'
-        )
+def _require_labels(token: OptimizedToken) -> None:
+    """ValueError unless the token's probabilities tell its classes from the rest of an image."""
+    require_calibrated(token)
     if token.info.get("joint") and BACKGROUND not in token.words:
         raise ValueError(
             f"the token of {', '.join(token.words)} was fitted to tell its classes apart, not to tell them from the "
             "rest of an image: use background=True, or joint=False"
         )
-
-
-def _probabilities(token: OptimizedToken, record: AttentionRecord, words: Sequence[str]) -> dict[str, torch.Tensor]:
-    """{word: (H, W)} of some of a token's words without "background".
-
-    A softmax where the token was fitted with one, else a sigmoid each. Maps are sums over the steps, so those of
-    another number of steps than the token was fitted to are scaled to it.
-    """
-    rows = [token.words.index(word) for word in words]
-    if all(word == BACKGROUND for word in words):
-        return {}
-    passes = token.info.get("passes")
-    if passes is None:
-        warnings.warn(
-            f"the token of {', '.join(token.words)} does not say from how many steps it was fitted: its probabilities "
-            "hold for images of as many steps only. Optimise it again to be rid of this",
-            stacklevel=2,
-        )
-        passes = [len(record.timesteps)]
-    values = token.maps(record).values[rows]
-    scale, bias = (torch.tensor(numbers).to(values)[rows].view(-1, 1, 1) for numbers in (token.scale, token.bias))
-    logits = scale * values * (sum(passes) / len(passes) / len(record.timesteps)) + bias
-    chances = logits.softmax(dim=0) if token.info.get("joint") else logits.sigmoid()
-    return {word: chance for word, chance in zip(words, chances, strict=True) if word != BACKGROUND}
 
 
 def _hash(token: OptimizedToken) -> str:

@@ -98,12 +98,22 @@ def fit(examples: Sequence[Example], name: str, method: str, **options) -> Optim
 
 
 def count(
-    examples: Sequence[Example], name: str, method: str, token: OptimizedToken | None = None
+    examples: Sequence[Example],
+    name: str,
+    method: str,
+    token: OptimizedToken | None = None,
+    *,
+    calibrated: bool = False,
 ) -> metrics.ThresholdCounts:
-    """The maps of class `name` by a plain method, or by an optimised token, counted against the masks."""
+    """The maps of class `name` by a plain method, or by an optimised token, counted against the masks.
+
+    calibrated: the token's probabilities in place of its maps. They are scaled to [0, 1] as maps are.
+    """
     maps = []
     for example in examples:
-        if token is not None:
+        if token is not None and calibrated:
+            maps.append(token.probabilities(example.record, [name])[0])
+        elif token is not None:
             maps.append(token.maps(example.record)[name])
         elif method == "DAAM":
             maps.append(example.daam[name])

@@ -1,7 +1,7 @@
 """Optimised tokens: what `optimize_token` returns, and how it is kept on disk."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ class OptimizedToken:
 
     embedding: (m, d_text) float32. LDAAM: one row a word (and one of the background, if asked for). DAAM: the whole
     text. words: the names of the K maps. rows: K tuples, the rows of `embedding` averaged to each word's map.
-    scale, bias: K numbers; sigmoid(scale * map + bias) is the calibrated probability.
+    scale, bias: K numbers; sigmoid(scale * map + bias) is the calibrated probability (see `probabilities`).
     losses: the objective at every evaluation. gradient_norm: of the objective where it stopped, for steps as long as
     the initial token. seconds: of the optimisation alone.
     info: what made it (model, prompts, text, loss, optimiser, weight decay, seed ...), JSON's own types.
@@ -51,11 +51,27 @@ class OptimizedToken:
         values = torch.stack([maps.values[list(rows)].mean(dim=0) for rows in self.rows])
         return named_maps(values, self.words)
 
-    def probabilities(self, record: AttentionRecord) -> torch.Tensor:
-        """(K, H, W) in [0, 1]: the maps through the scale and the bias that were learned with the token."""
-        scale, bias = (torch.tensor(numbers).view(-1, 1, 1) for numbers in (self.scale, self.bias))
-        values = self.maps(record).values
-        return torch.sigmoid(scale.to(values) * values + bias.to(values))
+    def probabilities(self, record: AttentionRecord, words: Sequence[str] | None = None) -> torch.Tensor:
+        """(K, H, W) in [0, 1]: the maps of `words` (default: all) through the scale and bias learned with the token.
+
+        A softmax between these words where the token was fitted with one (`joint`), else a sigmoid each. Maps are
+        sums over the steps: those of another number of steps than the token was fitted to are scaled to it.
+
+        Raises ValueError for a word that is not the token's, a token fitted with `loss="cross_entropy"`, which learns
+        no scale and bias, or a record of another model.
+        """
+        require_calibrated(self)
+        words = self.words if words is None else words
+        if set(words) - set(self.words):
+            raise ValueError(f"the token has the words {list(self.words)}, got {list(words)}")
+        rows = [self.words.index(word) for word in words]
+        values = self.maps(record).values[rows]
+        scale, bias = (torch.tensor(numbers)[rows].view(-1, 1, 1) for numbers in (self.scale, self.bias))
+        steps, passes = len(record.timesteps), self.info.get("passes", ())
+        if passes and steps not in passes:
+            scale = scale * sum(passes) / len(passes) / steps
+        logits = scale.to(values) * values + bias.to(values)
+        return logits.softmax(dim=0) if self.info.get("joint") else logits.sigmoid()
 
     def save(self, path: str | Path) -> None:
         """Write one `.safetensors` file, all but the embedding as JSON in its header, whole or not at all."""
@@ -102,6 +118,15 @@ class OptimizedToken:
 def named_maps(values: torch.Tensor, words: tuple[str, ...]) -> HeatMaps:
     """(K, H, W) maps that are looked up by `words`, one row each."""
     return HeatMaps(values, words, tuple(Word(word, row, row + 1) for row, word in enumerate(words)))
+
+
+def require_calibrated(token: OptimizedToken) -> None:
+    """ValueError for a token that was fitted without a scale and a bias."""
+    if token.info.get("loss") == "cross_entropy":
+        raise ValueError(
+            f'the token of {", ".join(token.words)} was fitted with loss="cross_entropy", which learns no scale and '
+            'bias, so it has no probabilities: use loss="bce" or "dice"'
+        )
 
 
 def key_norms(record: AttentionRecord) -> list[float]:

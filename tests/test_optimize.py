@@ -116,7 +116,9 @@ def test_every_loss_falls(records, masks, method, loss, optimizer):
 def test_the_probabilities_are_what_was_fitted(records, masks):
     for method in ("ldaam", "daam"):
         token = optimize_token(records, masks, word="car", method=method, weight_decay=0.01)
-        chances = torch.cat([token.probabilities(record) for record in records]).double()
+        chances = torch.cat([token.probabilities(record, ["car"]) for record in records]).double()
+        with pytest.raises(ValueError, match=r"the token has the words \['car'\], got \['tree'\]"):
+            token.probabilities(records[0], ["tree"])
         value = F.binary_cross_entropy(chances, at_grid(masks)[:, 0].double())
         start = records[0].encode(PROMPT).values if method == "daam" else records[0].encode("car").values[1:2]
         value += 0.01 * (token.embedding - start).square().sum() / start.square().sum()
@@ -135,6 +137,8 @@ def test_dice_and_the_thesis_loss_are_their_formulas(records, masks):
     scaled = torch.cat([token.maps(record).normalized().values for record in records])
     value = F.binary_cross_entropy(scaled.clamp(1e-6, 1 - 1e-6), targets)
     assert token.losses[-1] == pytest.approx(value.item(), rel=1e-3)
+    with pytest.raises(ValueError, match="learns no scale and bias"):
+        token.probabilities(records[0])
 
 
 def test_the_maps_of_daam_for_several_images_equal_those_of_each(records):
