@@ -15,6 +15,7 @@ import torch
 from .heatmaps import upsample
 
 THRESHOLDS = tuple(i / 100 for i in range(101))
+IN_CACHE = 2**18  # pixels that are counted at a time; found by trial
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +65,7 @@ def threshold_counts(maps, masks, *, thresholds=THRESHOLDS) -> ThresholdCounts:
 
     maps: (n, h, w) heat maps of one word, one an image. masks: (n, H, W) boolean, the truth; the maps are up-sampled
     to its size. thresholds: ascending numbers in [0, 1]. An image costs two histograms, of its map inside the mask
-    and outside, however many thresholds there are.
+    and outside, however many thresholds there are; evenly spaced ones from 0 to 1 are the fastest.
 
     Raises ValueError for shapes that do not fit, NaN or infinite maps, masks that are not boolean, an empty mask, no
     images, or thresholds that are not ascending in [0, 1].
@@ -78,8 +79,9 @@ def threshold_counts(maps, masks, *, thresholds=THRESHOLDS) -> ThresholdCounts:
     if not maps.isfinite().all():
         raise ValueError(f"maps {_numbers(~maps.isfinite().all(dim=(1, 2)))} hold NaN or infinite values")
     _refuse_empty(masks)
-    counts = [_count(heat, mask, levels) for heat, mask in zip(maps.float(), masks, strict=True)]
-    intersection, union = torch.stack(counts).permute(1, 0, 2).numpy()
+    images = max(1, IN_CACHE // masks[0].numel())
+    counts = [_count(*piece, levels) for piece in zip(maps.float().split(images), masks.split(images), strict=True)]
+    intersection, union = torch.cat(counts, dim=1).numpy()
     return ThresholdCounts(levels.double().numpy(), intersection, union)
 
 
@@ -106,15 +108,29 @@ def area_under_curve(maps, masks, *, thresholds=THRESHOLDS, pooled: bool = False
     return float(np.trapezoid(values, levels))
 
 
-def _count(heat: torch.Tensor, mask: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
-    """(h, w) map, (H, W) mask -> (2, T) int64: intersection and union at each of the levels."""
-    heat = upsample(heat[None], tuple(mask.shape))[0]
-    span = heat.max() - heat.min()
-    heat = (heat - heat.min()) / (span if span > 0 else 1)  # a constant map becomes zero, as in HeatMaps.normalized
-    below = torch.bucketize(heat, levels)  # how many levels the pixel exceeds
-    counts = torch.bincount((2 * below + mask).flatten(), minlength=2 * len(levels) + 2).view(-1, 2)
-    outside, inside = counts.flip(0).cumsum(0).flip(0)[1:].unbind(1)  # pixels that exceed each level
-    return torch.stack([inside, outside + mask.sum()])
+def _count(maps: torch.Tensor, masks: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    """(n, h, w) maps, (n, H, W) masks -> (2, n, T) int64: intersection and union at each of the levels."""
+    heat, masks = upsample(maps, tuple(masks.shape[1:])).flatten(1), masks.flatten(1)
+    low = heat.amin(dim=1, keepdim=True)
+    span = heat.amax(dim=1, keepdim=True) - low
+    heat = (heat - low) / span.where(span > 0, torch.ones_like(span))  # as in HeatMaps.normalized
+    bins = _exceeded(heat, levels).add_(masks.float(), alpha=len(levels) + 1).int()
+    counts = torch.stack([torch.bincount(image, minlength=2 * len(levels) + 2) for image in bins])
+    counts = counts.unflatten(1, (2, -1)).flip(2).cumsum(dim=2).flip(2)  # pixels that exceed so many levels or more
+    outside, inside = counts.unbind(dim=1)
+    return torch.stack([inside[:, 1:], outside[:, 1:] + inside[:, :1]])
+
+
+def _exceeded(heat: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    """How many of the levels each value exceeds, as float32.
+
+    Even levels are not searched: a value exceeds all that lie before the one nearest to it.
+    """
+    last = len(levels) - 1
+    if not torch.equal(levels, torch.arange(len(levels)) / last):
+        return torch.bucketize(heat, levels).float()
+    nearest = (heat * last).round_()
+    return nearest.add_((nearest / last).lt_(heat))
 
 
 def _levels(thresholds) -> torch.Tensor:
@@ -137,7 +153,7 @@ def _masks(masks, name: str, ndim: int) -> torch.Tensor:
 
 
 def _refuse_empty(masks: torch.Tensor) -> None:
-    empty = ~masks.any(dim=2).any(dim=1)
+    empty = masks.flatten(1).view(torch.uint8).amax(dim=1) == 0  # `any` of booleans takes twice as long
     if empty.any():
         raise ValueError(
             f"mask {_numbers(empty)} is empty: IoU is averaged over images that contain the class, leave it out"

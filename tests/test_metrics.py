@@ -52,6 +52,14 @@ def test_values_on_a_threshold_do_not_exceed_it():
     assert metrics.area_under_curve(heat, mask, thresholds=(0, 0.25, 0.5, 1)) == pytest.approx(area, abs=1e-12)
 
 
+@pytest.mark.parametrize("count", [2, 3, 100, 101, 1000])
+def test_even_levels_are_the_same_without_a_search(count):
+    levels = torch.arange(count) / (count - 1)
+    near = [torch.nextafter(levels, levels + side) for side in (-1, 0, 1)]
+    values = torch.cat([*near, levels[:-1] + levels.diff() / 2, torch.rand(10_000)]).clamp(0, 1)
+    assert torch.equal(metrics._exceeded(values, levels), torch.bucketize(values, levels).float())
+
+
 def test_a_perfect_map_and_a_constant_one(some):
     _, masks = some
     assert metrics.max_miou(masks[:4].float(), masks[:4]) == 1.0
