@@ -63,7 +63,7 @@ def load(shape: str, *, size: int | None, steps: int | None, batch: int, device:
     """On a CPU the big models make two steps without guidance: tracing costs the same, so it weighs twice as much."""
     if shape == "bundled":
         pipe = daamlib.load_pipeline(device=device, dtype=dtype)
-        return Model(shape, pipe, size or 128, steps or 30, batch, 5.0)
+        return Model(shape, pipe, size or 128, steps or 10, batch, 5.0)
     torch.manual_seed(0)
     with torch.device(device):
         unet = UNet2DConditionModel(**SHAPES[shape]).eval().to(dtype)
