@@ -1,7 +1,7 @@
 """What `daamlib.generate` makes, in a form that goes to other processes, and how one of them makes a part of it."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from ._dataset import Dataset
 from ._drawing import check_prompts, draw, generation_settings
 from ._generate_labels import Reader, Threshold
 from .optimized import OptimizedToken
-from .pipeline import load_pipeline
+from .pipeline import cpu_threads, load_pipeline
 from .trace import trace
 
 SOURCE = "daamlib.generate"  # of the label maps, in dataset.json
@@ -140,17 +140,6 @@ def shards_of(n: int, size: int) -> list[range]:
     if size < 1:
         raise ValueError(f"the shard size must be 1 or more, got {size}")
     return [range(start, min(start + size, n)) for start in range(0, n, size)]
-
-
-@contextmanager
-def cpu_threads(n: int) -> Iterator[None]:
-    """PyTorch on `n` threads, and as before afterwards."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(n)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def make_here(job: Job, shards: Sequence[range], done: Callable[[int], None]) -> None:

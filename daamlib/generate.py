@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from ._dataset import Dataset
 from ._generate_job import Job as Job
-from ._generate_job import Maker, cpu_threads, finish, make_here, shards_of
+from ._generate_job import Maker, finish, make_here, shards_of
 from ._generate_labels import Reader, Threshold
 from ._generate_labels import label_map as label_map
 from ._generate_ray import Actors
@@ -32,6 +32,7 @@ from ._generate_workers import Processes, spread
 from ._generate_workers import WorkerError as WorkerError
 from .datasets import urban_prompts
 from .optimized import OptimizedToken
+from .pipeline import cpu_threads
 
 SHARD = 8  # images; small, as the bar moves by shards and to hand one over takes milliseconds
 

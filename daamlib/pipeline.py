@@ -53,3 +53,14 @@ def quiet_loading() -> Iterator[None]:
             diffusers.utils.logging.enable_progress_bar()
         logger.removeFilter(keep)
         transformers.utils.logging.set_tqdm_hook(hook)
+
+
+@contextmanager
+def cpu_threads(n: int) -> Iterator[None]:
+    """PyTorch on `n` threads, and as before afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torchmetrics.classification import MulticlassJaccardIndex
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
-from ._generate_job import cpu_threads
+from .pipeline import cpu_threads
 from .urban.labels import IGNORED
 
 LEAST_SIDE = 32  # px: below it the strided convolutions of the attention have nothing to stand on

@@ -52,6 +52,7 @@ class Trace(Sequence[AttentionRecord]):
         self._pipe, self._branch, self._store = pipe, branch, store
         self._attentions = cross_attentions(pipe, middle=middle)
         self._queries = {name: attention.to_q for name, attention in self._attentions.items()}
+        self._signature = inspect.signature(pipe.unet.forward)
         self._records: list[AttentionRecord] = []
         self._call: _Call | None = None
         self._prompts: list[str | None] | None = None  # of the call that is about to start
@@ -97,7 +98,7 @@ class Trace(Sequence[AttentionRecord]):
         self._finish()
 
     def _before_unet(self, unet, args: tuple, kwargs: dict) -> None:
-        arguments = inspect.signature(unet.forward).bind_partial(*args, **kwargs).arguments
+        arguments = self._signature.bind_partial(*args, **kwargs).arguments
         sample, text = arguments["sample"], arguments["encoder_hidden_states"]
         call, plan = self._call, self._pipe.scheduler.timesteps
         # a call goes on while its passes all ended and more are to come

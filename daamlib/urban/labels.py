@@ -72,6 +72,7 @@ BY_ID = MappingProxyType({label.id: label for label in LABELS})
 COLOURS = np.zeros((256, 3), np.uint8)  # RGB by the id as it stands in a uint8 label map
 for _label in LABELS:
     COLOURS[_label.id % 256] = _label.color
+COLOURS[IGNORED] = 200  # light grey; the licence plate, -1, would paint what is ignored as a car
 COLOURS.setflags(write=False)
 del _label
 

@@ -80,7 +80,7 @@ def _same(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 1e-4) -> 
 
 
 def generation(model: models.Model, repeats: int, device: str) -> list[Row]:
-    """The pipeline inside `trace`, and without. The small model's seconds vary by more than is asked: many rounds."""
+    """The pipeline inside `trace`, and without. The seconds vary by more than is asked: many rounds."""
 
     def traced(store):
         with daamlib.trace(model.pipe, store=store) as trace:
@@ -91,7 +91,7 @@ def generation(model: models.Model, repeats: int, device: str) -> list[Row]:
     plain = model.generate()
     if isinstance(plain, torch.Tensor) and not torch.equal(plain, traced("linear")):
         raise AssertionError("tracing changed the latents")
-    rounds = 5 * repeats if model.shape == "bundled" else repeats
+    rounds = (5 if model.shape == "bundled" else 2) * repeats
     queries, linear, base = in_turn(
         rounds, lambda: traced("queries"), lambda: traced("linear"), model.generate, device=device
     )
