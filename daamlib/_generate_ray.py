@@ -54,7 +54,13 @@ class Actors:
             local = {"include_dashboard": False, "object_store_memory": 2**27}  # nothing but the job is kept there
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             options = {"address": address} if address else {"address": "local", **local}
-            ray.init(**options, logging_level="error", log_to_driver=False)
+            try:
+                ray.init(**options, logging_level="error", log_to_driver=False)
+            except ConnectionError as error:
+                raise ConnectionError(
+                    f"no Ray cluster answers at {address}: {error}. One that asks for a token, as Ray does from 2.61 "
+                    "on, wants RAY_AUTH_MODE=token here and the token that `ray get-auth-token` shows there"
+                ) from error
         resources = ray.cluster_resources()
         gpus, cores = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
         on_gpus = gpus > 0 and job.device in (None, "cuda")
