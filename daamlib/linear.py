@@ -36,7 +36,7 @@ class LinearMap:
         """
         height, width, d_text = self.weight.shape
         values = check_embeddings(embeddings, d_text, self.weight.device)
-        return F.linear(values, self.weight.to(values.dtype).flatten(0, 1)).unflatten(1, (height, width))
+        return F.linear(values, self.weight.to(values.dtype).reshape(-1, d_text)).view(-1, height, width)
 
 
 def check_embeddings(embeddings: torch.Tensor | TokenEmbeddings, d_text: int, device: torch.device) -> torch.Tensor:
