@@ -47,9 +47,7 @@ class HeatMaps:
 
     def normalized(self) -> "HeatMaps":
         """New maps, each scaled to its own [0, 1] (min-max); a constant map becomes zero."""
-        low = self.values.amin(dim=(1, 2), keepdim=True)
-        span = self.values.amax(dim=(1, 2), keepdim=True) - low
-        return replace(self, values=(self.values - low) / span.where(span > 0, torch.ones_like(span)))
+        return replace(self, values=normalize(self.values))
 
     def __repr__(self) -> str:
         return f"HeatMaps({tuple(self.values.shape)}, tokens={list(self.tokens)})"
@@ -60,3 +58,10 @@ def upsample(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     if tuple(maps.shape[-2:]) == tuple(size):
         return maps
     return F.interpolate(maps[None], size, mode="bilinear", align_corners=False)[0]
+
+
+def normalize(maps: torch.Tensor) -> torch.Tensor:
+    """(m, H, W) maps, each scaled to its own [0, 1] (min-max); a constant map becomes zero."""
+    low = maps.amin(dim=(1, 2), keepdim=True)
+    span = maps.amax(dim=(1, 2), keepdim=True) - low
+    return (maps - low) / span.where(span > 0, torch.ones_like(span))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .heatmaps import upsample
+from .heatmaps import normalize, upsample
 
 THRESHOLDS = tuple(i / 100 for i in range(101))
 IN_CACHE = 2**18  # pixels that are counted at a time; found by trial
@@ -110,10 +110,7 @@ def area_under_curve(maps, masks, *, thresholds=THRESHOLDS, pooled: bool = False
 
 def _count(maps: torch.Tensor, masks: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
     """(n, h, w) maps, (n, H, W) masks -> (2, n, T) int64: intersection and union at each of the levels."""
-    heat, masks = upsample(maps, tuple(masks.shape[1:])).flatten(1), masks.flatten(1)
-    low = heat.amin(dim=1, keepdim=True)
-    span = heat.amax(dim=1, keepdim=True) - low
-    heat = (heat - low) / span.where(span > 0, torch.ones_like(span))  # as in HeatMaps.normalized
+    heat, masks = normalize(upsample(maps, tuple(masks.shape[1:]))).flatten(1), masks.flatten(1)
     bins = _exceeded(heat, levels).add_(masks.float(), alpha=len(levels) + 1).int()
     counts = torch.stack([torch.bincount(image, minlength=2 * len(levels) + 2) for image in bins])
     counts = counts.unflatten(1, (2, -1)).flip(2).cumsum(dim=2).flip(2)  # pixels that exceed so many levels or more
