@@ -18,23 +18,35 @@ class Problem:
 
     maps: (m, d_text) -> (K, P), differentiable. targets: (K, P), 1 inside the mask and 0 outside. sizes: the pixels of
     each image, P in all. rows: the rows of the embeddings that are averaged to each of the K maps.
-    matrix: (P, d_text) with maps(x) = x @ matrix.T where the maps are linear (LDAAM), else None.
+    linear: whether the maps are linear in the embeddings (LDAAM). covariance: (d_text, d_text) float64, of the rows of
+    A over all pixels: how far LDAAM moves with the embedding, a good measure of how far DAAM does.
     """
 
     maps: Callable[[torch.Tensor], torch.Tensor]
     targets: torch.Tensor
     sizes: tuple[int, ...]
     rows: tuple[tuple[int, ...], ...]
-    matrix: torch.Tensor | None = None
+    linear: bool
+    covariance: torch.Tensor
 
 
 def linear_problem(records: Sequence[AttentionRecord], masks: Sequence[torch.Tensor]) -> Problem:
     """LDAAM: one row of the embeddings a class. float64: the fit is small and is to converge."""
-    weights = [record.linear_map().weight.double() for record in records]
-    matrix = torch.cat([weight.reshape(-1, weight.shape[-1]) for weight in weights])
+    matrix = _rows_of_linear_maps(records)
     targets = torch.cat([mask.flatten(1) for mask in masks], dim=1).to(matrix)
     rows = tuple((k,) for k in range(len(targets)))
-    return Problem(lambda x: x @ matrix.T, targets, tuple(mask[0].numel() for mask in masks), rows, matrix)
+    sizes = tuple(mask[0].numel() for mask in masks)
+    return Problem(lambda x: x @ matrix.T, targets, sizes, rows, True, _covariance(matrix))
+
+
+def _rows_of_linear_maps(records: Sequence[AttentionRecord]) -> torch.Tensor:
+    """(P, d_text) float64: A of every image, a pixel a row."""
+    return torch.cat([record.linear_map().weight.double().flatten(0, 1) for record in records])
+
+
+def _covariance(rows: torch.Tensor) -> torch.Tensor:
+    centred = rows - rows.mean(dim=0)
+    return centred.T @ centred / len(rows)
 
 
 def softmax_problem(
@@ -64,9 +76,9 @@ def softmax_problem(
         return torch.cat(parts, dim=1)
 
     targets = torch.cat([masks[i].flatten(1) for i in order], dim=1).float()
-    return Problem(
-        maps, targets.to(records[0].layers[0].queries.device), tuple(masks[i][0].numel() for i in order), rows
-    )
+    targets = targets.to(records[0].layers[0].queries.device)
+    sizes = tuple(masks[i][0].numel() for i in order)
+    return Problem(maps, targets, sizes, rows, False, _covariance(_rows_of_linear_maps(records)))
 
 
 def _stack(layers: Sequence[Layer]) -> Layer:
