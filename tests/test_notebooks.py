@@ -115,29 +115,71 @@ def nbval_flags():
     return re.search(r"^NBVAL_FLAGS := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
 
 
-def test_nbval_compares_what_is_printed_and_no_pictures_bars_stderr_or_durations(tmp_path):
-    picture = {"image/png": "bm90IHRoaXMgb25l", "text/plain": "<PIL.Image.Image image mode=RGB size=2x2>"}
-    cells = {
-        "print('iou 0.50')": [new_output("stream", text="iou 0.50\n")],
-        "print('iou 0.51')": [new_output("stream", text="iou 0.50\n")],
-        "1 / 2": [new_output("execute_result", data={"text/plain": "0.5"}, execution_count=3)],
-        "1 / 4": [new_output("execute_result", data={"text/plain": "0.5"}, execution_count=4)],
-        "print('new')": [],
-        "import sys\nprint('a warning', file=sys.stderr)": [],
-        "print('9.5 s for 3 images')": [new_output("stream", text="12 s for 3 images\n")],
-        "print('9.5 s for 4 images')": [new_output("stream", text="12 s for 3 images\n")],
-        "import PIL.Image\nPIL.Image.new('RGB', (2, 2))": [new_output("display_data", data=picture)],
-        "from tqdm.auto import tqdm\nfor i in tqdm(range(2)): print(i)": [new_output("stream", text="0\n1\n")],
-    }
-    differ = [1, 3, 4, 7]
-    stored = [
-        new_code_cell(source, outputs=outputs, execution_count=count)
-        for count, (source, outputs) in enumerate(cells.items(), start=1)
-    ]
+@each_notebook
+def test_a_cell_with_a_tolerance_of_its_own_gives_the_reason(path):
+    for cell in code_cells(path):
+        lines = [line for line in cell.source.splitlines() if re.match(r"#.*\btolerance\b", line)]
+        assert [line for line in lines if not re.fullmatch(r"# tolerance \d+(\.\d+)?: \S+( \S+){3,}", line)] == []
+        assert len(lines) <= 1 and (not lines or is_checked(cell))
+
+
+def printing(new, stored, *, remark=""):
+    """A cell that prints `new`, and the stored output of one that printed `stored`."""
+    return f"{remark}\nprint({new!r})", [new_output("stream", text=stored + "\n")]
+
+
+PICTURE = {"image/png": "bm90IHRoaXMgb25l", "text/plain": "<PIL.Image.Image image mode=RGB size=2x2>"}
+TABLE = """import pandas as pd
+print(pd.DataFrame({"DAAM": [9.98, 31.4], "LDAAM": [50.0, 60.1]}, index=["car", "rider"]))"""
+ROWS = "       DAAM  LDAAM\ncar    %s   50.0\n%s  31.40   60.1\n"
+WIDER = "# tolerance 0.8: a few of the annotator's pixels change sides"
+
+
+def table(text):
+    return [new_output("stream", text=text)]
+
+
+SAME = {
+    "equal": printing("iou 0.50", "iou 0.50"),
+    "a unit of the last digit": printing("iou 0.51", "iou 0.50"),
+    "three units, with an exponent": printing("error 2.3e-07", "error 2.0e-07"),
+    "a sign, a comma and a full stop": printing("-0.1, 0.52.", "+0.1, 0.50."),
+    "a digit more, so that columns move": (TABLE, table(ROWS % ("10.00", "rider"))),
+    "a picture": ("import PIL.Image\nPIL.Image.new('RGB', (2, 2))", [new_output("display_data", data=PICTURE)]),
+    "stderr": ("import sys\nprint('a warning', file=sys.stderr)", []),
+    "a bar": ("from tqdm.auto import tqdm\nfor i in tqdm(range(2)): print(i)", [new_output("stream", text="0\n1\n")]),
+    "a duration": printing("9.5 s for 3 images", "12 s for 3 images"),
+    "within the cell's own tolerance": printing("iou 50.7", "iou 50.0", remark=WIDER),
+}
+DIFFERENT = {
+    "a wrong digit": printing("iou 0.54", "iou 0.50"),
+    "a wrong exponent": printing("error 2.0e-06", "error 2.0e-07"),
+    "a whole number": printing("4 images", "3 images"),
+    "a shape": printing("(8, 128)", "(8, 127)"),
+    "a whole number for one with decimals": printing("3 images", "3.0 images"),
+    "a swapped label": printing("car 0.50, rider 0.51", "rider 0.50, car 0.51"),
+    "a changed word": printing("the same: False", "the same: True"),
+    "not a number": printing("iou nan", "iou 0.50"),
+    "a lost line": printing("car 0.50", "car 0.50\nrider 0.50"),
+    "a line more": printing("car 0.50\nrider 0.50", "car 0.50"),
+    "a swapped row": (TABLE, table(ROWS % ("9.98", "person"))),
+    "a wrong number in a table": (TABLE, table(ROWS % ("9.94", "rider"))),
+    "an output that was not stored": ("print('new')", []),
+    "no output": ("pass", [new_output("stream", text="iou 0.50\n")]),
+    "an error": ("print('iou 0.50')\n1 / 0", [new_output("stream", text="iou 0.50\n")]),
+    "outside the cell's own tolerance": printing("iou 50.9", "iou 50.0", remark=WIDER),
+    "a whole number in a cell with a tolerance": printing("4 images", "3 images", remark=WIDER.replace("0.8", "2")),
+}
+
+
+def test_nbval_lets_numbers_round_and_nothing_else(tmp_path):
+    cells = SAME | DIFFERENT
+    stored = [new_code_cell(source, outputs=outputs, execution_count=1) for source, outputs in cells.values()]
     nbformat.write(new_notebook(cells=stored), tmp_path / "00_test.ipynb")
     failed, passed = run_nbval(tmp_path)
-    assert failed == differ
-    assert sorted(failed + passed) == list(range(len(cells)))
+    names = list(cells)
+    assert [names[number] for number in sorted(failed)] == list(DIFFERENT)
+    assert [names[number] for number in sorted(passed)] == list(SAME)
 
 
 @pytest.mark.slow
