@@ -8,9 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from daamlib.urban import evaluate, networks
+from daamlib.urban import evaluate, networks, words
 from daamlib.urban.annotator import new_annotator
 from daamlib.urban.captions import TIMES, caption
+from daamlib.urban.data import HELD_OUT
 from daamlib.urban.evaluate import (
     MIN_AREA,
     PROMPTS,
@@ -22,6 +23,7 @@ from daamlib.urban.evaluate import (
     main,
     psnr,
 )
+from daamlib.urban.labels import BY_NAME
 from daamlib.urban.scenes import KINDS, Thing, render
 
 
@@ -83,8 +85,8 @@ def test_the_prompts_cover_what_the_model_knows():
     places = ("on the left", "on the right", "in the middle", "by day", "at sunset", "at night", "in the fog")
     stuff = ("building", "road", "sidewalk", "sky", "tree")
     colours = ("red", "blue", "green", "yellow", "white", "black", "orange", "purple")
-    for words in (*places, *stuff, *colours):
-        assert words in everything, words
+    for word in (*places, *stuff, *colours):
+        assert word in everything, word
 
 
 def test_hit_prompts_are_the_same_number_for_every_class():
@@ -188,6 +190,25 @@ def test_a_run_keeps_what_was_measured_before(folder, tmp_path, monkeypatch):
     assert 0 < after["time"]["seconds_per_image"] <= after["time"]["slowest"]
     with Image.open(tmp_path / "samples.png") as sheet:
         assert sheet.width == 12 + 6 * 140
+
+
+@pytest.mark.slow
+def test_words_are_measured_by_class_and_layer(folder):
+    pipe = evaluate.StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    found = words.measure_words(pipe, 20, HELD_OUT)
+    of_scenes = [render(HELD_OUT + i, 64).labels for i in range(20)]
+    shares = [(labels == BY_NAME["car"].id).mean() for labels in of_scenes]
+    assert found["whole_image"]["car"] == pytest.approx(100 * np.mean([x for x in shares if x >= 0.01]), abs=0.5)
+    tables = [found["whole_image"], found["daam"], found["ldaam"], found["token"], *found["daam_by_layer"].values()]
+    assert len(found["daam_by_layer"]) == 9
+    for table in tables:
+        assert list(table) == [*KINDS, "mean"]
+        assert table["mean"] == pytest.approx(np.mean([table[kind] for kind in KINDS]), abs=0.1)
+        assert all(0 < value < 100 for value in table.values())
+    # the masks of five scenes say more than the words of a model that was never trained
+    assert found["token"]["mean"] > max(found["daam"]["mean"], found["ldaam"]["mean"])
+    with pytest.raises(ValueError, match="measure on more scenes"):
+        words.measure_words(pipe, 5, HELD_OUT)
 
 
 def test_an_image_depends_on_its_own_seed_only(folder, monkeypatch):

@@ -1,7 +1,8 @@
-"""Measure the bundled model: reconstructions, a sheet of samples, whether it draws what it is asked for, time.
+"""Measure the bundled model: reconstructions, a sheet of samples, whether it draws what it is asked for, how well its
+words point, time.
 
     python -m daamlib.urban.evaluate --model data/urban-tiny                # everything
-    python -m daamlib.urban.evaluate --model data/urban-tiny --only sheet   # or some of psnr, sheet, hits, time
+    python -m daamlib.urban.evaluate --model data/urban-tiny --only words   # or some of psnr, sheet, hits, words, time
 
 Writes `metrics.json` (parts that were not measured again keep their numbers) and `samples.png` to `--out`. The
 float16 weights that ship are run in float32, as a CPU has to.
@@ -24,12 +25,15 @@ from .annotator import annotate, load_annotator
 from .data import HELD_OUT, SIZE, to_tensor
 from .labels import BY_NAME
 from .scenes import KINDS, render
+from .words import measure_words
 
-PARTS = ("psnr", "sheet", "hits", "time")
+PARTS = ("psnr", "sheet", "hits", "words", "time")
 STEPS = 25
 GUIDANCE = 5.0
 BATCH = 8  # images generated together; each has a generator of its own
 SHEET_SEED, HITS_SEED, TIME_SEED = 0, 1_000, 2_000  # image i of a part has the seed of the part + i
+WORDS_SEED = HELD_OUT + 5_000_000  # of the scenes that words are measured on; nothing was chosen on them
+WORDS_SCENES = 120
 
 # A class counts as found where it covers this share of the image: 328 pixels of 128 x 128. A thing that is there
 # is larger: over 6,000 rendered scenes the 1st percentile of the visible area is 3.7 % for a car, 4.7 % for a
@@ -250,6 +254,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if "hits" in args.only:
         settings = {"first_seed": HITS_SEED, "steps": STEPS, "guidance": GUIDANCE}
         keep("hits", measure_hits(pipe, annotator, args.images) | settings)
+    if "words" in args.only:
+        keep("words", measure_words(pipe, WORDS_SCENES, WORDS_SEED) | {"first_seed": WORDS_SEED})
     if "time" in args.only:
         keep("time", measure_time(pipe) | {"steps": STEPS})
     keep("size_mb", folder_sizes(args.model))
