@@ -195,39 +195,50 @@ def summary(
 
 
 def thesis_values() -> pd.DataFrame:
-    """The thesis' tables in the columns of `Comparison.results`; Tables 4.2 and 4.3 stand at 5 training images.
+    """The thesis' numbers, `value`, by the columns of `Comparison.results` and `table`: "4.2", "4.3" or "samples".
 
-    They do not say how many images they were trained on; the table by number of images gives 1 and 2.
+    "samples" is the table by number of training images. Tables 4.2 and 4.3 do not say how many images their optimised
+    rows were trained on: `train_images` is missing there.
     """
-    table = pd.read_csv(THESIS_TABLES, dtype={"train_images": "Int64"})
-    of_tables = table.table != "samples"
-    table.loc[of_tables, "train_images"] = table.optimised[of_tables].map({True: 5, False: 0})
-    table = table[of_tables | (table.train_images < 5) | (table.split == "train")]
-    return table.rename(columns={"value": "thesis"}).drop(columns="table").astype({"train_images": int})
+    return pd.read_csv(THESIS_TABLES, dtype={"table": str, "train_images": "Int64"})
 
 
 def with_thesis(results: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """{ground truth: `Comparison.results`} -> one table with the columns `ground_truth` and `thesis`."""
+    """{ground truth: `Comparison.results`} -> one table with the column `ground_truth` and the thesis' numbers.
+
+    thesis: of Tables 4.2 and 4.3, beside the plain rows and those of the largest number of training images.
+    thesis_samples: of the table by number of training images.
+    """
     table = pd.concat([frame.assign(ground_truth=name) for name, frame in results.items()], ignore_index=True)
-    keys = ["split", "method", "optimised", "train_images", "class", "metric"]
-    return table.merge(thesis_values(), on=keys, how="left")[["ground_truth", "split", *COLUMNS, "thesis"]]
+    thesis = thesis_values()
+    keys = ["split", "method", "optimised", "class", "metric"]
+    of_tables = thesis[thesis.table != "samples"].rename(columns={"value": "thesis"})[[*keys, "thesis"]]
+    of_samples = thesis[thesis.table == "samples"].rename(columns={"value": "thesis_samples"}).drop(columns="table")
+    table = table.merge(of_tables, on=keys, how="left")
+    table = table.merge(of_samples.astype({"train_images": int}), on=[*keys, "train_images"], how="left")
+    table.loc[~table.train_images.isin([0, table.train_images.max()]), "thesis"] = np.nan
+    return table[["ground_truth", "split", *COLUMNS, "thesis", "thesis_samples"]]
 
 
 def claims(results: pd.DataFrame) -> pd.DataFrame:
     """The thesis' five claims against one `Comparison.results`: what the thesis found, what is found here, a verdict.
 
     All by maximum mIoU on the test images, in points. What is "few" and "within" is set here: the thesis says "one to
-    five samples" and "1 to 2 points".
+    five samples" and "1 to 2 points". The thesis' numbers of the claims 1 to 3 are those of Table 4.2, of 4 and 5 those
+    of its table by number of training images.
     """
-    here, thesis = _test_miou(results, "value"), _test_miou(thesis_values(), "thesis")
-    few, many = (pick(k for k in here.index.levels[1] if k) for pick in (min, max))
+    here, few, many = _test_miou(results), *(pick(k for k in results.train_images if k) for pick in (min, max))
+    of_thesis = thesis_values()
+    tables = of_thesis[of_thesis.table == "4.2"]
+    tables = _test_miou(tables.assign(train_images=many * tables.optimised))  # beside our largest number
+    samples = _test_miou(of_thesis[of_thesis.table == "samples"])
     rows = []
-    for numbers, one, most in ((thesis, 1, 5), (here, few, many)):
-        every = numbers.xs("all", level="class")
-        of_classes = numbers["LDAAM", most].drop("all")
-        lifts = [every[method, most] - every[method, 0] for method in ("DAAM", "LDAAM")]
-        behind = every["DAAM", most] - every["LDAAM", most]
-        lost = every["LDAAM", most] - every["LDAAM", one]
+    for table, by_number, one, most in ((tables, samples, 1, 5), (here, here, few, many)):
+        every, of_number = table.xs("all", level="class"), by_number["LDAAM"].xs("all", level="class")
+        of_classes = by_number["LDAAM", most].drop("all")
+        lifts = [every[method, many] - every[method, 0] for method in ("DAAM", "LDAAM")]
+        behind = every["DAAM", many] - every["LDAAM", many]
+        lost = of_number[most] - of_number[one]
         rows.append(
             [
                 (f"{every['LDAAM', 0]:.1f} < {every['DAAM', 0]:.1f}", every["LDAAM", 0] < every["DAAM", 0]),
@@ -249,10 +260,10 @@ def claims(results: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(table, columns=["claim", "thesis", "here", "verdict"])
 
 
-def _test_miou(table: pd.DataFrame, column: str) -> pd.Series:
-    """(method, train_images, class) -> maximum mIoU on the test images, which stands in `column`."""
+def _test_miou(table: pd.DataFrame) -> pd.Series:
+    """(method, train_images, class) -> maximum mIoU on the test images."""
     table = table[(table.split == "test") & (table.metric == "max_miou")]
-    return table.set_index(["method", "train_images", "class"])[column].sort_index()
+    return table.set_index(["method", "train_images", "class"]).value.sort_index()
 
 
 def evaluate_transfer(
