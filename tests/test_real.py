@@ -27,14 +27,14 @@ def test_the_record_is_that_of_the_noised_image(pipe, array):
     assert_close(record.daam().values, naive_maps(captures, GRIDS, image=0)[:7])
     assert_close(record.ldaam().values, naive_maps(captures, GRIDS, image=0, kind="scores")[:7], 1e-4)
 
-    pixels = torch.from_numpy(array).permute(2, 0, 1)[None].float() / 127.5 - 1
+    pixels = torch.from_numpy(array).permute(2, 0, 1)[None].to(pipe.device).float() / 127.5 - 1
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         z = pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor
     expected = []
     for t in (50, 600):
         a = pipe.scheduler.alphas_cumprod[t]
-        expected.append(a.sqrt() * z + (1 - a).sqrt() * torch.randn(z.shape, generator=generator))
+        expected.append(a.sqrt() * z + (1 - a).sqrt() * torch.randn(z.shape, generator=generator).to(z))
     seen = []
     handle = pipe.unet.register_forward_pre_hook(lambda module, args: seen.append((args[0], int(args[1]))))
     try:
