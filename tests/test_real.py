@@ -1,5 +1,7 @@
 """Records of real images."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -100,6 +102,30 @@ def test_half_precision(fresh, array):
     record = daamlib.trace_image(fresh("sd1").to(dtype=torch.bfloat16), array)
     assert record.layers[0].queries.dtype == torch.bfloat16
     assert record.daam("a car").values.dtype == torch.float32
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_vae_that_overflows_in_half_precision(fresh, array, monkeypatch, fails):
+    """SDXL's leaves the range of float16, and says so in its config."""
+    pipe = fresh("sdxl")
+    with torch.no_grad():
+        pipe.vae.encoder.conv_in.weight.mul_(3e5)  # float16 ends at 65504
+    expected = daamlib.trace_image(pipe, array)
+    pipe.unet.half(), pipe.vae.half(), pipe.text_encoder.half(), pipe.text_encoder_2.half()
+    before = {name: (weight, weight.clone()) for name, weight in pipe.vae.named_parameters()}
+    encode = pipe.vae.encode
+    with monkeypatch.context() as patch:
+        if fails:
+            patch.setattr(pipe.vae, "encode", lambda pixels: encode(pixels[:, :2]))
+        with pytest.raises(RuntimeError, match="to have 3 channels") if fails else nullcontext():
+            record = daamlib.trace_image(pipe, array)
+    for name, weight in pipe.vae.named_parameters():
+        assert weight is before[name][0] and torch.equal(weight, before[name][1]), name
+    if not fails:
+        assert record.layers[0].queries.dtype == torch.float16
+        assert_close(record.daam().values, expected.daam().values, 0.05)
+        pipe.vae.register_to_config(force_upcast=False)
+        assert not daamlib.trace_image(pipe, array).daam().values.isfinite().all()
 
 
 def test_nothing_stays_on_the_pipeline_and_its_input(sd1_pipe, array):
