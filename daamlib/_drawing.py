@@ -23,10 +23,20 @@ def weight_hash(pipe) -> str:
     digest = hashlib.sha256()
     for part in ("text_encoder", "text_encoder_2", "unet", "vae"):
         module = getattr(pipe, part, None)
-        for name, tensor in sorted(module.state_dict().items()) if module is not None else ():
+        for name, tensor in sorted(_state(module).items()) if module is not None else ():
             digest.update(f"{part}.{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
+
+
+def _state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The weights by name; those that `enable_sequential_cpu_offload` has taken away, from where they wait."""
+    state = module.state_dict()
+    if any(tensor.is_meta for tensor in state.values()):
+        from accelerate.utils.modeling import get_state_dict_offloaded_model  # without it no weight could be on `meta`
+
+        state = get_state_dict_offloaded_model(module)
+    return state
 
 
 def check_prompts(prompts: Sequence[str]) -> None:

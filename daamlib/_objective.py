@@ -33,15 +33,19 @@ class Problem:
 def linear_problem(records: Sequence[AttentionRecord], masks: Sequence[torch.Tensor]) -> Problem:
     """LDAAM: one row of the embeddings a class. float64: the fit is small and is to converge."""
     matrix = _rows_of_linear_maps(records)
-    targets = torch.cat([mask.flatten(1) for mask in masks], dim=1).to(matrix)
+    targets = torch.cat([mask.flatten(1) for mask in masks], dim=1).to(matrix.device).to(matrix)
     rows = tuple((k,) for k in range(len(targets)))
     sizes = tuple(mask[0].numel() for mask in masks)
     return Problem(lambda x: x @ matrix.T, targets, sizes, rows, True, _covariance(matrix))
 
 
 def _rows_of_linear_maps(records: Sequence[AttentionRecord]) -> torch.Tensor:
-    """(P, d_text) float64: A of every image, a pixel a row."""
-    return torch.cat([record.linear_map().weight.double().flatten(0, 1) for record in records])
+    """(P, d_text) float64: A of every image, a pixel a row.
+
+    It lies where the first record does, but not on Apple's GPUs, which have no float64: there on the CPU.
+    """
+    device = torch.device("cpu") if records[0].device.type == "mps" else records[0].device
+    return torch.cat([record.linear_map().weight.to(device).double().flatten(0, 1) for record in records])
 
 
 def _covariance(rows: torch.Tensor) -> torch.Tensor:
@@ -59,7 +63,8 @@ def softmax_problem(
     groups = defaultdict(list)
     for number, record in enumerate(records):
         groups[tuple((layer.grid, len(layer.queries)) for layer in record.layers)].append(number)
-    tall = [([_stack(layers) for layers in zip(*(records[i].layers for i in group), strict=True)], group)
+    device = records[0].device
+    tall = [([_stack(layers, device) for layers in zip(*(records[i].layers for i in group), strict=True)], group)
             for group in groups.values()]  # fmt: skip
     order = [i for group in groups.values() for i in group]
 
@@ -75,17 +80,17 @@ def softmax_problem(
             parts.append(total.reshape(len(rows), -1))
         return torch.cat(parts, dim=1)
 
-    targets = torch.cat([masks[i].flatten(1) for i in order], dim=1).float()
-    targets = targets.to(records[0].layers[0].queries.device)
+    targets = torch.cat([masks[i].flatten(1) for i in order], dim=1).to(device).float()
     sizes = tuple(masks[i][0].numel() for i in order)
     return Problem(maps, targets, sizes, rows, False, _covariance(_rows_of_linear_maps(records)))
 
 
-def _stack(layers: Sequence[Layer]) -> Layer:
-    """One layer of several images as that of one image of their heights together."""
+def _stack(layers: Sequence[Layer], device: torch.device) -> Layer:
+    """One layer of several images as that of one image of their heights together, on `device`."""
     height, width = layers[0].grid
-    queries = torch.cat([layer.queries for layer in layers], dim=1)
-    return replace(layers[0], grid=(height * len(layers), width), queries=queries)
+    queries = torch.cat([layer.queries.to(device) for layer in layers], dim=1)
+    keys = layers[0].key_weight.to(device)
+    return replace(layers[0], grid=(height * len(layers), width), key_weight=keys, queries=queries)
 
 
 def loss_of(problem: Problem, kind: str, *, joint: bool) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:

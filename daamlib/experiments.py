@@ -119,7 +119,8 @@ def count(
             maps.append(example.daam[name])
         else:
             maps.append(example.record.ldaam(name)[name])
-    return metrics.threshold_counts(torch.stack(maps), np.stack([example.masks[name] for example in examples]))
+    maps = torch.stack([values.cpu() for values in maps])  # they are counted there, and records may lie apart
+    return metrics.threshold_counts(maps, np.stack([example.masks[name] for example in examples]))
 
 
 def compare(

@@ -13,14 +13,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .layers import Layer
+from .layers import TENSORS, Layer
 from .text import TokenEmbeddings, Word
 
 if TYPE_CHECKING:
     from .record import AttentionRecord
 
 FORMAT = "daamlib-record-1"
-TENSORS = ("key_weight", "queries", "query_sum")
 
 
 @contextmanager
@@ -66,8 +65,9 @@ def save(record: AttentionRecord, path: Path) -> None:
         save_file(tensors, temporary, metadata={"daamlib": json.dumps(header)})
 
 
-def load(path: Path, pipe: Any = None) -> AttentionRecord:
-    """Read a record written by `save`.
+@torch.inference_mode(False)  # its tensors may be differentiated through wherever it was loaded
+def load(path: Path, pipe: Any = None, device: str | torch.device | None = None) -> AttentionRecord:
+    """Read a record written by `save`; device: None is where `pipe` computes, without one the CPU.
 
     Raises FileNotFoundError, or ValueError if the file is damaged, is no record, or is not of `pipe`'s model.
     """
@@ -90,11 +90,12 @@ def load(path: Path, pipe: Any = None) -> AttentionRecord:
         _check(record)
     except (SafetensorError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{path} is not a readable attention record, or is damaged: {error}") from error
-    if pipe is not None:
-        from .trace import current_layers
+    if pipe is None:
+        return record if device is None else record.to(device)
+    from .trace import current_layers
 
-        require_same_model([record, AttentionRecord(None, prompt, [], current_layers(pipe, like=layers))])
-    return record
+    require_same_model([record, AttentionRecord(None, prompt, [], current_layers(pipe, like=layers))])
+    return record.to(device or pipe._execution_device)
 
 
 def _layer(number: int, fields: dict, tensors: dict[str, torch.Tensor]) -> Layer:

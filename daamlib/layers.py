@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+TENSORS = ("key_weight", "queries", "query_sum")  # of a layer
 IN_CACHE = 2**21  # bytes of attention probabilities that a CPU works on at a time; found by trial
 QUERIES_IN_CACHE = 3 * 2**20  # bytes of queries, likewise
 SAFE_POWER = 64  # of two: sums of such powers and their reciprocals stay far inside the range of float32
@@ -34,6 +35,11 @@ class Layer:
     def summed_queries(self) -> torch.Tensor:
         """(h*w, heads * d_head) float32: sum over the steps, accumulated in float32."""
         return self.query_sum if self.queries is None else self.queries.sum(dim=0, dtype=torch.float32)
+
+    def to(self, device: torch.device) -> "Layer":
+        """The layer with its tensors on `device`."""
+        kept = {name: getattr(self, name) for name in TENSORS if getattr(self, name) is not None}
+        return replace(self, **{name: tensor.to(device) for name, tensor in kept.items()})
 
     def select(self, steps: Sequence[int] | None, heads: Sequence[int] | None) -> "Layer":
         """The layer with only some steps and heads (by number)."""

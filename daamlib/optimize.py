@@ -36,6 +36,7 @@ STEP = 2.0  # of NovoGrad: the length of its first steps, in the coordinates v
 DAMPING = 0.01  # of these coordinates for NovoGrad, as a part of the rows' mean variance
 
 
+@torch.inference_mode(False)  # it differentiates, whatever mode it is called in
 def optimize_token(
     records: Sequence[AttentionRecord],
     masks: Sequence,
@@ -55,9 +56,10 @@ def optimize_token(
 ) -> OptimizedToken:
     """Fit text embeddings to the masks of a few images of one model, to read its other images with.
 
-    records: n of one model. masks: n, each (H, W) boolean, or (K, H, W) for K classes at once, of any size: they are
-    resized to the record's `grid` by nearest neighbour (the pixel under each cell's centre). An image without a class
-    (an empty mask) is a negative example; a class without any pixel, or that fills every image, is an error.
+    records: n of one model; the fit runs where the first lies. masks: n, each (H, W) boolean, or (K, H, W) for K
+    classes at once, of any size: they are resized to the record's `grid` by nearest neighbour (the pixel under each
+    cell's centre). An image without a class (an empty mask) is a negative example; a class without any pixel, or that
+    fills every image, is an error.
 
     method: "ldaam" fits one token of d_text numbers a class. It starts from the word's own embedding in `text`
     (default: the word alone), or without a word from random numbers of `seed`. "daam" fits all embeddings of `text`
@@ -99,7 +101,7 @@ def optimize_token(
     if not names:
         names = tuple(f"class {k}" for k in range(len(grids[0]) - background)) if len(grids[0]) > 1 else ("token",)
     return OptimizedToken(
-        embedding=embedding.float(),
+        embedding=embedding.float().cpu(),
         method=method,
         words=names + ((BACKGROUND,) if background else ()),
         rows=problem.rows,
@@ -206,7 +208,7 @@ class _Fit:
         """
         covariance = self.problem.covariance / self.problem.covariance.diagonal().mean()
         damped = covariance + DAMPING * torch.eye(len(covariance)).to(covariance)
-        self.basis = (self.length * _whitening(damped)).to(self.start)
+        self.basis = self.length * _whitening(damped).to(self.start)
         parameters = [(self.v, STEP), (self.bias, 0.1)]
         if self.log_scale.requires_grad:
             parameters.append((self.log_scale, 0.1))
@@ -268,12 +270,13 @@ def _whitening(metric: torch.Tensor) -> torch.Tensor:
 
 
 def _start_tokens(record: AttentionRecord, names: tuple, text: str | None, count: int, seed: int) -> torch.Tensor:
-    """(count, d_text): the embedding of each word (its tokens averaged); random where there is no word."""
+    """(count, d_text) float32 on the CPU: the embedding of each word (its tokens averaged); random without a word."""
     tokens = []
     for name in names:
         embeddings = record.encode(text or name)
-        tokens.append(embeddings.values[find_word(name, embeddings.words, embeddings.tokens)].float().mean(dim=0))
-    prompt = record.prompt_embeddings.values.float()
+        rows = find_word(name, embeddings.words, embeddings.tokens)
+        tokens.append(embeddings.values[rows].float().mean(dim=0).cpu())
+    prompt = record.prompt_embeddings.values.float().cpu()
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(count - len(tokens), record.d_text, generator=generator).to(prompt) * prompt.std()
     return torch.cat([torch.stack(tokens), noise]) if tokens else noise
@@ -327,7 +330,7 @@ def _check_options(method, loss, optimizer, joint, weight_decay, iterations) -> 
 
 
 def _read_masks(records: list, masks: list, names: tuple, joint: bool, background: bool) -> list[torch.Tensor]:
-    """The masks as (K, h, w) booleans on their record's grid and device."""
+    """The masks as (K, h, w) booleans on their record's grid, all on the first record's device."""
     if not records:
         raise ValueError("no training images: give one or more records, each with its mask")
     strange = next((record for record in records if not isinstance(record, AttentionRecord)), None)
@@ -336,7 +339,8 @@ def _read_masks(records: list, masks: list, names: tuple, joint: bool, backgroun
     if len(masks) != len(records):
         raise ValueError(f"{len(masks)} masks for {len(records)} records: give one mask for each record")
     require_same_model(records)
-    grids = [_resized(mask, record, number) for number, (mask, record) in enumerate(zip(masks, records, strict=True))]
+    pairs = enumerate(zip(masks, records, strict=True))
+    grids = [_resized(mask, record, number).to(records[0].device) for number, (mask, record) in pairs]
     counts = {len(grid) for grid in grids}
     if len(counts) > 1 or (names and counts != {len(names)}):
         wanted = f"{len(names)} words {list(names)}" if names else "one number of classes in all images"
@@ -363,5 +367,4 @@ def _resized(mask, record: AttentionRecord, number: int) -> torch.Tensor:
     if mask.ndim not in (2, 3) or not mask.numel():
         raise ValueError(f"mask {number} has shape {tuple(mask.shape)}, expected (H, W) or (K, H, W)")
     mask = mask[None] if mask.ndim == 2 else mask
-    device = record.layers[0].key_weight.device
-    return F.interpolate(mask[None].float(), record.grid, mode="nearest-exact")[0].bool().to(device)
+    return F.interpolate(mask[None].float(), record.grid, mode="nearest-exact")[0].bool()

@@ -22,8 +22,9 @@ FORMAT = "daamlib-token-1"
 class OptimizedToken:
     """Text embeddings fitted to masks, which read any image of the same model (thesis: x-hat, X-hat').
 
-    embedding: (m, d_text) float32. LDAAM: one row a word (and one of the background, if asked for). DAAM: the whole
-    text. words: the names of the K maps. rows: K tuples, the rows of `embedding` averaged to each word's map.
+    embedding: (m, d_text) float32 on the CPU; `maps` takes it to the record. LDAAM: one row a word (and one of the
+    background, if asked for). DAAM: the whole text. words: the names of the K maps. rows: K tuples, the rows of
+    `embedding` averaged to each word's map.
     scale, bias: K numbers; sigmoid(scale * map + bias) is the calibrated probability (see `probabilities`).
     losses: the objective at every evaluation. gradient_norm: of the objective where it stopped, for steps as long as
     the initial token. seconds: of the optimisation alone.

@@ -87,7 +87,8 @@ def show_map_rows(
             heat = HeatMaps(values[row][None].detach().float().cpu(), (title,)).normalized()[0]
             extent = (-0.5, width - 0.5, height - 0.5, -0.5)
             drawn = ax.imshow(heat, cmap=COLOUR_MAP, vmin=0, vmax=1, extent=extent, interpolation="bilinear")
-            mask = np.asarray(masks[title][row]) if masks else np.zeros(0)
+            mask = masks[title][row] if masks else np.zeros(0)
+            mask = np.asarray(mask.cpu() if isinstance(mask, torch.Tensor) else mask)
             if mask.any() and not mask.all():
                 ax.contour(mask, levels=[0.5], colors="cyan", linewidths=0.8)
     for ax, title in zip(axes[0], ("image", *maps), strict=True):

@@ -1,6 +1,7 @@
 """Records of real images: no generation, no inversion."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -22,12 +23,13 @@ def trace_image(
     """
     cross_attentions(pipe, middle=False)  # an error if it has none
     steps = [int(t) for t in timesteps]
-    alphas = pipe.scheduler.alphas_cumprod
+    device, dtype = pipe._execution_device, pipe.unet.dtype
+    alphas = pipe.scheduler.alphas_cumprod.to(device)  # a scheduler takes them along to where it was last used
     if not steps or min(steps) < 0 or max(steps) >= len(alphas):
         raise ValueError(f"timesteps must be one or more of 0 ... {len(alphas) - 1}, got {list(timesteps)}")
-    device, dtype = pipe._execution_device, pipe.unet.dtype
-    pixels = _pixels(image, pipe.vae_scale_factor).to(device, pipe.vae.dtype)
-    latents = pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor
+    pixels = _pixels(image, pipe.vae_scale_factor).to(device)
+    with _wide_enough(pipe.vae) as vae:
+        latents = vae.encode(pixels.to(vae.dtype)).latent_dist.mean * vae.config.scaling_factor
     generator = torch.Generator("cpu").manual_seed(seed)
     with trace(pipe) as tracer:
         encoded = pipe.encode_prompt(
@@ -43,7 +45,22 @@ def trace_image(
                 encoder_hidden_states=encoded[0].to(dtype),
                 added_cond_kwargs=_size_conditions(pipe, encoded, pixels.shape[-2:], dtype),
             )
+    pipe.maybe_free_model_hooks()  # as at the end of the pipeline's own call: off-loaded models go back
     return tracer[0]
+
+
+@contextmanager
+def _wide_enough(vae) -> Iterator:
+    """The VAE in float32 where its config says that float16 overflows, as SDXL's does; in float16 again afterwards.
+
+    Every float16 is a float32, so the weights come back bit for bit.
+    """
+    upcast = vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
+    try:
+        yield vae.float() if upcast else vae
+    finally:
+        if upcast:
+            vae.half()
 
 
 def _pixels(image, factor: int) -> torch.Tensor:

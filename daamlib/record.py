@@ -45,6 +45,11 @@ class AttentionRecord:
         return self.layers[0].key_weight.shape[1]
 
     @property
+    def device(self) -> torch.device:
+        """Where the record's tensors lie, and its maps are computed."""
+        return self.layers[0].key_weight.device
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the queries or their sums (the key weights, shared by the records of a trace, come on top)."""
         kept = [layer.query_sum if layer.queries is None else layer.queries for layer in self.layers]
@@ -53,15 +58,17 @@ class AttentionRecord:
     def encode(self, text: str, *, padding: bool = False) -> TokenEmbeddings:
         """Embed any text with the model's own text encoder: (m, d_text) values and their tokens.
 
-        m = 2 + number of tokens (start and end token included), or the context length with `padding`. Raises
-        TypeError if it is no string, ValueError if it is too long or if the record was loaded without a pipeline.
+        m = 2 + number of tokens (start and end token included), or the context length with `padding`. The values lie
+        on the record's device, wherever the pipeline is. Raises TypeError if it is no string, ValueError if it is too
+        long or if the record was loaded without a pipeline.
         """
         if self.pipe is None:
             raise ValueError(
                 "this record has no text encoder: load it with AttentionRecord.load(path, pipe=pipe), or give "
                 "embeddings to daam_from / ldaam_from"
             )
-        return encode_text(self.pipe, text, padding=padding)
+        embeddings = encode_text(self.pipe, text, padding=padding)
+        return replace(embeddings, values=embeddings.values.to(self.device))
 
     def daam(self, text: str | None = None, *, padding: bool = True) -> HeatMaps:
         """DAAM of the prompt (`text=None`) or of any other text: OV-DAAM (thesis: D(X'); DAAM, Tang et al. 2022).
@@ -89,7 +96,7 @@ class AttentionRecord:
                 'DAAM needs the queries of every step, this record was made with store="linear": trace with '
                 'store="queries", or use ldaam'
             )
-        values = check_embeddings(embeddings, self.d_text, self.layers[0].queries.device)
+        values = check_embeddings(embeddings, self.d_text, self.device)
         maps = sum(upsample(layer.softmax_maps(values, max_bytes), self.grid) for layer in self.layers)
         return HeatMaps(maps, *_names(embeddings))
 
@@ -102,6 +109,7 @@ class AttentionRecord:
         return self._linear_map
 
     @functools.cached_property
+    @torch.inference_mode(False)  # it is kept, and a tensor of inference mode can never be differentiated through
     def _linear_map(self) -> LinearMap:
         return collapse(self.layers, self.grid)
 
@@ -129,17 +137,28 @@ class AttentionRecord:
             timesteps=self.timesteps if steps is None else [self.timesteps[step] for step in steps],
         )
 
+    def to(self, device: str | torch.device) -> "AttentionRecord":
+        """The record with all its tensors on `device`, where its maps are then computed; the pipeline stays.
+
+        A new record, which computes its `linear_map` anew; this one stays as it is. Raises what PyTorch raises for a
+        device that is not there.
+        """
+        device = torch.device(device)
+        prompt = replace(self.prompt_embeddings, values=self.prompt_embeddings.values.to(device))
+        return replace(self, prompt_embeddings=prompt, layers=tuple(layer.to(device) for layer in self.layers))
+
     def save(self, path: str | Path) -> None:
         """Write the record to one `.safetensors` file; a file of that name is replaced only when all is written."""
         files.save(self, Path(path))
 
     @classmethod
-    def load(cls, path: str | Path, *, pipe: Any = None) -> "AttentionRecord":
+    def load(cls, path: str | Path, *, pipe: Any = None, device: str | torch.device | None = None) -> "AttentionRecord":
         """Read a saved record; `pipe`, the pipeline that made it, lets it embed further texts.
 
+        device: where its tensors go and its maps are computed; None: where `pipe` computes, without one the CPU.
         Raises FileNotFoundError, or ValueError if the file is no record, is damaged, or is of another model.
         """
-        return files.load(Path(path), pipe)
+        return files.load(Path(path), pipe, device)
 
     def text_embeddings(self, text: str | None = None, *, padding: bool = True) -> TokenEmbeddings:
         """The embeddings of the prompt (`text=None`), which need no pipeline, or of any other text (`encode`)."""

@@ -2,7 +2,8 @@
 
 A forward hook on each cross-attention's `to_q` sees the queries under every attention processor (SDPA, sliced,
 xformers, IP-Adapter, LoRA) and cannot change the image; hooks on the U-Net mark the steps. All are removed when the
-`with` ends, also by an exception.
+`with` ends, also by an exception. What is kept is made outside inference mode: a tensor of that mode can never be
+differentiated through, and the embeddings of records are optimised.
 """
 
 import inspect
@@ -52,7 +53,7 @@ class Trace(Sequence[AttentionRecord]):
         self._pipe, self._branch, self._store = pipe, branch, store
         self._attentions = cross_attentions(pipe, middle=middle)
         self._queries = {name: attention.to_q for name, attention in self._attentions.items()}
-        self._signature = inspect.signature(pipe.unet.forward)
+        self._signature = inspect.signature(unet_of(pipe).forward)
         self._records: list[AttentionRecord] = []
         self._call: _Call | None = None
         self._prompts: list[str | None] | None = None  # of the call that is about to start
@@ -97,6 +98,7 @@ class Trace(Sequence[AttentionRecord]):
             self._call.steps = self._call.done
         self._finish()
 
+    @torch.inference_mode(False)
     def _before_unet(self, unet, args: tuple, kwargs: dict) -> None:
         arguments = self._signature.bind_partial(*args, **kwargs).arguments
         sample, text = arguments["sample"], arguments["encoder_hidden_states"]
@@ -148,6 +150,7 @@ class Trace(Sequence[AttentionRecord]):
             plan=pipe.scheduler.timesteps,
         )
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _after_queries(self, name: str, output: torch.Tensor) -> None:
         call = self._call
@@ -190,6 +193,7 @@ class Trace(Sequence[AttentionRecord]):
 
     # -- records -------------------------------------------------------------------------------------------------
 
+    @torch.inference_mode(False)
     def _finish(self) -> None:
         """Turn the call into records if it is complete."""
         call = self._call
@@ -232,8 +236,11 @@ def trace(pipe, *, branch: Branch = "conditional", store: Store = "queries", mid
     middle block too, which DAAM leaves out.
 
     The image is the same bit for bit. A call that an exception ends before its last U-Net pass leaves no record, one
-    that `pipe._interrupt` ends leaves that of the passes made; the records of the calls before stay. Raises TypeError
-    or ValueError for a pipeline without U-Net cross-attention or an unknown option.
+    that `pipe._interrupt` ends leaves that of the passes made; the records of the calls before stay. A U-Net that
+    `torch.compile` has compiled runs uncompiled inside the `with`, as everything else that is compiled: code that was
+    compiled before the hooks came would never call them. Its image is the uncompiled model's.
+
+    Raises TypeError or ValueError for a pipeline without U-Net cross-attention or an unknown option.
     """
     for name, value, known in (("branch", branch, Branch), ("store", store, Store)):
         if value not in known.__args__:
@@ -241,14 +248,17 @@ def trace(pipe, *, branch: Branch = "conditional", store: Store = "queries", mid
     tracer = Trace(pipe, branch, store, middle)
     with ExitStack() as stack:
         stack.callback(tracer._close)
+        if _is_compiled(pipe.unet):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         # the only places where a prompt's text and a call's end can be seen
         stack.enter_context(_watch(pipe, "encode_prompt", tracer._before_prompt))
         stack.enter_context(_watch(pipe, "maybe_free_model_hooks", tracer._before_end))
         for name, to_q in tracer._queries.items():
             hook = lambda module, args, output, name=name: tracer._after_queries(name, output)  # noqa: E731
             stack.callback(to_q.register_forward_hook(hook).remove)
-        stack.callback(pipe.unet.register_forward_pre_hook(tracer._before_unet, with_kwargs=True).remove)
-        stack.callback(pipe.unet.register_forward_hook(lambda *_: tracer._after_unet()).remove)
+        unet = unet_of(pipe)
+        stack.callback(unet.register_forward_pre_hook(tracer._before_unet, with_kwargs=True).remove)
+        stack.callback(unet.register_forward_hook(lambda *_: tracer._after_unet()).remove)
         yield tracer
 
 
@@ -275,16 +285,27 @@ def _watch(pipe, method: str, before: Callable[..., None]) -> Iterator[None]:
             vars(pipe)[method] = shadowed
 
 
+def unet_of(pipe) -> Any:
+    """The pipeline's U-Net itself; `torch.compile` returns a wrapper with another signature and other layer names."""
+    unet = getattr(pipe, "unet", None)
+    return getattr(unet, "_orig_mod", unet)
+
+
+def _is_compiled(unet: torch.nn.Module) -> bool:
+    """Whether any of it is, by `torch.compile(unet)` or, in place, by a module's own `compile()`."""
+    return any(hasattr(part, "_orig_mod") or part._compiled_call_impl is not None for part in unet.modules())
+
+
 def cross_attentions(pipe, *, middle: bool) -> dict[str, torch.nn.Module]:
     """The U-Net's cross-attention modules by name. TypeError or ValueError if there are none that DAAM can read."""
-    unet = getattr(pipe, "unet", None)
+    unet = unet_of(pipe)
     if not isinstance(unet, torch.nn.Module):
         raise TypeError(
             f"expected a diffusers pipeline with a U-Net (Stable Diffusion 1.x, 2.x, XL), got {type(pipe).__name__}"
             f"{' with a transformer' if hasattr(pipe, 'transformer') else ''}: DAAM reads U-Net cross-attention"
         )
     found = {
-        name: module
+        name.replace("_orig_mod.", ""): module  # of a block that is compiled by itself
         for name, module in unet.named_modules()
         if name.endswith("attn2")
         and getattr(module, "is_cross_attention", False)
@@ -307,7 +328,10 @@ def current_layers(pipe, *, like: Sequence[Layer]) -> tuple[Layer, ...]:
     found = cross_attentions(pipe, middle=any(layer.name.startswith("mid_block") for layer in like))
     weight = {}
     for name, attention in found.items():
-        identity = torch.eye(attention.cross_attention_dim, dtype=pipe.unet.dtype, device=pipe.unet.device)
+        # beside the weights; off-loaded layer by layer, these are on `meta` and come to where the pipeline computes
+        device = next(attention.to_k.parameters()).device
+        device = pipe._execution_device if device.type == "meta" else device
+        identity = torch.eye(attention.cross_attention_dim, dtype=pipe.unet.dtype, device=device)
         with torch.no_grad():
             weight[name] = attention.to_k(identity).T
     return tuple(Layer(name, (1, 1), a.heads, float(a.scale), weight[name]) for name, a in found.items())

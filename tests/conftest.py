@@ -1,12 +1,14 @@
 """Tiny pipelines built from config: random weights from a seed, no hub, a few channels.
 
-The session fixtures are shared by all tests, which must leave them as they are; `fresh` builds new ones.
+The session fixtures are shared by all tests, which must leave them as they are; `fresh` builds new ones. All lie on the
+`--device` that pytest is given; "pretended-cuda" takes the CPU for a GPU, see `placement`.
 """
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import functools
 import logging
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from placement import Pretended
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -47,10 +50,39 @@ SDXL = {
 }
 
 
-def pytest_configure():
+def pytest_addoption(parser):
+    parser.addoption(
+        "--device",
+        default="cpu",
+        help="where the tests put their pipelines and tensors: cpu, cuda, mps, or pretended-cuda (placement.py)",
+    )
+
+
+def pytest_configure(config):
+    name = config.getoption("--device")
+    if name.startswith("pretended-"):
+        mode = Pretended(name.removeprefix("pretended-"))
+        mode.__enter__()
+        config.add_cleanup(lambda: mode.__exit__(None, None, None))
+    elif name != "cpu":
+        _prepare(name)
     torch.set_num_threads(min(2, torch.get_num_threads()))
     # it advises on batch sizes and the like, through warnings that would be errors here
     logging.getLogger("diffusers").setLevel(logging.ERROR)
+
+
+def _prepare(name):
+    """Kernels as exact and repeatable as the CPU's; a usage error for a device that is not there."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS may add in another order each time
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise pytest.UsageError(
+            f"--device {name}: PyTorch {torch.__version__} has no such device here ({reason})"
+        ) from error
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    torch.use_deterministic_algorithms(True)
 
 
 def _tokenizer(context):
@@ -128,28 +160,34 @@ BUILDERS = {
 }
 
 
-def build(family):
+def build(family, device="cpu"):
     """A new tiny pipeline, the same in every process."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         pipe = BUILDERS[family]()
     pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return pipe.to(device)
 
 
 @pytest.fixture(scope="session")
-def sd1_pipe():
-    return build("sd1")
+def device(pytestconfig):
+    """Of `--device`, as tensors name it."""
+    return torch.empty(0, device=pytestconfig.getoption("--device").removeprefix("pretended-")).device
 
 
 @pytest.fixture(scope="session")
-def sd2_pipe():
-    return build("sd2")
+def sd1_pipe(device):
+    return build("sd1", device)
 
 
 @pytest.fixture(scope="session")
-def sdxl_pipe():
-    return build("sdxl")
+def sd2_pipe(device):
+    return build("sd2", device)
+
+
+@pytest.fixture(scope="session")
+def sdxl_pipe(device):
+    return build("sdxl", device)
 
 
 @pytest.fixture(params=["sd1", "sd2", "sdxl"])
@@ -159,6 +197,6 @@ def pipe(request):
 
 
 @pytest.fixture
-def fresh():
+def fresh(device):
     """fresh("sd1"): a pipeline of this test alone, which may change it."""
-    return build
+    return functools.partial(build, device=device)

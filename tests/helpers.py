@@ -20,7 +20,13 @@ def generate(pipe, prompt="a car and a tree", *, seed=0, **options):
 
 
 def assert_close(got, expected, tolerance=1e-5):
-    """Equal to `tolerance` times the largest expected absolute value."""
+    """Equal to `tolerance` times the largest expected absolute value, wherever the two lie.
+
+    Ten times that where one lies on a GPU, whose kernels add in other orders.
+    """
+    if {got.device.type, expected.device.type} != {"cpu"}:
+        tolerance *= 10
+    got, expected = got.cpu(), expected.cpu()
     assert got.shape == expected.shape
     error = (got - expected).abs().max() / expected.abs().max()
     assert error <= tolerance, f"off by {error:.2e} of the maximum"

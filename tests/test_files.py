@@ -66,7 +66,7 @@ def test_half_precision_and_no_prompt(record, tmp_path):
     ]
     other = dataclasses.replace(record, layers=tuple(layers), prompt=None)
     other.save(str(tmp_path / "a.safetensors"))  # a string will do
-    back = AttentionRecord.load(str(tmp_path / "a.safetensors"))
+    back = AttentionRecord.load(str(tmp_path / "a.safetensors"), device=record.device)
     assert back.prompt is None
     assert (back.layers[0].queries.dtype, back.layers[0].key_weight.dtype) == (torch.bfloat16, torch.float16)
     assert torch.equal(back.daam().values, other.daam().values)
@@ -75,7 +75,8 @@ def test_half_precision_and_no_prompt(record, tmp_path):
 def test_selected_parts_can_be_saved(record, tmp_path):
     part = record.select(steps=[1], heads=[0, 2], layers=lambda layer: layer.grid == (8, 12))
     part.save(tmp_path / "a.safetensors")
-    assert torch.equal(AttentionRecord.load(tmp_path / "a.safetensors").daam().values, part.daam().values)
+    back = AttentionRecord.load(tmp_path / "a.safetensors", device=record.device)
+    assert torch.equal(back.daam().values, part.daam().values)
 
 
 def test_records_of_one_trace_share_no_storage_on_disk(record, path):
@@ -83,7 +84,8 @@ def test_records_of_one_trace_share_no_storage_on_disk(record, path):
 
 
 def test_without_a_pipeline_there_are_maps_but_no_texts(record, path):
-    back = AttentionRecord.load(path)
+    assert AttentionRecord.load(path).device.type == "cpu"
+    back = AttentionRecord.load(path, device=record.device)
     assert torch.equal(back.daam().values, record.daam().values)
     assert torch.equal(back.ldaam().values, record.ldaam().values)
     embeddings = record.encode("a tree")

@@ -122,8 +122,8 @@ def test_only_the_classes_of_the_prompt(tokens, record):
 
 def test_a_joint_token_is_read_by_its_softmax(record):
     token = token_for(record, "car", "person", "background", joint=True)
-    logits = torch.tensor(token.scale).view(-1, 1, 1) * token.maps(record).values
-    logits += torch.tensor(token.bias).view(-1, 1, 1)
+    scale, bias = (torch.tensor(n, device=record.device).view(-1, 1, 1) for n in (token.scale, token.bias))
+    logits = scale * token.maps(record).values + bias
     assert_close(token.probabilities(record), logits.softmax(dim=0))
     for prompt, rows in (("a car and a person", [0, 1, 2]), ("a person", [1, 2])):
         chances = F.interpolate(logits[rows].softmax(0)[None], (16, 24), mode="bilinear", align_corners=False)[0]

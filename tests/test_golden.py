@@ -33,8 +33,8 @@ def make(pipe, prompt):
 
 
 @pytest.fixture(scope="module")
-def pipe():
-    return daamlib.load_pipeline(GOLDEN / "tiny-sd15", device="cpu", dtype=torch.float32)
+def pipe(device):
+    return daamlib.load_pipeline(GOLDEN / "tiny-sd15", device=device, dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def test_ovam_stored_queries(ovam):
 def test_ovam_tells_the_halves_apart(run):
     arrays = stored("ovam_sd15_uncond_default")
     expected = arrays["softmax/car"][0]
-    error = (run[1].daam("car", padding=False).values - expected).abs().max() / expected.max()
+    error = (run[1].daam("car", padding=False).values.cpu() - expected).abs().max() / expected.max()
     assert error > 0.01
 
 

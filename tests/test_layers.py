@@ -22,21 +22,21 @@ class Largest(TorchDispatchMode):
         return result
 
 
-def layer_of(grid=(6, 7), heads=2, steps=5, d_head=8, d_text=5):
+def layer_of(device, grid=(6, 7), heads=2, steps=5, d_head=8, d_text=5):
     generator = torch.Generator().manual_seed(0)
     queries = torch.randn(steps, grid[0] * grid[1], heads * d_head, generator=generator)
     weight = torch.randn(heads * d_head, d_text, generator=generator)
-    return Layer("a.attn2", grid, heads, d_head**-0.5, weight, queries=queries)
+    return Layer("a.attn2", grid, heads, d_head**-0.5, weight, queries=queries).to(device)
 
 
-def embeddings_of(tokens, dtype=torch.float32):
-    return torch.randn(tokens, 5, generator=torch.Generator().manual_seed(1)).to(dtype)
+def embeddings_of(device, tokens, dtype=torch.float32):
+    return torch.randn(tokens, 5, generator=torch.Generator().manual_seed(1)).to(dtype).to(device)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 20])
 @pytest.mark.parametrize("max_bytes", [500, 2**26])
-def test_maps_are_the_same_with_and_without_gradients(tokens, max_bytes):
-    layer, embeddings = layer_of(), embeddings_of(tokens)
+def test_maps_are_the_same_with_and_without_gradients(device, tokens, max_bytes):
+    layer, embeddings = layer_of(device), embeddings_of(device, tokens)
     maps = layer.softmax_maps(embeddings, max_bytes)
     with_gradients = layer.softmax_maps(embeddings.clone().requires_grad_(), max_bytes)
     assert with_gradients.requires_grad
@@ -46,8 +46,8 @@ def test_maps_are_the_same_with_and_without_gradients(tokens, max_bytes):
 
 
 @pytest.mark.parametrize("largest", [43, 46, 800])  # 44.4 is 64 ln 2, from where on the largest is taken off
-def test_scores_up_to_and_beyond_the_range_of_the_exponential(largest):
-    layer, embeddings = layer_of(), embeddings_of(3, torch.float64)
+def test_scores_up_to_and_beyond_the_range_of_the_exponential(device, largest):
+    layer, embeddings = layer_of(device), embeddings_of(device, 3, torch.float64)
     scores = (layer.queries.double().unflatten(2, (2, -1)).transpose(1, 2)) @ (
         (embeddings @ layer.key_weight.double().T * layer.scale).unflatten(1, (2, -1)).permute(1, 2, 0)
     )
@@ -57,8 +57,8 @@ def test_scores_up_to_and_beyond_the_range_of_the_exponential(largest):
     assert_close(maps.double(), expected, 1e-3 if largest > 100 else 1e-5)
 
 
-def test_what_is_held_at_a_time_is_bounded():
-    layer, embeddings = layer_of((16, 16), steps=10), embeddings_of(20)
+def test_what_is_held_at_a_time_is_bounded(device):
+    layer, embeddings = layer_of(device, (16, 16), steps=10), embeddings_of(device, 20)
     with Largest() as all_at_once:
         layer.softmax_maps(embeddings, 2**26)
     with Largest() as bounded:

@@ -57,7 +57,7 @@ def at_grid(masks, size=(16, 24)):
 
 def bce_objective(records, targets, x, bias, start, decay):
     """The formula of daamlib.optimize, image by image; the scale is part of x."""
-    maps = torch.stack([record.linear_map().weight.double() @ x for record in records])
+    maps = torch.stack([record.linear_map().weight.cpu().double() @ x for record in records])
     value = F.binary_cross_entropy_with_logits(maps + bias, targets.double())
     return value + decay * (x - start).square().sum() / start.square().sum()
 
@@ -71,7 +71,7 @@ def test_ldaam_reaches_the_minimum_that_scipy_finds(records, masks, word):
     # in the formula the token holds the scale: x-hat / unit of ours, whose start is x_0 / unit
     scale, targets = token.scale[0], at_grid(masks)[:, 0]
     if word:
-        start = records[0].encode("car").values[1:2].double()
+        start = records[0].encode("car").values[1:2].cpu().double()
     else:
         start = optimize_token(records, masks, weight_decay=1e9).embedding.double()  # stays where it started
     start = scale * start[0]
@@ -144,25 +144,25 @@ def test_roundings_of_the_queries_stay_roundings_in_the_maps(records, masks, met
 def test_the_probabilities_are_what_was_fitted(records, masks):
     for method in ("ldaam", "daam"):
         token = optimize_token(records, masks, word="car", method=method, weight_decay=0.01)
-        chances = torch.cat([token.probabilities(record, ["car"]) for record in records]).double()
+        chances = torch.cat([token.probabilities(record, ["car"]) for record in records]).cpu().double()
         with pytest.raises(ValueError, match=r"the token has the words \['car'\], got \['tree'\]"):
             token.probabilities(records[0], ["tree"])
         value = F.binary_cross_entropy(chances, at_grid(masks)[:, 0].double())
         start = records[0].encode(PROMPT).values if method == "daam" else records[0].encode("car").values[1:2]
-        value += 0.01 * (token.embedding - start).square().sum() / start.square().sum()
+        value += 0.01 * (token.embedding - start.cpu()).square().sum() / start.cpu().square().sum()
         assert token.losses[-1] == pytest.approx(value.item(), rel=1e-4), method
 
 
 def test_dice_and_the_thesis_loss_are_their_formulas(records, masks):
     targets = at_grid(masks)[:, 0].float()
     token = optimize_token(records, masks, word="car", loss="dice", weight_decay=0, iterations=5)
-    chances = torch.cat([token.probabilities(record) for record in records])
+    chances = torch.cat([token.probabilities(record).cpu() for record in records])
     both = (chances * targets).sum(dim=(1, 2))
     dice = 1 - ((2 * both + 1) / (chances.sum(dim=(1, 2)) + targets.sum(dim=(1, 2)) + 1)).mean()
     assert token.losses[-1] == pytest.approx(dice.item(), rel=1e-4)
 
     token = optimize_token(records, masks, word="car", loss="cross_entropy", weight_decay=0, iterations=5)
-    scaled = torch.cat([token.maps(record).normalized().values for record in records])
+    scaled = torch.cat([token.maps(record).normalized().values.cpu() for record in records])
     value = F.binary_cross_entropy(scaled.clamp(1e-6, 1 - 1e-6), targets)
     assert token.losses[-1] == pytest.approx(value.item(), rel=1e-3)
     with pytest.raises(ValueError, match="learns no scale and bias"):
@@ -187,7 +187,7 @@ def test_images_of_several_sizes_and_step_counts_together(sd1_pipe, records, mas
     for method in ("ldaam", "daam"):
         token = optimize_token(mixed, of_them, word="car", method=method, weight_decay=0, iterations=30)
         assert token.losses[-1] < token.losses[0]
-        chances = [token.probabilities(record)[0] for record in mixed]
+        chances = [token.probabilities(record)[0].cpu() for record in mixed]
         assert [tuple(chance.shape) for chance in chances] == [(16, 24), (24, 16), (16, 24)]
         targets = [torch.from_numpy(mask[1::2, 1::2]).float() for mask in of_them]
         value = np.mean([F.binary_cross_entropy(c, t).item() for c, t in zip(chances, targets, strict=True)])
@@ -211,7 +211,7 @@ def test_several_classes_with_a_softmax_between_them_and_a_background(records, m
 
     def logits(token, record):
         scale, bias = (torch.tensor(numbers).view(-1, 1, 1) for numbers in (token.scale, token.bias))
-        return scale * token.maps(record).values + bias
+        return scale * token.maps(record).values.cpu() + bias
 
     everything = torch.cat([targets, 1 - targets.sum(dim=1, keepdim=True)], dim=1)
     for token, wanted in ((joint, targets), (whole, everything)):
@@ -248,8 +248,8 @@ def test_a_map_that_starts_upside_down_is_not_left_so(records, method):
     masks = [upsample((heat < heat.quantile(0.3))[None].float(), (32, 48))[0] > 0.5 for heat in plain]
     token = optimize_token(records, masks, word="car", method=method, iterations=100)
     assert token.scale[0] > 0
-    targets = at_grid([mask.numpy() for mask in masks]).flatten()
-    found = torch.cat([token.maps(record)["car"].flatten() for record in records])
+    targets = at_grid([mask.cpu().numpy() for mask in masks]).flatten()
+    found = torch.cat([token.maps(record)["car"].flatten().cpu() for record in records])
     assert found[targets].mean() > found[~targets].mean()
 
 

@@ -8,16 +8,17 @@ import daamlib
 from daamlib import pipeline
 
 
-def test_a_folder(capfd):
-    pipe = daamlib.load_pipeline(GOLDEN / "tiny-sd15", device="cpu")
+def test_a_folder(capfd, device):
+    pipe = daamlib.load_pipeline(GOLDEN / "tiny-sd15", device=device)
     assert type(pipe).__name__ == "StableDiffusionPipeline"
-    assert (pipe.unet.dtype, pipe.device.type) == (torch.float32, "cpu")
+    assert (pipe.unet.dtype, pipe.device) == (torch.float32 if device.type == "cpu" else torch.float16, device)
+    pipe = pipe.to(torch.float32)
     pipe("a car", height=64, width=64, num_inference_steps=1, output_type="latent")
     assert "it/s" not in capfd.readouterr().err  # no bars
 
 
-def test_the_precision_is_the_callers():
-    pipe = daamlib.load_pipeline(str(GOLDEN / "tiny-sd15"), device="cpu", dtype=torch.bfloat16)
+def test_the_precision_is_the_callers(device):
+    pipe = daamlib.load_pipeline(str(GOLDEN / "tiny-sd15"), device=device, dtype=torch.bfloat16)
     assert {pipe.unet.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {torch.bfloat16}
 
 

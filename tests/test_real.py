@@ -1,5 +1,7 @@
 """Records of real images."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -27,14 +29,14 @@ def test_the_record_is_that_of_the_noised_image(pipe, array):
     assert_close(record.daam().values, naive_maps(captures, GRIDS, image=0)[:7])
     assert_close(record.ldaam().values, naive_maps(captures, GRIDS, image=0, kind="scores")[:7], 1e-4)
 
-    pixels = torch.from_numpy(array).permute(2, 0, 1)[None].float() / 127.5 - 1
+    pixels = torch.from_numpy(array).permute(2, 0, 1)[None].to(pipe.device).float() / 127.5 - 1
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         z = pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor
     expected = []
     for t in (50, 600):
         a = pipe.scheduler.alphas_cumprod[t]
-        expected.append(a.sqrt() * z + (1 - a).sqrt() * torch.randn(z.shape, generator=generator))
+        expected.append(a.sqrt() * z + (1 - a).sqrt() * torch.randn(z.shape, generator=generator).to(z))
     seen = []
     handle = pipe.unet.register_forward_pre_hook(lambda module, args: seen.append((args[0], int(args[1]))))
     try:
@@ -100,6 +102,30 @@ def test_half_precision(fresh, array):
     record = daamlib.trace_image(fresh("sd1").to(dtype=torch.bfloat16), array)
     assert record.layers[0].queries.dtype == torch.bfloat16
     assert record.daam("a car").values.dtype == torch.float32
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_vae_that_overflows_in_half_precision(fresh, array, monkeypatch, fails):
+    """SDXL's leaves the range of float16, and says so in its config."""
+    pipe = fresh("sdxl")
+    with torch.no_grad():
+        pipe.vae.encoder.conv_in.weight.mul_(3e5)  # float16 ends at 65504
+    expected = daamlib.trace_image(pipe, array)
+    pipe.unet.half(), pipe.vae.half(), pipe.text_encoder.half(), pipe.text_encoder_2.half()
+    before = {name: (weight, weight.clone()) for name, weight in pipe.vae.named_parameters()}
+    encode = pipe.vae.encode
+    with monkeypatch.context() as patch:
+        if fails:
+            patch.setattr(pipe.vae, "encode", lambda pixels: encode(pixels[:, :2]))
+        with pytest.raises(RuntimeError, match="to have 3 channels") if fails else nullcontext():
+            record = daamlib.trace_image(pipe, array)
+    for name, weight in pipe.vae.named_parameters():
+        assert weight is before[name][0] and torch.equal(weight, before[name][1]), name
+    if not fails:
+        assert record.layers[0].queries.dtype == torch.float16
+        assert_close(record.daam().values, expected.daam().values, 0.05)
+        pipe.vae.register_to_config(force_upcast=False)
+        assert not daamlib.trace_image(pipe, array).daam().values.isfinite().all()
 
 
 def test_nothing_stays_on_the_pipeline_and_its_input(sd1_pipe, array):

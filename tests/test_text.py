@@ -56,9 +56,9 @@ def test_a_word_that_is_not_there_lists_the_tokens(sd1_pipe, word):
 
 def test_encode_gives_what_the_pipeline_gives_the_unet(pipe):
     text = "a tree in an urban environment"
-    expected = pipe.encode_prompt(text, "cpu", 1, False)[0] if not hasattr(pipe, "tokenizer_2") else None
+    expected = pipe.encode_prompt(text, pipe.device, 1, False)[0] if not hasattr(pipe, "tokenizer_2") else None
     if expected is None:
-        expected = pipe.encode_prompt(text, device="cpu", do_classifier_free_guidance=False)[0]
+        expected = pipe.encode_prompt(text, device=pipe.device, do_classifier_free_guidance=False)[0]
     short, padded = encode(pipe, text), encode(pipe, text, padding=True)
     assert torch.equal(padded.values, expected[0])
     assert torch.equal(short.values, padded.values[:8])

@@ -352,8 +352,8 @@ def test_a_lora_loaded_inside_the_with_is_an_error(fresh):
 
 
 def test_embeddings_instead_of_a_prompt(sd1_pipe):
-    embeddings = sd1_pipe.encode_prompt(["a car", "a tree"], "cpu", 1, False)[0]
-    negative = sd1_pipe.encode_prompt(["", ""], "cpu", 1, False)[0]
+    embeddings = sd1_pipe.encode_prompt(["a car", "a tree"], sd1_pipe.device, 1, False)[0]
+    negative = sd1_pipe.encode_prompt(["", ""], sd1_pipe.device, 1, False)[0]
     with daamlib.trace(sd1_pipe) as trace:
         generate(sd1_pipe, ["a car", "a tree"])
         generate(sd1_pipe, None, prompt_embeds=embeddings, negative_prompt_embeds=negative)
@@ -452,7 +452,7 @@ def test_records_of_earlier_calls_survive_an_exception(sd1_pipe):
 
 def own_loop(pipe, text, fails=()):
     """Denoising without the pipeline's call, two steps without guidance; the passes of the numbers `fails` fail."""
-    latents = torch.ones(1, 4, 16, 24)
+    latents = torch.ones(1, 4, 16, 24, device=pipe.device)
     to_k = pipe.unet.up_blocks[1].attentions[0].transformer_blocks[0].attn2.to_k
     for number, t in enumerate(pipe.scheduler.timesteps):
         if number in fails:
@@ -472,7 +472,7 @@ def raising_hook(module, args):
 def test_loops_of_ones_own(fresh):
     pipe = fresh("sd1")
     pipe.scheduler.set_timesteps(2)
-    text = pipe.encode_prompt("a tree", "cpu", 1, False)[0]
+    text = pipe.encode_prompt("a tree", pipe.device, 1, False)[0]
     with daamlib.trace(pipe) as trace:
         own_loop(pipe, text)
         own_loop(pipe, text)  # of the same timesteps object
@@ -486,7 +486,7 @@ def test_a_pass_that_fails_ends_the_call(fresh, store):
     """Its sums would hold some layers twice if the pass were made again."""
     pipe = fresh("sd1")
     pipe.scheduler.set_timesteps(2)
-    text = pipe.encode_prompt("a tree", "cpu", 1, False)[0]
+    text = pipe.encode_prompt("a tree", pipe.device, 1, False)[0]
     with daamlib.trace(pipe, store=store) as trace:
         with pytest.warns(UserWarning, match="did not end: it left no record"):
             own_loop(pipe, text, fails=[1])
@@ -705,11 +705,12 @@ def test_a_record_that_is_not_there(sd1_pipe):
 
 
 def test_a_batch_that_is_not_the_prompts_is_an_error(sd1_pipe):
-    text = torch.zeros(3, 77, 24)
+    device = sd1_pipe.device
+    text = torch.zeros(3, 77, 24, device=device)
     with daamlib.trace(sd1_pipe) as trace:
-        sd1_pipe.encode_prompt("a car", "cpu", 1, False)
+        sd1_pipe.encode_prompt("a car", device, 1, False)
         with pytest.raises(ValueError, match="3 latents for 1 images"):
-            sd1_pipe.unet(torch.zeros(3, 4, 16, 24), 1, encoder_hidden_states=text)
+            sd1_pipe.unet(torch.zeros(3, 4, 16, 24, device=device), 1, encoder_hidden_states=text)
     assert len(trace) == 0
 
 

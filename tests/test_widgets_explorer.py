@@ -51,7 +51,7 @@ def mask():
 
 def expected(heat):
     """(H, W): a raw map as the explorer shows it."""
-    return daamlib.HeatMaps(heat[None], ("",)).resize(*SIZE).normalized().values[0].numpy()
+    return daamlib.HeatMaps(heat[None].cpu(), ("",)).resize(*SIZE).normalized().values[0].numpy()
 
 
 def pixels_in(page):
@@ -349,8 +349,8 @@ def test_the_overlay():
 
 
 @pytest.mark.slow
-def test_words_of_the_bundled_model_are_read_one_after_the_other():
-    pipe = daamlib.load_pipeline(device="cpu")
+def test_words_of_the_bundled_model_are_read_one_after_the_other(device):
+    pipe = daamlib.load_pipeline(device=device, dtype=torch.float32)
     with daamlib.trace(pipe) as trace:
         image = generate(pipe, "a car", height=128, width=128, num_inference_steps=4, output_type="pil")[0]
     mask = np.zeros((128, 128), bool)
