@@ -123,7 +123,8 @@ function render({ model, el }) {
       ((event.clientY - box.top) / box.height) * model.get("height"),
     ];
   };
-  const radius = () => Number(size.input.value) / 2;
+  // in image pixels; the slider counts pixels of images of 128, and is as coarse on the screen for larger ones
+  const radius = () => Number(size.input.value) / 2 * Math.max(1, Math.max(model.get("width"), model.get("height")) / 128);
   const painted = (event) => (tool === "eraser" || event.button === 2 || event.shiftKey ? 0 : value);
 
   canvas.oncontextmenu = (event) => event.preventDefault(); // the right button paints unlabeled
