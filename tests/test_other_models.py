@@ -78,6 +78,9 @@ def test_the_size_of_images_follows_the_model(pipe, fresh):
     assert image_size(pipe) == expected
     image = pipe("a car", num_inference_steps=1).images[0]
     assert image.size == expected[::-1]
+    for function in (image_size, is_bundled):
+        with pytest.raises(TypeError, match="expected a diffusers pipeline with a U-Net .* got str"):
+            function("a model")
     unknown = fresh("sd1")
     unknown.unet.register_to_config(sample_size=None)
     with pytest.raises(ValueError, match="the U-Net's config has the sample_size None"):
