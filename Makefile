@@ -8,7 +8,8 @@
 # make clean        remove the environment and caches (papermill_runs/ stays)
 #
 # Every target makes or updates .venv first when pyproject.toml or constraints.txt are newer than it.
-# Choices for reproduce: MODEL= DEVICE= STEPS= N_IMAGES= SEED= NOTEBOOKS="00 04"; for notebooks: NOTEBOOKS="00 04"
+# Choices for reproduce: MODEL= DEVICE= STEPS= N_IMAGES= SEED= NOTEBOOKS="00 04", with NOTEBOOKS=06 also MASKS=;
+# for notebooks: NOTEBOOKS="00 04"
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -34,7 +35,7 @@ reproduce: $(STAMP)
 	@$(PY) -m daamlib.runs \
 	  $(if $(MODEL),--model "$(MODEL)") $(if $(DEVICE),--device "$(DEVICE)") \
 	  $(if $(STEPS),--steps "$(STEPS)") $(if $(N_IMAGES),--n-images "$(N_IMAGES)") \
-	  $(if $(SEED),--seed "$(SEED)") $(NOTEBOOKS)
+	  $(if $(SEED),--seed "$(SEED)") $(if $(MASKS),-p MASKS "$(MASKS)") $(NOTEBOOKS)
 
 test: $(STAMP)
 	$(PY) -m ruff check .

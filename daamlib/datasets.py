@@ -1,7 +1,7 @@
 """Sets of images with label maps: generated ones, and rendered scenes whose labels are exact.
 
     prompts = urban_prompts(200)
-    dataset = generate(pipe, prompts, "dataset", labels=functools.partial(annotate, load_annotator()))
+    dataset = generate(pipe, prompts, "dataset", labels=labels_for(pipe))  # of daamlib.urban.annotator
     dataset = load("dataset")
     for i in dataset.with_class("car"):
         dataset.image(i), dataset.mask(i, "car")
@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from . import _dataset_folder as files
 from ._dataset import CLASSES as CLASSES
-from ._dataset import MIN_PIXELS as MIN_PIXELS
+from ._dataset import MIN_AREA as MIN_AREA
 from ._dataset import Dataset as Dataset
 from ._dataset import label_id
 from ._drawing import common_settings, draw, generation_settings
@@ -119,23 +119,26 @@ def _make(pipe, folder: Path, settings: dict, i: int) -> None:
     files.write_png(folder / files.file_name("images", i), image)
 
 
-def render(folder: str | Path, n: int, *, first_seed: int = HELD_OUT) -> Dataset:
+def render(folder: str | Path, n: int, *, first_seed: int = HELD_OUT, size: int = SIZE) -> Dataset:
     """Write the rendered scenes of the seeds first_seed ... first_seed + n - 1, with their exact label maps.
 
-    A scene's prompt names those of `CLASSES` that its label map has `MIN_PIXELS` of: "a car and a rider in an urban
-    environment", or "an urban environment". The bundled model never saw the scenes from `HELD_OUT` on. Resumed and
-    refused as by `generate`; raises ValueError for n < 1 too.
+    size: side of the square images in pixels, 16 or more; by default the bundled model's, and for another model best
+    its own (`daamlib.pipeline.image_size`). A scene's prompt names those of `CLASSES` that cover `MIN_AREA` of its
+    label map: "a car and a rider in an urban environment", or "an urban environment". The bundled model never saw the
+    scenes from `HELD_OUT` on. Resumed and refused as by `generate`; raises ValueError for n < 1 or a size below 16 too.
     """
     if n < 1:
         raise ValueError(f"expected one scene or more, got n={n}")
+    if size < scenes.LEAST_SIDE:
+        raise ValueError(f"a scene has a side of {scenes.LEAST_SIDE} px or more, got size={size}")
     folder = Path(folder)
-    settings = common_settings("rendered", n, first_seed, (SIZE, SIZE)) | {
+    settings = common_settings("rendered", n, first_seed, (size, size)) | {
         "model": "daamlib.urban.scenes",
         "labels": ["exact"],
     }
     settings, todo = files.start(folder, settings, range(n))
     for i in _bar(todo, "scenes"):
-        scene = scenes.render(first_seed + i, SIZE)
+        scene = scenes.render(first_seed + i, size)
         files.write_png(folder / files.file_name("labels", i), scene.labels)
         files.write_png(folder / files.file_name("images", i), scene.image)
     label_maps = (files.read_png(folder / files.file_name("labels", i)) for i in range(n))
@@ -205,9 +208,14 @@ def import_masks(dataset: Dataset, source: str | Path) -> Dataset:
     return dataset
 
 
+def check_masks(source: str | Path, n: int) -> None:
+    """Raise what `import_masks` would for a dataset of `n` images, before hours go into generating them."""
+    read_masks(Path(source), {Path(files.file_name("images", i)).name: i for i in range(n)})
+
+
 def _sentence(ids: np.ndarray) -> str:
     """The prompt of a rendered scene with this label map."""
-    seen = [f"a {name}" for name in CLASSES if (ids == label_id(name)).sum() >= MIN_PIXELS]
+    seen = [f"a {name}" for name in CLASSES if (ids == label_id(name)).mean() >= MIN_AREA]
     return f"{_join(seen)} in an urban environment" if seen else "an urban environment"
 
 

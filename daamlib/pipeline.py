@@ -10,6 +10,7 @@ import diffusers
 import torch
 import transformers
 from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
 
 BUNDLED = Path(__file__).resolve().parents[1] / "data" / "urban-tiny"
 
@@ -33,6 +34,41 @@ def load_pipeline(model: str | Path | None = None, *, device: str | None = None,
         pipe = DiffusionPipeline.from_pretrained(model, dtype=dtype, **options)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
+
+
+def image_size(pipe) -> tuple[int, int]:
+    """(height, width) in pixels of the images that the pipeline makes unless it is told another size.
+
+    Raises TypeError for a pipeline without a U-Net, ValueError for a U-Net whose config does not say it.
+    """
+    cells = _unet(pipe).config.sample_size
+    height, width = cells if isinstance(cells, list | tuple) else (cells, cells)
+    if not height or not width:
+        raise ValueError(f"the U-Net's config has the sample_size {cells!r}: expected the cells of a latent's side")
+    return height * pipe.vae_scale_factor, width * pipe.vae_scale_factor
+
+
+def is_bundled(pipe) -> bool:
+    """Whether the pipeline's U-Net has the bundled model's weights, in any precision and from any folder.
+
+    Raises TypeError for a pipeline without a U-Net.
+    """
+    own = _unet(pipe).state_dict()
+    stored = load_file(BUNDLED / "unet" / "diffusion_pytorch_model.safetensors")
+    return own.keys() == stored.keys() and all(
+        # rounding to half precision is below 1 %
+        own[name].shape == tensor.shape and torch.allclose(own[name].cpu().float(), tensor.float(), rtol=0.01)
+        for name, tensor in stored.items()
+    )
+
+
+def _unet(pipe) -> torch.nn.Module:
+    unet = getattr(pipe, "unet", None)
+    if not isinstance(unet, torch.nn.Module):
+        raise TypeError(
+            f"expected a diffusers pipeline with a U-Net (Stable Diffusion 1.x, 2.x, XL), got {type(pipe).__name__}"
+        )
+    return unet
 
 
 @contextmanager

@@ -205,9 +205,10 @@ def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"a parameter is given twice: {', '.join(name for name, _ in pairs)}")
     if "OUTPUT_DIR" in parameters:
         raise ValueError("OUTPUT_DIR is set for each notebook by the runner; use --runs-dir")
-    model = parameters.get("MODEL")
-    if model and Path(str(model)).is_dir():  # a relative path means another place to the notebooks
-        parameters["MODEL"] = str(Path(model).resolve())
+    for name in ("MODEL", "MASKS"):
+        value = parameters.get(name)
+        if value and Path(str(value)).exists():  # a relative path means another place to the notebooks
+            parameters[name] = str(Path(value).resolve())
     return parameters
 
 

@@ -432,12 +432,15 @@ def test_images_masks_and_classes(whole):
         assert np.array_equal(ids, bright(np.asarray(image)))
         assert np.array_equal(whole.mask(i, "car"), ids == CAR)
         assert whole.mask(i, "car").dtype == bool
-    amounts = [int(whole.mask(i, "car").sum()) for i in range(5)]
+    amounts = [float(whole.mask(i, "car").mean()) for i in range(5)]
     assert whole.with_class("car", min(amounts)) == [0, 2, 3, 4]  # prompt 1 names none
     assert whole.with_class("car", min(amounts), in_prompt=False) == [0, 1, 2, 3, 4]
     expected = [i for i in (0, 2, 3, 4) if amounts[i] >= max(amounts)]
     assert whole.with_class("car", max(amounts)) == expected
-    assert whole.with_class("car") == [i for i in (0, 2, 3, 4) if amounts[i] >= datasets.MIN_PIXELS]
+    assert whole.with_class("car") == [i for i in (0, 2, 3, 4) if amounts[i] >= datasets.MIN_AREA]
+    for pixels in (0, 328):
+        with pytest.raises(ValueError, match=f"min_area is a share of the image, .* got {pixels}"):
+            whole.with_class("car", pixels)
     for call in (functools.partial(whole.mask, 0), whole.with_class):
         with pytest.raises(ValueError, match="'cat' is no Cityscapes label"):
             call("cat")
@@ -450,7 +453,7 @@ def test_a_name_inside_a_word_is_not_in_the_prompt(sd1_pipe, tmp_path):
     prompts = ["a scar", "a car", "a carpet", "the car's tree"]
     dataset = datasets.generate(sd1_pipe, prompts, tmp_path / "set", steps=1, size=16)
     datasets.add_labels(dataset, lambda images: np.full(images.shape[:3], CAR, np.uint8))
-    assert dataset.with_class("car", 1) == [1, 3]
+    assert dataset.with_class("car") == [1, 3]
 
 
 def test_records_come_back(fresh, tmp_path):
@@ -564,6 +567,28 @@ def test_rendering_goes_on_and_refuses_other_settings(rendered, tmp_path):
         datasets.render(folder, 4, first_seed=5)
     with pytest.raises(ValueError, match="one scene or more, got n=0"):
         datasets.render(tmp_path / "other", 0)
+    with pytest.raises(ValueError, match="a side of 16 px or more, got size=8"):
+        datasets.render(tmp_path / "other", 1, size=8)
+    assert not (tmp_path / "other").exists()
+
+
+def test_scenes_of_another_size_show_the_same_things(rendered, tmp_path):
+    larger = datasets.render(tmp_path / "set", 12, size=192)
+    assert larger.image(0).size == (192, 192) and larger.labels(0).shape == (192, 192)
+    assert list(larger.manifest.prompt) == list(rendered.manifest.prompt)
+    for name in datasets.CLASSES:  # a share of the image, whatever its size
+        assert larger.with_class(name) == rendered.with_class(name)
+    with pytest.raises(ValueError, match=r"size: \[192, 192\] there, \[128, 128\] here"):
+        datasets.render(tmp_path / "set", 12)
+
+
+def test_the_smallest_object_is_a_share_of_the_image(tmp_path):
+    dataset = datasets.render(tmp_path / "set", 1, size=128)
+    for pixels, found in ((327, []), (328, [0])):  # of the 16384 of the bundled model's images
+        ids = np.zeros(128 * 128, np.uint8)
+        ids[:pixels] = CAR
+        _dataset_folder.write_png(dataset.folder / "labels/00000.png", ids.reshape(128, 128))
+        assert dataset.with_class("car") == found
 
 
 # -- labels ------------------------------------------------------------------------------------------------------

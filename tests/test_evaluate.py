@@ -8,12 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
+from daamlib.datasets import MIN_AREA
 from daamlib.urban import evaluate, networks, words
 from daamlib.urban.annotator import new_annotator
 from daamlib.urban.captions import TIMES, caption
 from daamlib.urban.data import HELD_OUT
 from daamlib.urban.evaluate import (
-    MIN_AREA,
     PROMPTS,
     TEMPLATES,
     count_hits,

@@ -117,13 +117,15 @@ def test_a_wrong_choice_is_an_error_before_anything_runs(tmp_path, launch, capsy
     assert message in capsys.readouterr().err
 
 
-def test_a_relative_model_folder_is_made_absolute(tmp_path, launch, monkeypatch):
+def test_relative_paths_of_a_model_and_of_masks_are_made_absolute(tmp_path, launch, monkeypatch):
     (tmp_path / "my-model").mkdir()
+    (tmp_path / "masks.json").touch()
     monkeypatch.chdir(tmp_path)
-    write_notebook(tmp_path / "notebooks/00_one.ipynb", "print(MODEL)", METRICS)
-    code, run_dir = launch("--model", "my-model")
+    parameters = PARAMETERS + "\nMASKS = None  # the masks"
+    write_notebook(tmp_path / "notebooks/00_one.ipynb", "print(MODEL, MASKS)", METRICS, parameters=parameters)
+    code, run_dir = launch("--model", "my-model", "-p", "MASKS", "masks.json")
     assert code == 0
-    assert printed(run_dir / "00_one.ipynb") == f"{tmp_path / 'my-model'}\n"
+    assert printed(run_dir / "00_one.ipynb") == f"{tmp_path / 'my-model'} {tmp_path / 'masks.json'}\n"
 
 
 def test_notebooks_are_chosen_by_number_in_order(tmp_path):

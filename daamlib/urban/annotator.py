@@ -11,9 +11,10 @@ The scenes are those of `python -m daamlib.urban.train data`.
 """
 
 import argparse
+import functools
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from PIL import Image
 from torch.nn import functional as F
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
-from ..pipeline import quiet_loading
+from ..pipeline import is_bundled, quiet_loading
 from .data import HELD_OUT, SIZE, render_scenes, to_tensor
 from .job import Job
 from .labels import BY_NAME
@@ -200,6 +201,24 @@ def load_annotator(folder: str | Path | None = None, device: str = "cpu") -> Seg
     if unknown:
         raise ValueError(f"the model in {folder} has classes that are no Cityscapes labels: {unknown}")
     return model.to(device).eval()
+
+
+def labels_for(pipe, *, any_model: bool = False) -> Callable[[np.ndarray], np.ndarray]:
+    """`annotate` by the bundled annotator, for the images of a pipeline: the `labels` of `datasets.generate`.
+
+    It knows the drawn streets of the bundled model alone, and would label photographs without a word. any_model: True
+    for another model that draws the same streets, such as one trained by `daamlib.urban.train`. Raises ValueError for
+    any other pipeline, saying how to make masks.
+    """
+    if not any_model and not is_bundled(pipe):
+        raise ValueError(
+            f"the annotator knows the drawn streets of the bundled model, not the images of "
+            f"{pipe.config.get('_name_or_path') or type(pipe).__name__}. Draw masks for those: "
+            "daamlib.widgets.annotate(dataset, classes, 'masks') on the images of daamlib.datasets.generate, which "
+            "daamlib.datasets.import_masks(dataset, 'masks/labels') reads, and notebook 06 as its parameter "
+            "MASKS='masks/labels'. If this model draws the same streets, say so: labels_for(pipe, any_model=True)"
+        )
+    return functools.partial(annotate, load_annotator(device=pipe.device.type))
 
 
 def _to_array(images: np.ndarray | Sequence[Image.Image]) -> np.ndarray:

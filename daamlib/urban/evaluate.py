@@ -21,6 +21,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont
 
+from .._dataset import MIN_AREA
 from .annotator import annotate, load_annotator
 from .data import HELD_OUT, SIZE, to_tensor
 from .labels import BY_NAME
@@ -34,12 +35,6 @@ BATCH = 8  # images generated together; each has a generator of its own
 SHEET_SEED, HITS_SEED, TIME_SEED = 0, 1_000, 2_000  # image i of a part has the seed of the part + i
 WORDS_SEED = HELD_OUT + 5_000_000  # of the scenes that words are measured on; nothing was chosen on them
 WORDS_SCENES = 120
-
-# A class counts as found where it covers this share of the image: 328 pixels of 128 x 128. A thing that is there
-# is larger: over 6,000 rendered scenes the 1st percentile of the visible area is 3.7 % for a car, 4.7 % for a
-# person, 3.8 % for a traffic light (without its pole) and 6.8 % for a rider, and the smallest of all is 3.3 %. So
-# a whole object passes although the annotator misses a third of it, and a few stray pixels do not.
-MIN_AREA = 0.02
 
 PROMPTS = (
     "a car in an urban environment",

@@ -20,6 +20,7 @@ from .captions import TIMES, caption
 from .labels import BY_NAME, COLOURS
 
 KINDS = ("car", "person", "traffic light", "rider")
+LEAST_SIDE = 16  # px: below it nothing can be told apart
 SS = 3  # supersampling; odd, so that every cell has a centre
 FIRST_THING = len(STUFF)
 PAINTS = {
@@ -168,7 +169,7 @@ def render(seed: int, size: int = 128) -> Scene:
     size: side S of the square image in pixels, at least 16; the model is trained at 128. Returns a `Scene`
     with image uint8 (S, S, 3) and labels uint8 (S, S). Raises ValueError for a negative seed or a size below
     16, TypeError when either is not an integer."""
-    for name, value, least in (("seed", seed, 0), ("size", size, 16)):
+    for name, value, least in (("seed", seed, 0), ("size", size, LEAST_SIDE)):
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
             raise TypeError(f"{name} must be an integer, got {value!r}")
         if value < least:

@@ -123,7 +123,9 @@ function render({ model, el }) {
       ((event.clientY - box.top) / box.height) * model.get("height"),
     ];
   };
-  const radius = () => Number(size.input.value) / 2;
+  // in image pixels; the slider counts those of an image of 128, and more for a larger one, which looks no larger
+  const coarse = () => Math.max(128, model.get("width"), model.get("height")) / 128;
+  const radius = () => (Number(size.input.value) / 2) * coarse();
   const painted = (event) => (tool === "eraser" || event.button === 2 || event.shiftKey ? 0 : value);
 
   canvas.oncontextmenu = (event) => event.preventDefault(); // the right button paints unlabeled

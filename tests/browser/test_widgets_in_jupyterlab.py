@@ -31,7 +31,7 @@ PROMPT = "a red car and a person in an urban environment"
 CELLS = [
     # where it looks at a word of the prompt, with the labels of the bundled annotator as the truth
     f"""import json, torch, daamlib
-from daamlib.datasets import MIN_PIXELS
+from daamlib.datasets import MIN_AREA
 from daamlib.urban.annotator import annotate as label_images, load_annotator
 from daamlib.urban.data import HELD_OUT
 from daamlib.urban.scenes import render
@@ -44,7 +44,7 @@ with daamlib.trace(pipe) as trace:
     image = pipe({PROMPT!r}, num_inference_steps=10, generator=generator).images[0]
 labels = label_images(load_annotator(), np.array(image)[None])[0]
 mask = labels == {CAR}
-if mask.sum() < MIN_PIXELS:  # the model may have left the car out
+if mask.mean() < MIN_AREA:  # the model may have left the car out
     mask = labels == np.bincount(labels.flat).argmax()""",
     "explorer = explore(trace[0], image, mask)\nexplorer",
     """scenes = [render(HELD_OUT + seed, 128).image for seed in (3, 4)]
