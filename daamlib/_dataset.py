@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from PIL import Image
 
 from . import _dataset_folder as files
+from ._extras import needs
 from .record import AttentionRecord
 from .urban.labels import BY_NAME
+
+with needs("datasets"):
+    import pandas as pd
 
 CLASSES = ("car", "person", "traffic light", "rider")  # the thesis' four
 # As for `daamlib.urban.evaluate`, 2 % of an image of the bundled model: the things of rendered scenes are larger,

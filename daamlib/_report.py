@@ -14,7 +14,7 @@ from typing import Any
 
 import nbformat
 
-ROOT = Path(__file__).resolve().parents[1]
+from daamlib._bundled import CLONE
 
 
 @dataclass
@@ -32,8 +32,6 @@ def environment() -> dict[str, Any]:
     """Return the versions, the machine and the commit (None outside a git clone) that a run depends on."""
     import torch  # only here: nothing else in this module needs it, and it is slow to import
 
-    requirements = importlib.metadata.requires("daamlib") or []
-    names = [re.split(r"[^\w.-]", line)[0] for line in requirements if "extra ==" not in line]
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -41,14 +39,28 @@ def environment() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain")),
-        "versions": {name: importlib.metadata.version(name) for name in ["daamlib", *names]},
+        "versions": _versions(),
     }
 
 
+def _versions() -> dict[str, str]:
+    """Return the versions of daamlib and of all the packages that it and its extras ask for and that are installed."""
+    names = [re.split(r"[^\w.-]", line)[0] for line in importlib.metadata.requires("daamlib") or []]
+    versions = {}
+    for name in dict.fromkeys(["daamlib", *names]):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # of an extra
+    return versions
+
+
 def _git(*arguments: str) -> str | None:
-    """Return what git prints in the repository, None where it fails or is not installed."""
+    """Return what git prints in the clone, None where there is no clone, or git fails or is not installed."""
+    if CLONE is None:  # and not git of whatever repository the environment may lie in
+        return None
     try:
-        done = subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True, check=True)
+        done = subprocess.run(["git", "-C", CLONE, *arguments], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()

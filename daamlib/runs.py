@@ -20,15 +20,19 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import nbformat
-import papermill
-from jupyter_client.kernelspec import NATIVE_KERNEL_NAME, KernelSpecManager
-from jupyter_client.manager import AsyncKernelManager
-from papermill.exceptions import PapermillException, PapermillExecutionError
-
-from daamlib import _compare
-from daamlib._report import ROOT, Result, environment, flat, write_reports
+from daamlib._bundled import CLONE
+from daamlib._extras import needs
 from daamlib.files import whole
+
+with needs("notebooks"):
+    import nbformat
+    import papermill
+    from jupyter_client.kernelspec import NATIVE_KERNEL_NAME, KernelSpecManager
+    from jupyter_client.manager import AsyncKernelManager
+    from papermill.exceptions import PapermillException, PapermillExecutionError
+
+    from daamlib import _compare
+    from daamlib._report import Result, environment, flat, write_reports
 
 
 def write_metrics(output_dir: str | os.PathLike, metrics: Mapping[str, Any]) -> None:
@@ -187,8 +191,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--n-images", type=int, help="images of an experiment")
     parser.add_argument("--seed", type=int)
     parser.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
-    parser.add_argument("--notebooks-dir", type=Path, default=ROOT / "notebooks")
-    parser.add_argument("--runs-dir", type=Path, default=ROOT / "papermill_runs")
+    parser.add_argument(
+        "--notebooks-dir", type=Path, default=CLONE and CLONE / "notebooks", help="(default: the clone's)"
+    )
+    parser.add_argument(
+        "--runs-dir", type=Path, default=(CLONE or Path()) / "papermill_runs", help="(default: %(default)s)"
+    )
     return parser
 
 
@@ -226,6 +234,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         parameters = _parameters(arguments)
+        if arguments.notebooks_dir is None:
+            raise ValueError(
+                "an installed daamlib has no notebooks: clone its repository and give its folder, "
+                "--notebooks-dir CLONE/notebooks"
+            )
         notebooks = find_notebooks(arguments.notebooks_dir.resolve(), arguments.notebooks)
         check_parameters(notebooks, {**parameters, "OUTPUT_DIR": ""})
     except ValueError as error:
