@@ -32,20 +32,35 @@ with needs("notebooks"):
     from papermill.exceptions import PapermillException, PapermillExecutionError
 
     from daamlib import _compare
-    from daamlib._report import Result, environment, flat, write_reports
+    from daamlib._report import Result, ending, environment, leaves, write_reports
 
 
-def write_metrics(output_dir: str | os.PathLike, metrics: Mapping[str, Any]) -> None:
-    """Write ``metrics`` to ``output_dir/metrics.json``, whole or not at all.
+def write_metrics(
+    output_dir: str | os.PathLike,
+    metrics: Mapping[str, Any],
+    *,
+    headline: Sequence[str] = (),
+    tables: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None,
+) -> None:
+    """Write ``metrics`` to ``output_dir/metrics.json``, and what a run ends with to ``output_dir/headline.json``.
 
-    Raises ValueError where ``metrics`` is empty or holds anything but finite numbers, strings and dicts of
-    those; nothing is written then.
+    headline: dotted names of the metrics that a reader wants first, as ``"miou.car"`` for ``{"miou": {"car": ...}}``.
+    tables: {title: {row: {column: number or string}}}, which may hold what is no metric, such as others' numbers.
+
+    Raises ValueError where ``metrics`` is empty, where ``metrics`` or ``tables`` hold anything but finite numbers,
+    strings and dicts of those, or where a headline is no metric; nothing is written then.
     """
-    text = json.dumps(_plain(metrics), indent=2, ensure_ascii=False) + "\n"
-    path = Path(output_dir) / "metrics.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    metrics = _plain(metrics)
+    known = dict(leaves(metrics))
+    unknown = [name for name in headline if name not in known]
+    if unknown:
+        raise ValueError(f"no metrics are named {', '.join(unknown)}, as headline says; there are {', '.join(known)}")
+    first = {"metrics": {name: known[name] for name in headline}, "tables": _plain(tables, "tables") if tables else {}}
+    for name, content in {"metrics": metrics, "headline": first}.items():
+        path = Path(output_dir) / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole(path) as temporary:
+            temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _plain(value: Any, name: str = "metrics") -> Any:
@@ -125,6 +140,7 @@ def run_notebook(notebook: Path, run_dir: Path, parameters: Mapping[str, Any], r
             progress_bar=sys.stderr.isatty(),
         )
         result.metrics = _read_metrics(output_dir / "metrics.json")
+        result.headline, result.tables = _read_headline(output_dir / "headline.json")
         result.state = "passed"
     except PapermillExecutionError as error:
         print(error, file=sys.stderr)  # the cell's traceback
@@ -140,6 +156,12 @@ def _read_metrics(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError("no metrics.json in OUTPUT_DIR; a notebook's last cell has to call write_metrics")
     return _plain(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _read_headline(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the headline metrics and the tables; nothing where a notebook wrote its metrics by other means."""
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found.get("metrics", {}), found.get("tables", {})
 
 
 def _last_started_cell(executed: Path) -> str:
@@ -248,12 +270,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parameters or "as in the notebooks"
     print(f"{len(notebooks)} notebooks, parameters {given}, into {run_dir}", flush=True)
     results = run(notebooks, parameters, run_dir)
-    for result in results:
-        for key, value in flat(result.metrics):
-            print(f"{result.name}  {key} = {value}")
-    passed = sum(result.state == "passed" for result in results)
-    print(f"{passed} of {len(results)} notebooks passed; the results are in {run_dir / 'summary.md'}")
-    return 0 if passed == len(results) else 1
+    print("", ending(run_dir, results), sep="\n")
+    return 0 if all(result.state == "passed" for result in results) else 1
 
 
 if __name__ == "__main__":
