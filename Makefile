@@ -4,7 +4,7 @@
 # make notebooks    run the notebooks in place, to store new outputs
 # make bench        time daamlib against plain loops; BENCH="--rows daam --repeats 1" and the like choose
 # make bench-peers  the same beside the published package `daam`, in an environment of its own
-# make constraints  resolve the newest versions that pyproject.toml allows and pin them
+# make constraints  resolve the newest versions that pyproject.toml allows and pin them; torch's pin stays
 # make clean        remove the environment and caches (papermill_runs/ stays)
 #
 # Every target makes or updates .venv first when pyproject.toml or constraints.txt are newer than it.
@@ -14,6 +14,7 @@
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+TORCH := $(shell grep '^torch==' constraints.txt)
 
 # A name on the path is not enough (version managers put stubs there), so each candidate is run.
 IS_RECENT := import sys; sys.exit(sys.version_info < (3, 11))
@@ -57,7 +58,7 @@ bench: $(STAMP)
 # `daam` 0.2.0 works with the diffusers and transformers of its time only.
 bench-peers: $(STAMP)
 	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/python -m pip install --quiet torch==2.13.0 daam==0.2.0 diffusers==0.21.2 \
+	.venv-peers/bin/python -m pip install --quiet $(TORCH) daam==0.2.0 diffusers==0.21.2 \
 	  transformers==4.30.2 accelerate==0.23.0 matplotlib
 	.venv-peers/bin/python -m pip install --quiet --no-deps huggingface_hub==0.25.2
 	$(OFFLINE) $(PY) tests/benchmarks/peers.py .venv-peers/bin/python
@@ -69,11 +70,12 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# A fresh environment without pins; `+cpu` and the like are cut off, so that the pins hold for every build of torch.
+# A fresh environment without pins but torch's: another torch means new bits in every stored output, so it is changed by
+# hand. `+cpu` and the like are cut off, so that the pins hold for every build of torch.
 constraints:
 	rm -rf .venv-pins
 	$(PYTHON) -m venv .venv-pins
-	.venv-pins/bin/python -m pip install --editable '.[dev]'
+	.venv-pins/bin/python -m pip install --editable '.[dev]' $(TORCH)
 	{ echo "# What '.[dev]' installs, pinned. Written by 'make constraints'; do not edit by hand."; \
 	  echo "# The CUDA packages that torch brings on some platforms are pinned by torch itself."; \
 	  .venv-pins/bin/python -m pip list --format=freeze --exclude-editable --exclude pip \

@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from PIL import Image
 
 from . import _dataset_folder as files
+from ._extras import needs
 from .record import AttentionRecord
 from .urban.labels import BY_NAME
+
+with needs("datasets"):
+    import pandas as pd
 
 CLASSES = ("car", "person", "traffic light", "rider")  # the thesis' four
 # A class counts as found where it covers this share of the image. A thing that is there is larger: over 6,000 rendered

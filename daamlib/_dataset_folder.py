@@ -16,10 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from PIL import Image
 
+from ._extras import needs
 from .files import temporary_name, whole
+
+with needs("datasets"):
+    import pandas as pd
 
 FORMAT = "daamlib-dataset-1"
 SETTINGS, MANIFEST = "dataset.json", "manifest.csv"

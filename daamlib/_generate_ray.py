@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ._extras import needs
 from ._generate_job import Job
 from ._generate_workers import WRONG, Died, as_plain
 
@@ -106,8 +107,6 @@ class Actors:
 
 
 def _import_ray():
-    try:
+    with needs("ray"):
         import ray
-    except ImportError as error:
-        raise ImportError("Ray is not installed: pip install 'daamlib[ray]', or leave --ray out") from error
     return ray

@@ -7,9 +7,12 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from skimage.draw import polygon
 
+from ._extras import needs
 from .urban.labels import BY_ID, BY_NAME
+
+with needs("datasets"):
+    from skimage.draw import polygon
 
 
 def read_masks(source: Path, numbers: Mapping[str, int]) -> dict[int, np.ndarray]:

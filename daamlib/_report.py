@@ -14,7 +14,7 @@ from typing import Any
 
 import nbformat
 
-ROOT = Path(__file__).resolve().parents[1]
+from daamlib._bundled import CLONE
 
 
 @dataclass
@@ -25,15 +25,21 @@ class Result:
     state: str = "not run"
     seconds: float = 0.0
     metrics: dict[str, Any] = field(default_factory=dict)
+    headline: dict[str, Any] = field(default_factory=dict)  # the metrics that a reader wants first, by dotted name
+    tables: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)  # {title: {row: {column: value}}}
     error: str = ""
+
+    @property
+    def outcome(self) -> str:
+        """The headline metrics, or the error, on one line."""
+        shown = "; ".join(f"{name} = {_text(value, digits=4)}" for name, value in self.headline.items())
+        return " ".join((self.error or shown).split())
 
 
 def environment() -> dict[str, Any]:
     """Return the versions, the machine and the commit (None outside a git clone) that a run depends on."""
     import torch  # only here: nothing else in this module needs it, and it is slow to import
 
-    requirements = importlib.metadata.requires("daamlib") or []
-    names = [re.split(r"[^\w.-]", line)[0] for line in requirements if "extra ==" not in line]
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -41,14 +47,28 @@ def environment() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain")),
-        "versions": {name: importlib.metadata.version(name) for name in ["daamlib", *names]},
+        "versions": _versions(),
     }
 
 
+def _versions() -> dict[str, str]:
+    """Return the versions of daamlib and of all the packages that it and its extras ask for and that are installed."""
+    names = [re.split(r"[^\w.-]", line)[0] for line in importlib.metadata.requires("daamlib") or []]
+    versions = {}
+    for name in dict.fromkeys(["daamlib", *names]):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # of an extra
+    return versions
+
+
 def _git(*arguments: str) -> str | None:
-    """Return what git prints in the repository, None where it fails or is not installed."""
+    """Return what git prints in the clone, None where there is no clone, or git fails or is not installed."""
+    if CLONE is None:  # and not git of whatever repository the environment may lie in
+        return None
     try:
-        done = subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True, check=True)
+        done = subprocess.run(["git", "-C", CLONE, *arguments], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
@@ -92,11 +112,12 @@ def _tables_and_figures(run_dir: Path, name: str) -> str:
 
 def _summary(name: str, parameters: Mapping, results: Sequence[Result], machine: Mapping, pages: Sequence[str]) -> str:
     links = [r.name if r.state == "not run" else f"[{r.name}]({r.name}.ipynb)" for r in results]
-    notebooks = [(link, r.state, f"{r.seconds:.1f}", r.error) for link, r in zip(links, results, strict=True)]
+    notebooks = [(link, r.state, f"{r.seconds:.1f}", r.outcome) for link, r in zip(links, results, strict=True)]
     metrics = [(r.name, key, value) for r in results for key, value in flat(r.metrics)]
     parts = [
         f"# {name}",
-        _table(("notebook", "state", "seconds", "error"), notebooks),
+        _table(("notebook", "state", "seconds", "headline or error"), notebooks),
+        *(f"**{title}**\n\n{_table(*_rows(table))}" for r in results for title, table in r.tables.items()),
         "## Metrics",
         _table(("notebook", "metric", "value"), metrics),
         "## Tables and figures",
@@ -121,7 +142,44 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 def flat(tree: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield (dotted name, value as text) for each leaf of a nested dict."""
     for name, value in leaves(tree):
-        yield name, f"{value:.6g}" if isinstance(value, float) else str(value)
+        yield name, _text(value)
+
+
+def ending(run_dir: Path, results: Sequence[Result]) -> str:
+    """What a run prints last: a line for each notebook, their tables, and where everything else is."""
+    width = max(len(result.name) for result in results)
+    lines = [f"{r.name:{width}}  {r.state:11}  {r.seconds:7.1f} s  {r.outcome}".rstrip() for r in results]
+    for title, table in [item for result in results for item in result.tables.items()]:
+        lines += ["", title, *_aligned(*_rows(table))]
+    passed = sum(result.state == "passed" for result in results)
+    lines += [
+        "",
+        f"{passed} of {len(results)} notebooks passed; in {run_dir}:",
+        "  summary.md     all metrics, tables and figures on one page",
+        "  metrics.json   every number",
+        "  NN_name.ipynb  the notebooks as they ran; NN_name/ what they wrote",
+    ]
+    return "\n".join(lines)
+
+
+def _text(value: Any, digits: int = 6) -> str:
+    return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
+
+
+def _rows(table: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """The header and the rows of {row: {column: value}}; "" where a row lacks a column."""
+    columns = list(dict.fromkeys(column for row in table.values() for column in row))
+    return ["", *columns], [[name, *(_text(row.get(c, "")) for c in columns)] for name, row in table.items()]
+
+
+def _aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of text: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    cells = [
+        [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
+        for row in (header, *rows)
+    ]
+    return ["  ".join(row) for row in cells]
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

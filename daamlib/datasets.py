@@ -21,6 +21,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from . import _dataset_folder as files
+from ._bundled import bundled
 from ._dataset import CLASSES as CLASSES
 from ._dataset import MIN_AREA as MIN_AREA
 from ._dataset import Dataset as Dataset
@@ -28,12 +29,11 @@ from ._dataset import label_id
 from ._drawing import common_settings, draw, generation_settings
 from ._drawing import weight_hash as weight_hash
 from ._masks import check_ids, read_masks
-from .pipeline import BUNDLED
 from .urban import scenes
 from .urban.captions import _join
 from .urban.data import HELD_OUT, SIZE
 
-PROMPTS = BUNDLED.parent / "prompts" / "urban.json"
+PROMPTS = bundled("prompts/urban.json")
 Labels = Callable[[np.ndarray], np.ndarray]  # images (B, H, W, 3) uint8 -> Cityscapes ids (B, H, W) uint8
 
 
@@ -46,7 +46,7 @@ def urban_prompts(n: int, *, seed: int = 0) -> list[str]:
     if n < 1:
         raise ValueError(f"expected one prompt or more, got n={n}")
     if not PROMPTS.is_file():
-        raise FileNotFoundError(f"the prompts are not at {PROMPTS}: install from a clone (pip install -e .)")
+        raise FileNotFoundError(f"the prompts are not at {PROMPTS}: install daamlib anew")
     lists = json.loads(PROMPTS.read_text(encoding="utf-8"))
     variations = []
     for number, template in enumerate(lists["templates"]):

@@ -10,22 +10,26 @@ import functools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
 from . import metrics
-from .datasets import CLASSES, Dataset
+from ._bundled import bundled
+from ._extras import needs
 from .heatmaps import HeatMaps
 from .optimize import optimize_token
 from .optimized import OptimizedToken
 from .real import trace_image
 from .record import AttentionRecord
 
-THESIS_TABLES = Path(__file__).resolve().parents[1] / "data" / "thesis_tables.csv"
+with needs("experiments"):
+    import pandas as pd
+
+    from .datasets import CLASSES, Dataset
+
+THESIS_TABLES = bundled("thesis_tables.csv")
 TRAIN_IMAGES = (1, 2, 5)
 TEXT = "a {} in an urban environment"  # whose embeddings optimised DAAM fits
 COLUMNS = ["method", "optimised", "train_images", "class", "metric", "value", "low", "high"]

@@ -17,14 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from skimage.measure import label as connected
-from skimage.measure import regionprops
 
 from . import _dataset_folder as files
 from ._dataset import Dataset, label_id
+from ._extras import needs
 from ._masks import check_ids
 from .datasets import _bar
 from .urban.labels import BY_ID, IGNORED, to_train_ids
+
+with needs("datasets"):
+    from skimage.measure import label as connected
+    from skimage.measure import regionprops
 
 CLASSES = "classes.json"
 BACKGROUND = 0  # of compact train ids
@@ -135,10 +138,8 @@ def hugging_face(dataset: Dataset) -> Any:
     index, prompt, seed. It refers to the files of this dataset's folder; `save_to_disk` and `push_to_hub` copy them.
     Raises ImportError without the package, ValueError for an image without a label map.
     """
-    try:
-        import datasets  # theirs: imports of this package's own are relative
-    except ImportError as error:
-        raise ImportError("Hugging Face's datasets is not installed: pip install 'daamlib[datasets]'") from error
+    with needs("datasets"):
+        import datasets  # Hugging Face's: imports of this package's own are relative
     _require_labels(dataset)
     indices = _indices(dataset)
     paths = {part: [str(dataset._path(part, i)) for i in indices] for part in ("images", "labels")}

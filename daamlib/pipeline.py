@@ -12,7 +12,9 @@ import transformers
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
-BUNDLED = Path(__file__).resolve().parents[1] / "data" / "urban-tiny"
+from ._bundled import bundled
+
+BUNDLED = bundled("urban-tiny")
 
 
 def load_pipeline(model: str | Path | None = None, *, device: str | None = None, dtype: torch.dtype | None = None):
@@ -28,7 +30,7 @@ def load_pipeline(model: str | Path | None = None, *, device: str | None = None,
     options: dict[str, Any] = {}
     if model is None:
         if not (BUNDLED / "model_index.json").exists():
-            raise FileNotFoundError(f"the bundled model is not at {BUNDLED}: install from a clone (pip install -e .)")
+            raise FileNotFoundError(f"the bundled model is not at {BUNDLED}: install daamlib anew")
         model, options = BUNDLED, {"local_files_only": True}
     with quiet_loading():
         pipe = DiffusionPipeline.from_pretrained(model, dtype=dtype, **options)

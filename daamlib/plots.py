@@ -2,12 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
+from ._extras import needs
 from .heatmaps import HeatMaps
+
+with needs("notebooks"):
+    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
 COLOUR_MAP = "magma"  # perceptually uniform
 

@@ -20,28 +20,47 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import nbformat
-import papermill
-from jupyter_client.kernelspec import NATIVE_KERNEL_NAME, KernelSpecManager
-from jupyter_client.manager import AsyncKernelManager
-from papermill.exceptions import PapermillException, PapermillExecutionError
-
-from daamlib import _compare
-from daamlib._report import ROOT, Result, environment, flat, write_reports
+from daamlib._bundled import CLONE
+from daamlib._extras import needs
 from daamlib.files import whole
 
+with needs("notebooks"):
+    import nbformat
+    import papermill
+    from jupyter_client.kernelspec import NATIVE_KERNEL_NAME, KernelSpecManager
+    from jupyter_client.manager import AsyncKernelManager
+    from papermill.exceptions import PapermillException, PapermillExecutionError
 
-def write_metrics(output_dir: str | os.PathLike, metrics: Mapping[str, Any]) -> None:
-    """Write ``metrics`` to ``output_dir/metrics.json``, whole or not at all.
+    from daamlib import _compare
+    from daamlib._report import Result, ending, environment, leaves, write_reports
 
-    Raises ValueError where ``metrics`` is empty or holds anything but finite numbers, strings and dicts of
-    those; nothing is written then.
+
+def write_metrics(
+    output_dir: str | os.PathLike,
+    metrics: Mapping[str, Any],
+    *,
+    headline: Sequence[str] = (),
+    tables: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None,
+) -> None:
+    """Write ``metrics`` to ``output_dir/metrics.json``, and what a run ends with to ``output_dir/headline.json``.
+
+    headline: dotted names of the metrics that a reader wants first, as ``"miou.car"`` for ``{"miou": {"car": ...}}``.
+    tables: {title: {row: {column: number or string}}}, which may hold what is no metric, such as others' numbers.
+
+    Raises ValueError where ``metrics`` is empty, where ``metrics`` or ``tables`` hold anything but finite numbers,
+    strings and dicts of those, or where a headline is no metric; nothing is written then.
     """
-    text = json.dumps(_plain(metrics), indent=2, ensure_ascii=False) + "\n"
-    path = Path(output_dir) / "metrics.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    metrics = _plain(metrics)
+    known = dict(leaves(metrics))
+    unknown = [name for name in headline if name not in known]
+    if unknown:
+        raise ValueError(f"no metrics are named {', '.join(unknown)}, as headline says; there are {', '.join(known)}")
+    first = {"metrics": {name: known[name] for name in headline}, "tables": _plain(tables, "tables") if tables else {}}
+    for name, content in {"metrics": metrics, "headline": first}.items():
+        path = Path(output_dir) / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole(path) as temporary:
+            temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _plain(value: Any, name: str = "metrics") -> Any:
@@ -121,6 +140,7 @@ def run_notebook(notebook: Path, run_dir: Path, parameters: Mapping[str, Any], r
             progress_bar=sys.stderr.isatty(),
         )
         result.metrics = _read_metrics(output_dir / "metrics.json")
+        result.headline, result.tables = _read_headline(output_dir / "headline.json")
         result.state = "passed"
     except PapermillExecutionError as error:
         print(error, file=sys.stderr)  # the cell's traceback
@@ -136,6 +156,12 @@ def _read_metrics(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError("no metrics.json in OUTPUT_DIR; a notebook's last cell has to call write_metrics")
     return _plain(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _read_headline(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the headline metrics and the tables; nothing where a notebook wrote its metrics by other means."""
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found.get("metrics", {}), found.get("tables", {})
 
 
 def _last_started_cell(executed: Path) -> str:
@@ -187,8 +213,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--n-images", type=int, help="images of an experiment")
     parser.add_argument("--seed", type=int)
     parser.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
-    parser.add_argument("--notebooks-dir", type=Path, default=ROOT / "notebooks")
-    parser.add_argument("--runs-dir", type=Path, default=ROOT / "papermill_runs")
+    parser.add_argument(
+        "--notebooks-dir", type=Path, default=CLONE and CLONE / "notebooks", help="(default: the clone's)"
+    )
+    parser.add_argument(
+        "--runs-dir", type=Path, default=(CLONE or Path()) / "papermill_runs", help="(default: %(default)s)"
+    )
     return parser
 
 
@@ -227,6 +257,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         parameters = _parameters(arguments)
+        if arguments.notebooks_dir is None:
+            raise ValueError(
+                "an installed daamlib has no notebooks: clone its repository and give its folder, "
+                "--notebooks-dir CLONE/notebooks"
+            )
         notebooks = find_notebooks(arguments.notebooks_dir.resolve(), arguments.notebooks)
         check_parameters(notebooks, {**parameters, "OUTPUT_DIR": ""})
     except ValueError as error:
@@ -236,12 +271,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parameters or "as in the notebooks"
     print(f"{len(notebooks)} notebooks, parameters {given}, into {run_dir}", flush=True)
     results = run(notebooks, parameters, run_dir)
-    for result in results:
-        for key, value in flat(result.metrics):
-            print(f"{result.name}  {key} = {value}")
-    passed = sum(result.state == "passed" for result in results)
-    print(f"{passed} of {len(results)} notebooks passed; the results are in {run_dir / 'summary.md'}")
-    return 0 if passed == len(results) else 1
+    print("", ending(run_dir, results), sep="\n")
+    return 0 if all(result.state == "passed" for result in results) else 1
 
 
 if __name__ == "__main__":

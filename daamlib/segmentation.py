@@ -19,11 +19,14 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
-from torchmetrics.classification import MulticlassJaccardIndex
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
+from ._extras import needs
 from .pipeline import cpu_threads
 from .urban.labels import IGNORED
+
+with needs("experiments"):
+    from torchmetrics.classification import MulticlassJaccardIndex
 
 LEAST_SIDE = 32  # px: below it the strided convolutions of the attention have nothing to stand on
 WEIGHT = 3.0  # of a pixel of a class, in the loss; of the background 1: most pixels are background

@@ -98,7 +98,7 @@ def test_the_prompts_are_in_the_language_that_the_bundled_model_learnt():
 
 def test_without_the_file_of_prompts(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets, "PROMPTS", tmp_path / "urban.json")
-    with pytest.raises(FileNotFoundError, match="install from a clone"):
+    with pytest.raises(FileNotFoundError, match="install daamlib anew"):
         datasets.urban_prompts(4)
 
 

@@ -105,6 +105,14 @@ def test_the_last_cell_writes_the_metrics(path):
 
 
 @each_notebook
+def test_one_to_three_metrics_are_headlines(path):
+    nodes = ast.walk(ast.parse(code_cells(path)[-1].source))
+    written = [node for node in nodes if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "write_metrics"]
+    (headline,) = [keyword.value.elts for keyword in written[0].keywords if keyword.arg == "headline"]
+    assert 1 <= len(headline) <= 3
+
+
+@each_notebook
 def test_the_readme_has_a_papermill_command_whose_parameters_exist(path):
     command = re.search(rf"papermill notebooks/{path.name} .*", (ROOT / "README.md").read_text())[0]
     assert set(re.findall(r"-p (\w+)", command)) <= papermill.inspect_notebook(path).keys()

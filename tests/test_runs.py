@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 
 import nbformat
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
+from daamlib import runs
 from daamlib.runs import find_notebooks, main, write_metrics
 
 PARAMETERS = "MODEL = None  # the model\nSEED = 0  # the seed\nOUTPUT_DIR = 'outputs'  # where results go"
@@ -60,9 +62,61 @@ def test_metrics_and_reports_of_a_run_are_gathered(tmp_path, launch, capsys):
     assert "| 01_two | nested.half | 0.5 |" in summary
     assert "| SEED | 7 |" in summary
     assert "| versions.diffusers |" in summary
-    out = capsys.readouterr().out
-    assert "[2/2] 01_two.ipynb passed" in out
-    assert "00_one  seed = 7" in out
+    assert "[2/2] 01_two.ipynb passed" in capsys.readouterr().out
+
+
+HEADLINE = """from daamlib.runs import write_metrics
+metrics = {"best": {"car, DAAM": 1 / 3, "tree": 0.5}, "images": 12000, "verdict": "holds"}
+tables = {"mIoU (%)": {"thesis": {"DAAM": "53.2", "LDAAM": "38.3"}, "here": {"DAAM": "7.0"}}}
+write_metrics(OUTPUT_DIR, metrics, headline=["best.car, DAAM", "images", "verdict"], tables=tables)"""
+
+
+def test_a_run_ends_in_a_line_for_each_notebook_the_tables_and_where_the_rest_is(tmp_path, launch, capsys):
+    write_notebook(tmp_path / "notebooks/00_one.ipynb", METRICS)
+    write_notebook(tmp_path / "notebooks/01_tables.ipynb", HEADLINE)
+    write_notebook(tmp_path / "notebooks/02_bad.ipynb", "raise ValueError('two\\nlines')")
+    write_notebook(tmp_path / "notebooks/03_never.ipynb", METRICS)
+    code, run_dir = launch()
+    assert code == 1
+    end = capsys.readouterr().out.split("\n\n", 1)[1]
+    assert re.sub(r" +\d+\.\d s", " N s", end).splitlines() == [
+        "00_one     passed N s",
+        "01_tables  passed N s  best.car, DAAM = 0.3333; images = 12000; verdict = holds",
+        "02_bad     failed N s  In [3] raised ValueError: two lines",
+        "03_never   not run N s",
+        "",
+        "mIoU (%)",
+        "        DAAM  LDAAM",
+        "thesis  53.2   38.3",
+        "here     7.0       ",
+        "",
+        f"2 of 4 notebooks passed; in {run_dir}:",
+        "  summary.md     all metrics, tables and figures on one page",
+        "  metrics.json   every number",
+        "  NN_name.ipynb  the notebooks as they ran; NN_name/ what they wrote",
+    ]
+    head = (run_dir / "summary.md").read_text().split("## Metrics")[0]
+    assert re.search(
+        r"01_tables.ipynb\) \| passed \| [\d.]+ \| best.car, DAAM = 0.3333; images = 12000; verdict = h", head
+    )
+    assert head.endswith(
+        "**mIoU (%)**\n\n|  | DAAM | LDAAM |\n| --- | --- | --- |\n| thesis | 53.2 | 38.3 |\n| here | 7.0 |  |\n\n"
+    )
+    # what is compared between runs is what was measured
+    assert json.loads((run_dir / "metrics.json").read_text())["01_tables"].keys() == {"best", "images", "verdict"}
+
+
+def test_metrics_written_by_other_means_have_no_headline(tmp_path, launch, capsys):
+    write_notebook(tmp_path / "notebooks/00_own.ipynb", "open(OUTPUT_DIR + '/metrics.json', 'w').write('{\"iou\": 1}')")
+    code, run_dir = launch()
+    assert code == 0
+    assert re.search(r"^00_own  passed +[\d.]+ s$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_an_installed_package_says_where_the_notebooks_are(monkeypatch, capsys):
+    monkeypatch.setattr(runs, "CLONE", None)
+    assert main([]) == 2
+    assert "clone its repository and give its folder, --notebooks-dir CLONE/notebooks" in capsys.readouterr().err
 
 
 def test_a_failed_notebook_is_named_and_kept_and_the_rest_reported(tmp_path, launch, capsys):
@@ -147,7 +201,7 @@ def test_metrics_are_written_as_plain_json(tmp_path):
     write_metrics(path.parent, metrics)
     expected = {"iou": 0.5, "n": 3, "exact": True, "by": {"car": 1, "name": "é"}}
     assert json.loads(path.read_text(encoding="utf-8")) == expected
-    assert os.listdir(path.parent) == ["metrics.json"]
+    assert sorted(os.listdir(path.parent)) == ["headline.json", "metrics.json"]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), None, [1.0], {}, {1: 2.0}, {"a": np.zeros(2)}, 1j])
@@ -156,6 +210,20 @@ def test_other_metrics_are_refused_and_the_old_file_stays(tmp_path, bad):
     with pytest.raises(ValueError, match=r"metrics\['bad'\]"):
         write_metrics(tmp_path, {"bad": bad})
     assert json.loads((tmp_path / "metrics.json").read_text()) == {"old": 1}
+
+
+@pytest.mark.parametrize(
+    "choice, message",
+    [
+        ({"headline": ["by.cars"]}, "no metrics are named by.cars, as headline says; there are by.car, n"),
+        ({"headline": ["by"]}, "no metrics are named by,"),  # it is not one number
+        ({"tables": {"mIoU": {"here": {"DAAM": float("nan")}}}}, r"tables\['mIoU'\]\['here'\]\['DAAM'\] is nan"),
+    ],
+)
+def test_a_headline_that_is_no_metric_is_refused_before_anything_is_written(tmp_path, choice, message):
+    with pytest.raises(ValueError, match=message):
+        write_metrics(tmp_path, {"by": {"car": 1}, "n": 2}, **choice)
+    assert os.listdir(tmp_path) == []
 
 
 FIGURE = """import matplotlib.pyplot as plt

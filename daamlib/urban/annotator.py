@@ -24,13 +24,14 @@ from PIL import Image
 from torch.nn import functional as F
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
+from .._bundled import bundled
 from ..pipeline import is_bundled, quiet_loading
 from .data import HELD_OUT, SIZE, render_scenes, to_tensor
 from .job import Job
 from .labels import BY_NAME
 from .scenes import render
 
-FOLDER = Path(__file__).resolve().parents[2] / "data" / "urban-tiny" / "annotator"
+FOLDER = bundled("urban-tiny/annotator")
 # Every class that occurs in the scenes, in the order of its train id: the network's channels.
 CLASSES = (
     "road",

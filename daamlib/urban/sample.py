@@ -11,11 +11,12 @@ import numpy as np
 from PIL import Image
 
 from .. import datasets
-from ..pipeline import BUNDLED, load_pipeline
+from .._bundled import bundled
+from ..pipeline import load_pipeline
 from .annotator import annotate, load_annotator
 from .labels import COLOURS
 
-FOLDER = BUNDLED.parent / "urban-sample"
+FOLDER = bundled("urban-sample")
 
 
 def overlay(image: Image.Image, labels: np.ndarray, *, opacity: float = 0.55) -> np.ndarray:

@@ -8,7 +8,10 @@
 Each is a view of a model without any view (`_reading`, `_session`), which tests and scripts can use alone.
 """
 
-from .annotator import Annotator as Annotator
-from .annotator import annotate as annotate
-from .explorer import Explorer as Explorer
-from .explorer import explore as explore
+from .._extras import needs
+
+with needs("widgets"):
+    from .annotator import Annotator as Annotator
+    from .annotator import annotate as annotate
+    from .explorer import Explorer as Explorer
+    from .explorer import explore as explore
