@@ -31,7 +31,9 @@ def load_pipeline(model: str | Path | None = None, *, device: str | None = None,
     if model is None:
         if not (BUNDLED / "model_index.json").exists():
             raise FileNotFoundError(f"the bundled model is not at {BUNDLED}: install daamlib anew")
-        model, options = BUNDLED, {"local_files_only": True}
+        # without accelerate diffusers would advise to install it, which matters to large models alone
+        quietly = {"low_cpu_mem_usage": diffusers.utils.is_accelerate_available()}
+        model, options = BUNDLED, {"local_files_only": True, **quietly}
     with quiet_loading():
         pipe = DiffusionPipeline.from_pretrained(model, dtype=dtype, **options)
     pipe.set_progress_bar_config(disable=True)
