@@ -7,6 +7,7 @@ import functools
 import math
 from dataclasses import replace
 
+import conftest
 import numpy as np
 import pytest
 import torch
@@ -131,6 +132,11 @@ def test_nothing_is_pretended_afterwards():
         far = torch.ones(2).to(gpu)
     assert far.device.type == torch.nn.Parameter(torch.ones(2)).device.type == "cpu"
     assert device_of(far) == gpu
+
+
+def test_a_device_that_is_not_there_is_a_usage_error():
+    with pytest.raises(pytest.UsageError, match="--device nowhere: PyTorch .* has no such device here"):
+        conftest._prepare("nowhere")
 
 
 # -- records -------------------------------------------------------------------------------------------------------
