@@ -73,7 +73,6 @@ def pytest_configure(config):
 
 def _prepare(name):
     """Kernels as exact and repeatable as the CPU's; a usage error for a device that is not there."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS may add in another order each time
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -81,6 +80,7 @@ def _prepare(name):
         raise pytest.UsageError(
             f"--device {name}: PyTorch {torch.__version__} has no such device here ({reason})"
         ) from error
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS may add in another order each time
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     torch.use_deterministic_algorithms(True)
 

@@ -7,6 +7,7 @@ import functools
 import math
 from dataclasses import replace
 
+import conftest
 import numpy as np
 import pytest
 import torch
@@ -131,6 +132,11 @@ def test_nothing_is_pretended_afterwards():
         far = torch.ones(2).to(gpu)
     assert far.device.type == torch.nn.Parameter(torch.ones(2)).device.type == "cpu"
     assert device_of(far) == gpu
+
+
+def test_a_device_that_is_not_there_is_a_usage_error():
+    with pytest.raises(pytest.UsageError, match="--device nowhere: PyTorch .* has no such device here"):
+        conftest._prepare("nowhere")
 
 
 # -- records -------------------------------------------------------------------------------------------------------
@@ -452,7 +458,7 @@ def compiled(request):
     torch.compiler.reset()
     pipe = build("sd1")
     request.param(pipe)
-    generate(pipe)
+    generate(pipe, num_inference_steps=1)
     assert RAN
     RAN.clear()
     yield pipe
@@ -476,7 +482,7 @@ def test_compiled_unets_are_traced(compiled, sd1_pipe, tmp_path):
     record = daamlib.trace_image(compiled, image)
     assert_close(record.daam().values, daamlib.trace_image(sd1_pipe, image).daam().values)
     assert not RAN
-    generate(compiled)  # as compiled as before
+    generate(compiled, num_inference_steps=1)  # as compiled as before
     assert RAN
 
 
