@@ -1,5 +1,6 @@
 # make reproduce    run the notebooks headless and print their results
 # make test         lint, unit tests, golden tests, and the notebooks under nbval
+# make test-portable   the notebooks under nbval, computed as on other processors; PORTABLE=avx2 or plain chooses one
 # make lab          open the notebooks in JupyterLab
 # make notebooks    run the notebooks in place, to store new outputs
 # make bench        time daamlib against plain loops; BENCH="--rows daam --repeats 1" and the like choose
@@ -30,7 +31,12 @@ OFFLINE := HF_HUB_OFFLINE=1
 # The files that `make notebooks` runs, by their numbers
 CHOSEN = $(if $(NOTEBOOKS),$(foreach n,$(NOTEBOOKS),$(wildcard notebooks/$(n)_*.ipynb)),$(wildcard notebooks/[0-9]*.ipynb))
 
-.PHONY: reproduce test lab notebooks bench bench-peers constraints clean
+# Settings that make PyTorch, oneDNN and MKL compute as on another processor, so that sums round in another order
+AS_avx2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 OMP_NUM_THREADS=2
+AS_plain := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX OMP_NUM_THREADS=1
+PORTABLE := avx2 plain
+
+.PHONY: reproduce test test-portable lab notebooks bench bench-peers constraints clean
 
 reproduce: $(STAMP)
 	@$(PY) -m daamlib.runs \
@@ -43,6 +49,9 @@ test: $(STAMP)
 	$(PY) -m ruff format --check .
 	$(OFFLINE) $(PY) -m pytest
 	$(OFFLINE) $(PY) -m pytest $(NBVAL_FLAGS) notebooks
+
+test-portable: $(STAMP)
+	$(foreach as,$(PORTABLE),$(AS_$(as)) $(OFFLINE) $(PY) -m pytest $(NBVAL_FLAGS) notebooks &&) true
 
 lab: $(STAMP)
 	$(PY) -m jupyterlab notebooks
