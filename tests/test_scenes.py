@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from daamlib.urban.captions import caption
+from daamlib.urban.captions import LONGEST, caption, dense_caption
 from daamlib.urban.labels import BY_ID, BY_NAME, LABELS, to_train_ids
 from daamlib.urban.scenes import KINDS, main, render
 
@@ -65,11 +65,21 @@ def test_labels_lie_inside_the_box(scenes):
             assert thing.side == ("left" if centre < 0.4 else "right" if centre > 0.6 else "middle")
 
 
-def test_captions_tell_the_truth():
+def sparse(scene):
+    return scene.caption
+
+
+def dense(scene):
+    return dense_caption(np.random.default_rng(scene.seed), scene.things, scene.time, scene.trees)
+
+
+# of the things seen: the sparse captions leave 12 % out, and a few go by another word
+@pytest.mark.parametrize("caption_of, least, most", [(sparse, 0.75, 0.95), (dense, 0.95, 1.0)])
+def test_captions_tell_the_truth(caption_of, least, most):
     mentions, things = 0, 0
     for seed in range(300):
         scene = render(seed, 32)
-        text = scene.caption
+        text = caption_of(scene)
         assert text == text.lower() and len(text.split()) <= 40 and "  " not in text
         kinds = {thing.kind: thing for thing in scene.things}
         for kind in KINDS:
@@ -86,7 +96,16 @@ def test_captions_tell_the_truth():
         for time, words in (("night", "at night"), ("sunset", "at sunset"), ("fog", "in the fog"), ("day", "by day")):
             assert words not in text or scene.time == time
         things += len(kinds)
-    assert 0.75 < mentions / things < 0.95  # 12 % are left out, few go by another word
+    assert least < mentions / things < most
+
+
+def test_dense_captions_are_short_enough_for_their_context_and_half_name_everything():
+    texts = [dense(scene) for scene in (render(seed, 16) for seed in range(400))]
+    assert max(len(text.replace(",", " ,").split()) for text in texts) <= LONGEST
+    everything = ["building", "road", "sidewalk", "sky"]
+    assert 0.4 < np.mean([all(name in text for name in everything) for text in texts]) < 0.65
+    short = [text for text in texts if len(text.split()) <= 8]
+    assert len(short) > 20 and any(re.fullmatch(r"a (\w+ )?\w+ in an urban environment", text) for text in short)
 
 
 def test_the_layout_does_not_depend_on_the_size(scenes):
@@ -108,8 +127,9 @@ def test_wrong_arguments_are_refused(arguments, error):
 
 
 def test_unknown_time_is_refused():
-    with pytest.raises(ValueError, match="dusk"):
-        caption(np.random.default_rng(0), (), "dusk", 0)
+    for grammar in (caption, dense_caption):
+        with pytest.raises(ValueError, match="dusk"):
+            grammar(np.random.default_rng(0), (), "dusk", 0)
 
 
 def test_contact_sheet(tmp_path, capsys):

@@ -1,18 +1,21 @@
-"""Captions of the street scenes: a small grammar over what is in the scene."""
+"""Captions of the street scenes: two small grammars over what is in the scene, one sparse and one dense."""
 
 TIMES = {"day": "by day", "sunset": "at sunset", "night": "at night", "fog": "in the fog"}
 PLACES = ("an urban environment", "a city street", "a street", "a city")
 RARE = {"car": "vehicle", "person": "pedestrian", "traffic light": "stop light", "rider": "cyclist"}
 
 
-def _phrase(rng, thing, colours=True):
-    """ "a red car on the left", "a person in blue", "a rider"."""
+LONGEST = 29  # words and commas of a dense caption: with start and end token they fit a context of 32 tokens
+
+
+def _phrase(rng, thing, colour, side):
+    """ "a red car on the left", "a person in blue", "a rider"; colour, side: how often they are said."""
     word = RARE[thing.kind] if rng.random() < 0.03 else thing.kind
-    coloured, placed = rng.random() < 0.5, rng.random() < 0.35
-    if colours and coloured:
+    coloured, placed = rng.random() < colour, rng.random() < side
+    if coloured:
         after = thing.kind in ("person", "rider")
         word = f"{word} in {thing.colour}" if after else f"{thing.colour} {word}"
-    if colours and placed:
+    if placed:
         word += " in the middle" if thing.side == "middle" else f" on the {thing.side}"
     return ("an " if word[0] in "aeiou" else "a ") + word
 
@@ -33,7 +36,8 @@ def caption(rng, things, time, trees):
     place = PLACES[rng.choice(len(PLACES), p=(0.45, 0.25, 0.2, 0.1))]
     where = ("in " if place != "a street" else "on ") + place
     when = " " + TIMES[time] if timed else ""
-    parts = [_phrase(rng, thing, colours=not short) for thing in named]
+    odds = (0, 0) if short else (0.5, 0.35)
+    parts = [_phrase(rng, thing, *odds) for thing in named]
     if short and parts:
         return _join(parts) + (f" {where}" if rng.random() < 0.5 else "")
     green = ["trees" if trees > 1 else "a tree"] if trees else []
@@ -55,3 +59,45 @@ def caption(rng, things, time, trees):
     if kind < 0.9:
         return f"{place}{when} with {_join(parts + stuff if stuffed else parts)}"
     return f"a photo of {_join(parts)}{when}"
+
+
+def dense_caption(rng, things, time, trees):
+    """A caption of at most `LONGEST` words and commas that names every thing, and half of the time all stuff too.
+
+    A word that is always said when its thing is there stands for the thing; where everything has a word of its own, no
+    word need stand for the rest of the picture. One caption in seven names things alone, as short prompts do.
+
+    rng: numpy Generator; things: the scene's `Thing`s; time: a key of `TIMES`; trees: how many trees there are.
+    Raises ValueError for an unknown time."""
+    if time not in TIMES:
+        raise ValueError(f"time must be one of {tuple(TIMES)}, got {time!r}")
+    style = rng.random()
+    colour, side = (0.85, 0.5) if style < 0.75 else (0.3, 0.15) if style < 0.85 else (0.0, 0.0)
+    parts = [_phrase(rng, things[i], colour, side) for i in rng.permutation(len(things))]
+    place = PLACES[rng.choice(len(PLACES), p=(0.45, 0.25, 0.2, 0.1))]
+    where = ("in " if place != "a street" else "on ") + place
+    when = " " + TIMES[time] if rng.random() < 0.6 else ""
+    stuff = ["a building" if rng.random() < 0.3 else "buildings"]
+    stuff += ["a road", "a sidewalk", "the sky"] if rng.random() < 0.4 else ["road", "sidewalk", "sky"]
+    stuff += ["trees" if trees > 1 else "a tree"] if trees else []
+    stuff = [stuff[i] for i in rng.permutation(len(stuff))]
+    if style >= 0.5:
+        stuff = stuff[: rng.choice(3, p=(0.6, 0.25, 0.15))]
+    kind, everything = rng.random(), parts + stuff
+    if not everything:
+        text = f"{rng.choice(('', 'a photo of '))}{place}{when}"
+    elif not parts:
+        text = f"{place} with {_join(stuff)}{when}"
+    elif kind < 0.35:
+        text = f"{_join(parts)} {where}{' with ' * (len(stuff) > 0)}{_join(stuff) if stuff else ''}{when}"
+    elif kind < 0.5:
+        text = f"a photo of {place} with {_join(everything)}{when}"
+    elif kind < 0.65 and len(stuff) <= 2:
+        behind = [name for name in stuff if name in ("buildings", "a building", "trees", "a tree", "the sky", "sky")]
+        text = f"{_join(parts)} in front of {[*behind, 'buildings'][0]}{when}"
+    elif kind < 0.8:
+        text = f"{place}{when} with {_join(everything)}"
+    else:
+        text = f"{'a photo of ' * (kind < 0.9)}{_join(everything)}{when}"
+    shorter = (_join(everything), _join(parts + stuff[:2])) if parts else ()
+    return next((t for t in (text, *shorter) if len(t.replace(",", " ,").split()) <= LONGEST), text)

@@ -11,24 +11,30 @@ import torch
 from tqdm.auto import tqdm
 
 from ..files import whole
+from .captions import dense_caption
 from .scenes import render
 
 SIZE = 128  # px
 HELD_OUT = 10_000_000  # seeds from here on are never trained on
+DENSE = 4  # dense captions of a scene
 
 
 @dataclass(frozen=True)
 class Scenes:
-    """`n` rendered scenes: `images` (n, S, S, 3) uint8, `labels` (n, S, S) Cityscapes ids, `captions`."""
+    """`n` rendered scenes: `images` (n, S, S, 3) uint8, `labels` (n, S, S) Cityscapes ids, `captions` and, for each
+    scene, `DENSE` `dense_captions`."""
 
     images: np.ndarray
     labels: np.ndarray
     captions: list[str]
+    dense_captions: list[list[str]]
 
 
-def _render_one(seed: int) -> tuple[np.ndarray, np.ndarray, str]:
+def _render_one(seed: int) -> tuple[np.ndarray, np.ndarray, str, list[str]]:
     scene = render(seed, SIZE)
-    return scene.image, scene.labels, scene.caption
+    rngs = [np.random.default_rng([seed, k]) for k in range(DENSE)]
+    dense = [dense_caption(rng, scene.things, scene.time, scene.trees) for rng in rngs]
+    return scene.image, scene.labels, scene.caption, dense
 
 
 def render_scenes(folder: Path, n: int, *, first_seed: int = 0, workers: int | None = None) -> Scenes:
@@ -38,29 +44,32 @@ def render_scenes(folder: Path, n: int, *, first_seed: int = 0, workers: int | N
         folder.mkdir(parents=True, exist_ok=True)
         images = np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8, (n, SIZE, SIZE, 3))
         labels = np.lib.format.open_memmap(folder / "labels.npy", "w+", np.uint8, (n, SIZE, SIZE))
-        captions = []
+        captions: dict[str, list] = {"sparse": [], "dense": []}
         seeds = range(first_seed, first_seed + n)
         with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
             rendered = pool.map(_render_one, seeds, chunksize=64)
-            for i, (image, label, caption) in enumerate(tqdm(rendered, total=n, desc="rendering", mininterval=10)):
-                images[i], labels[i] = image, label
-                captions.append(caption)
+            for i, (*maps, sparse, dense) in enumerate(tqdm(rendered, total=n, desc="rendering", mininterval=10)):
+                images[i], labels[i] = maps
+                captions["sparse"].append(sparse)
+                captions["dense"].append(dense)
         images.flush()
         labels.flush()
         done.write_text(json.dumps(captions))
     captions = json.loads(done.read_text())
-    if len(captions) < n:
-        raise ValueError(f"{folder} holds {len(captions)} scenes, {n} were asked for: remove it or name another folder")
+    found = len(captions["sparse"])
+    if found < n:
+        raise ValueError(f"{folder} holds {found} scenes, {n} were asked for: remove it or name another folder")
     return Scenes(
         np.load(folder / "images.npy", mmap_mode="r")[:n],
         np.load(folder / "labels.npy", mmap_mode="r")[:n],
-        captions[:n],
+        captions["sparse"][:n],
+        captions["dense"][:n],
     )
 
 
 def to_tensor(images: np.ndarray, size: int = SIZE) -> torch.Tensor:
     """(B, S, S, 3) uint8 -> (B, 3, size, size) float32 in [-1, 1]; a smaller size is reached by averaging."""
-    pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    pixels = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
     if size != pixels.shape[-1]:
         pixels = torch.nn.functional.interpolate(pixels, (size, size), mode="area")
     return pixels

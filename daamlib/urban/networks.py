@@ -5,7 +5,7 @@ Nothing here is special to this project: the finished folder loads with
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +13,6 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-CONTEXT = 77  # tokens, as in Stable Diffusion
 TEXT_WIDTH = 128  # d_text: the width of the embeddings the U-Net attends to
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
@@ -21,10 +20,13 @@ BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 _CLIP_WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
 
-def train_tokenizer(captions: Iterable[str], folder: Path, *, vocab_size: int = 1000) -> CLIPTokenizer:
+def train_tokenizer(
+    captions: Iterable[str], folder: Path, *, context: int = 77, vocab_size: int = 1000
+) -> CLIPTokenizer:
     """Train a byte-level BPE on `captions`, write `vocab.json` and `merges.txt` to `folder`, load it as CLIP's.
 
-    `vocab_size` is an upper bound that counts 512 byte symbols and the two special tokens.
+    `context` is the length of a text in tokens, 77 in Stable Diffusion. `vocab_size` is an upper bound that counts 512
+    byte symbols and the two special tokens.
     """
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", continuing_subword_prefix="", fuse_unk=False))
     bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
@@ -51,7 +53,7 @@ def train_tokenizer(captions: Iterable[str], folder: Path, *, vocab_size: int = 
     (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}, ensure_ascii=False))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
     tokenizer = CLIPTokenizer.from_pretrained(
-        folder, bos_token=BOS, eos_token=EOS, unk_token=EOS, pad_token=EOS, model_max_length=CONTEXT
+        folder, bos_token=BOS, eos_token=EOS, unk_token=EOS, pad_token=EOS, model_max_length=context
     )
     tokenizer.save_pretrained(folder)
     return tokenizer
@@ -89,16 +91,19 @@ def standardise(vae: AutoencoderKL, mean: list[float], deviation: list[float]) -
     vae.register_to_config(scaling_factor=1.0)
 
 
-def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """A two-layer CLIP text model: (B, 77) token ids -> (B, 77, 128)."""
+def new_text_encoder(tokenizer: CLIPTokenizer, *, layers: int = 2) -> CLIPTextModel:
+    """A CLIP text model for the tokenizer's context C: (B, C) token ids -> (B, C, 128).
+
+    With no layers at all it is an embedding of words and positions: no token knows of another one.
+    """
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=TEXT_WIDTH,
             intermediate_size=4 * TEXT_WIDTH,
-            num_hidden_layers=2,
+            num_hidden_layers=layers,
             num_attention_heads=4,
-            max_position_embeddings=CONTEXT,
+            max_position_embeddings=tokenizer.model_max_length,
             projection_dim=TEXT_WIDTH,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
@@ -107,13 +112,13 @@ def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     )
 
 
-def new_unet() -> UNet2DConditionModel:
+def new_unet(channels: Sequence[int] = (48, 96, 192)) -> UNet2DConditionModel:
     """A three-level U-Net, cross-attention on every level: 4 x 32 x 32 latents of 128 px images."""
     return UNet2DConditionModel(
         sample_size=32,
         in_channels=4,
         out_channels=4,
-        block_out_channels=(48, 96, 192),
+        block_out_channels=tuple(channels),
         down_block_types=("CrossAttnDownBlock2D",) * 3,
         up_block_types=("CrossAttnUpBlock2D",) * 3,
         layers_per_block=1,
@@ -154,6 +159,6 @@ def assemble(vae, text_encoder, tokenizer, unet) -> StableDiffusionPipeline:
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
-    """(B, 77) int64 token ids, padded as the pipeline pads; longer captions are cut."""
-    batch = tokenizer(captions, padding="max_length", max_length=CONTEXT, truncation=True, return_tensors="pt")
+    """(B, C) int64 token ids, padded to the context C as the pipeline pads; longer captions are cut."""
+    batch = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
     return batch.input_ids

@@ -46,13 +46,14 @@ class Thing:
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """image: uint8 (S, S, 3); labels: uint8 (S, S) of Cityscapes ids; things: from back to front."""
+    """image: uint8 (S, S, 3); labels: uint8 (S, S) of Cityscapes ids; things: from back to front; trees: how many."""
 
     image: np.ndarray
     labels: np.ndarray
     caption: str
     things: tuple[Thing, ...]
     time: str
+    trees: int
     seed: int
 
 
@@ -192,7 +193,7 @@ def render(seed: int, size: int = 128) -> Scene:
     image, index = _develop(canvas, int(size), things, time, ground, kerb)
     table = np.array([BY_NAME[name].id for name in (*STUFF, *(thing.kind for thing in things))], np.uint8)
     labels = table[index]
-    return Scene(image, labels, caption(rng, things, time, trees), things, time, int(seed))
+    return Scene(image, labels, caption(rng, things, time, trees), things, time, trees, int(seed))
 
 
 def main(argv=None):

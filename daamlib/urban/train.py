@@ -9,6 +9,9 @@
 
     python -m daamlib.urban.train restore    # instead: checkpoints from that folder, to train it further
 
+`data` takes what a model is: its captions (`--captions`), `--context`, `--text-layers` and the U-Net's `--channels`;
+the other stages read it from `recipe.json`, which `data` or `restore` wrote.
+
 `--samples` counts from the very beginning of a stage's network, so the second `unet` line trains 100,000 samples at
 128 px. Checkpoints go to `--work` every few minutes; a stopped command is simply given again. On a CPU use one
 process per core (`--processes 2`); on a GPU one process and a larger `--batch`.
@@ -20,6 +23,7 @@ import os
 import signal
 import socket
 import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +50,7 @@ class Denoiser(torch.nn.Module):
         self.unet, self.text_encoder = unet, text_encoder
 
     def forward(self, noisy, timesteps, ids):
-        """(B, 4, h, w), (B,), (B, 77) -> the predicted velocity (B, 4, h, w)."""
+        """(B, 4, h, w), (B,), (B, C) token ids -> the predicted velocity (B, 4, h, w)."""
         return self.unet(noisy, timesteps, self.text_encoder(ids).last_hidden_state).sample
 
 
@@ -118,23 +122,44 @@ def cache_latents(args: argparse.Namespace) -> None:
     print(f"{args.size} px: latents {latents.shape}, standard deviation {latents[:2000].astype(np.float32).std():.3f}")
 
 
-def new_denoiser(tokenizer: CLIPTokenizer) -> Denoiser:
-    return Denoiser(networks.new_unet(), networks.new_text_encoder(tokenizer))
+@dataclass(frozen=True)
+class Recipe:
+    """What a model is, besides its training: captions "sparse" or "dense", layers of text encoder, U-Net's channels."""
+
+    captions: str
+    text_layers: int
+    channels: list[int]
+
+    @classmethod
+    def read(cls, work: Path) -> "Recipe":
+        """Raises FileNotFoundError where neither `data` nor `restore` was run."""
+        return cls(**json.loads((work / "recipe.json").read_text()))
+
+    def write(self, work: Path) -> None:
+        (work / "recipe.json").write_text(json.dumps(asdict(self)) + "\n")
+
+    def denoiser(self, tokenizer: CLIPTokenizer) -> Denoiser:
+        """New networks, for the tokenizer's words and context."""
+        text_encoder = networks.new_text_encoder(tokenizer, layers=self.text_layers)
+        return Denoiser(networks.new_unet(self.channels), text_encoder)
 
 
 def train_unet(rank: int, world: int, args: argparse.Namespace) -> None:
     """Train U-Net and text encoder jointly on the cached latents, with v-prediction and min-SNR weights."""
     tokenizer = CLIPTokenizer.from_pretrained(args.work / "tokenizer")
-    captions = json.loads((args.work / "scenes" / "captions.json").read_text())
+    recipe = Recipe.read(args.work)
+    scenes = render_scenes(args.work / "scenes", args.scenes)
+    captions = scenes.dense_captions if recipe.captions == "dense" else [[caption] for caption in scenes.captions]
     latents = np.load(args.work / f"latents{args.size}.npy", mmap_mode="r")
-    ids = networks.tokenize(tokenizer, captions)
+    # (caption of a scene, scene, token)
+    ids = torch.stack([networks.tokenize(tokenizer, list(of_scenes)) for of_scenes in zip(*captions, strict=True)])
     empty = networks.tokenize(tokenizer, [""])
     scheduler = networks.new_scheduler()
     alphas = scheduler.alphas_cumprod
     weights = torch.clamp(alphas / (1 - alphas), max=SNR_GAMMA) / (alphas / (1 - alphas) + 1)
 
     torch.manual_seed(args.seed)
-    job = Job(new_denoiser(tokenizer), args.work / "unet.pt", args, rank, world)
+    job = Job(recipe.denoiser(tokenizer), args.work / "unet.pt", args, rank, world)
     rng = job.rng()
     torch.manual_seed(int(rng.integers(2**31)))
     while job.samples < args.samples:
@@ -143,7 +168,8 @@ def train_unet(rank: int, world: int, args: argparse.Namespace) -> None:
         noise = torch.randn_like(clean) + NOISE_OFFSET * torch.randn(args.batch, clean.shape[1], 1, 1)
         # stratified over the batch: the loss of a step varies less
         timesteps = ((torch.arange(args.batch) + torch.rand(args.batch)) * 1000 / args.batch).long()
-        text = torch.where(torch.rand(args.batch, 1) < EMPTY_CAPTIONS, empty, ids[index])
+        said = ids[rng.integers(len(ids), size=args.batch), index]
+        text = torch.where(torch.rand(args.batch, 1) < EMPTY_CAPTIONS, empty, said)
         noisy = scheduler.add_noise(clean, noise, timesteps)
         target = scheduler.get_velocity(clean, noise, timesteps).to(job.device)
         with job.autocast():
@@ -159,7 +185,7 @@ def export(args: argparse.Namespace) -> None:
     states = {
         name: torch.load(args.work / f"{name}.pt", map_location="cpu", weights_only=True) for name in ("vae", "unet")
     }
-    denoiser = new_denoiser(tokenizer)
+    denoiser = Recipe.read(args.work).denoiser(tokenizer)
     denoiser.load_state_dict(states["unet"]["ema"])
     pipe = networks.assemble(trained_vae(args.work), denoiser.text_encoder, tokenizer, denoiser.unet)
     pipe.to(dtype=torch.float16).save_pretrained(args.out, safe_serialization=True)
@@ -173,6 +199,8 @@ def restore(args: argparse.Namespace) -> None:
     pipe = StableDiffusionPipeline.from_pretrained(args.out, dtype=torch.float32)
     spent = json.loads((args.out / "training.json").read_text())
     pipe.tokenizer.save_pretrained(args.work / "tokenizer")
+    config = pipe.unet.config
+    Recipe(args.captions, pipe.text_encoder.config.num_hidden_layers, list(config.block_out_channels)).write(args.work)
     parts = {"vae": Autoencoder(pipe.vae), "unet": Denoiser(pipe.unet, pipe.text_encoder)}
     for name, module in parts.items():
         path = args.work / f"{name}.pt"
@@ -187,7 +215,10 @@ def restore(args: argparse.Namespace) -> None:
 def make_data(args: argparse.Namespace) -> None:
     """Render the training scenes and train the tokenizer on their captions."""
     scenes = render_scenes(args.work / "scenes", args.scenes)
-    networks.train_tokenizer(scenes.captions, args.work / "tokenizer")
+    texts = [text for of_scene in scenes.dense_captions for text in of_scene]
+    texts = texts if args.captions == "dense" else scenes.captions
+    networks.train_tokenizer(texts, args.work / "tokenizer", context=args.context)
+    Recipe(args.captions, args.text_layers, args.channels).write(args.work)
 
 
 def _worker(rank: int, world: int, port: int, args: argparse.Namespace) -> None:
@@ -219,6 +250,10 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("checkpoints/urban-tiny"), help="checkpoints and caches")
     parser.add_argument("--out", type=Path, default=Path("data/urban-tiny"), help="the folder `export` writes")
     parser.add_argument("--scenes", type=int, default=24_000, help="rendered training scenes")
+    parser.add_argument("--captions", choices=["sparse", "dense"], default="sparse", help="see daamlib.urban.captions")
+    parser.add_argument("--context", type=int, default=77, help="tokens of a text")
+    parser.add_argument("--text-layers", type=int, default=2, help="layers of the text encoder")
+    parser.add_argument("--channels", type=int, nargs=3, default=[48, 96, 192], help="of the U-Net's three levels")
     parser.add_argument("--samples", type=int, default=100_000, help="stop when this many samples were seen in all")
     parser.add_argument("--size", type=int, choices=[64, 128], default=64, help="image size of the latents, px")
     parser.add_argument("--batch", type=int, default=32, help="samples per process and step")
