@@ -10,7 +10,7 @@
 #
 # Every target makes or updates .venv first when pyproject.toml or constraints.txt are newer than it.
 # Choices for reproduce: MODEL= DEVICE= STEPS= N_IMAGES= SEED= NOTEBOOKS="00 04", with NOTEBOOKS=06 also MASKS=;
-# for notebooks: NOTEBOOKS="00 04"
+# for notebooks, test and test-portable: NOTEBOOKS="00 04"
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -25,10 +25,13 @@ PYTHON := $(shell for p in python3.11 python3; do $$p -c '$(IS_RECENT)' >/dev/nu
 # the sanitising file masks durations. tests/test_notebooks.py reads this line.
 NBVAL_FLAGS := --nbval --nbval-current-env --nbval-cell-timeout 600 --nbval-sanitize-with notebooks/nbval_sanitize.cfg
 
+# Copies are tested: beside the notebooks themselves lie the outputs of earlier runs, which a new one would go on from.
+COPY_NOTEBOOKS = rm -rf nbval_run && mkdir nbval_run && cp $(CHOSEN) notebooks/conftest.py nbval_run
+
 # What is stored and tested must never reach for a model on the hub; `make reproduce MODEL=...` may.
 OFFLINE := HF_HUB_OFFLINE=1
 
-# The files that `make notebooks` runs, by their numbers
+# The files that `make notebooks` runs and the tests compare, by their numbers
 CHOSEN = $(if $(NOTEBOOKS),$(foreach n,$(NOTEBOOKS),$(wildcard notebooks/$(n)_*.ipynb)),$(wildcard notebooks/[0-9]*.ipynb))
 
 # Settings that make PyTorch, oneDNN and MKL compute as on another processor, so that sums round in another order
@@ -48,10 +51,11 @@ test: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(OFFLINE) $(PY) -m pytest
-	$(OFFLINE) $(PY) -m pytest $(NBVAL_FLAGS) notebooks
+	$(COPY_NOTEBOOKS)
+	$(OFFLINE) $(PY) -m pytest $(NBVAL_FLAGS) nbval_run
 
 test-portable: $(STAMP)
-	$(foreach as,$(PORTABLE),$(AS_$(as)) $(OFFLINE) $(PY) -m pytest $(NBVAL_FLAGS) notebooks &&) true
+	$(foreach as,$(PORTABLE),$(COPY_NOTEBOOKS) && $(AS_$(as)) $(OFFLINE) $(PY) -m pytest $(NBVAL_FLAGS) nbval_run &&) true
 
 lab: $(STAMP)
 	$(PY) -m jupyterlab notebooks
@@ -93,5 +97,5 @@ constraints:
 	rm -rf .venv-pins
 
 clean:
-	rm -rf $(VENV) .venv-pins .venv-peers .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf $(VENV) .venv-pins .venv-peers nbval_run .pytest_cache .ruff_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
