@@ -221,7 +221,8 @@ class _Fit:
             gradients = torch.autograd.grad(value, moved, materialize_grads=True)  # "cross_entropy" has no bias
             losses.append(value.item())
             done = (i + 1) / iterations
-            rate = min(1.0, 10 * done, 0.5 * (1 + math.cos(math.pi * max(0.0, done - 0.3) / 0.7)))
+            fall = 0.5 * (1 + math.cos(math.pi * max(0.0, done - 0.3) / 0.7))
+            rate = min(1.0, (i + 1) / max(8, iterations / 10), fall)
             for k, ((parameter, step), gradient) in enumerate(zip(parameters, gradients, strict=True)):
                 square[k] = 0.95 * square[k] + 0.05 * gradient.square().sum()
                 length = (square[k] / (1 - 0.95 ** (i + 1))).sqrt() + torch.finfo(gradient.dtype).tiny

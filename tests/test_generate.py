@@ -197,7 +197,7 @@ def test_images_and_their_labels(labelled, sd1_pipe, tokens, tmp_path):
         assert (labelled.labels(i) != expected).mean() < 0.01  # summed in another order
     assert 255 in labelled.labels(2)
     assert not labelled.labels(1).any() and not labelled.labels(4).any()
-    assert labelled.with_class("car", 1) == [i for i in (0, 2) if labelled.mask(i, "car").any()] != []
+    assert labelled.with_class("car", min_area=1e-6) == [i for i in (0, 2) if labelled.mask(i, "car").any()] != []
     settings = datasets.load(labelled.folder).settings
     assert settings["labels"] == ["daamlib.generate"]
     maps = settings["label_maps"]
