@@ -77,7 +77,7 @@ def settle(text, stored, tolerance):
 
 def words(text):
     """A text without its numbers; the width of a column may change with them."""
-    return re.sub(" +", " ", NUMBER.sub("#", text))
+    return re.sub(" +", " ", NUMBER.sub("\0", text))
 
 
 def near(new, old, tolerance):

@@ -168,6 +168,7 @@ DIFFERENT = {
     "a swapped label": printing("car 0.50, rider 0.51", "rider 0.50, car 0.51"),
     "a changed word": printing("the same: False", "the same: True"),
     "not a number": printing("iou nan", "iou 0.50"),
+    "a number for a sign": printing("iou 0.50", "iou #"),
     "a lost line": printing("car 0.50", "car 0.50\nrider 0.50"),
     "a line more": printing("car 0.50\nrider 0.50", "car 0.50"),
     "a swapped row": (TABLE, table(ROWS % ("9.98", "person"))),
