@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from .. import metrics
+from ..heatmaps import HeatMaps
 from ..optimize import optimize_token
 from ..real import trace_image
 from ..record import AttentionRecord
@@ -21,9 +22,14 @@ TRAIN = 5  # images whose masks a token is fitted to; the others judge it
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """A scene's attention and its masks: `masks` has the classes shown, `named` those of them its caption names."""
+    """A scene's attention and its masks: `masks` has the classes shown, `named` those of them its caption names.
+
+    daam: of the caption; by_layer: the same of each layer alone, by its name.
+    """
 
     record: AttentionRecord
+    daam: HeatMaps
+    by_layer: Mapping[str, HeatMaps]
     masks: Mapping[str, np.ndarray]
     named: tuple[str, ...]
 
@@ -37,7 +43,9 @@ def read_scenes(pipe, n: int, first_seed: int) -> list[Reading]:
         masks = {kind: scene.labels == BY_NAME[kind].id for kind in KINDS}
         masks = {kind: mask for kind, mask in masks.items() if mask.mean() >= MIN_SHARE}
         named = tuple(kind for kind in masks if f" {kind} " in f" {scene.caption.replace(',', ' ')} ")
-        readings.append(Reading(record, masks, named))
+        alone = [record.select(layers=lambda layer, kept=kept: layer is kept) for kept in record.layers]
+        by_layer = {one.layers[0].name: one.daam() for one in alone}
+        readings.append(Reading(record, record.daam(), by_layer, masks, named))
     return readings
 
 
@@ -51,21 +59,20 @@ def measure_words(pipe, n: int, first_seed: int) -> dict:
     """
     readings = read_scenes(pipe, n, first_seed)
     found: dict[str, dict] = {"whole_image": {}, "daam": {}, "ldaam": {}, "token": {}}
-    layers = {layer.name: {} for layer in readings[0].record.layers}
+    layers = {name: {} for name in readings[0].by_layer}
     for kind in KINDS:
         shown = [reading for reading in readings if kind in reading.masks]
         named = [reading for reading in shown if kind in reading.named]
         if len(shown) <= TRAIN or not named:
             raise ValueError(f"{len(shown)} of {n} scenes show a {kind}, {len(named)} name it: measure on more scenes")
         found["whole_image"][kind] = 100 * float(np.mean([reading.masks[kind].mean() for reading in shown]))
-        found["daam"][kind] = _miou([r.record.daam()[kind] for r in named], named, kind)
+        found["daam"][kind] = _miou([r.daam[kind] for r in named], named, kind)
         found["ldaam"][kind] = _miou([r.record.ldaam(kind)[kind] for r in shown], shown, kind)
         train, test = shown[:TRAIN], shown[TRAIN:]
         token = optimize_token([r.record for r in train], [r.masks[kind] for r in train], word=kind)
         found["token"][kind] = _miou([token.probabilities(r.record)[0] for r in test], test, kind)
         for name, by_class in layers.items():
-            alone = [r.record.select(layers=lambda layer, name=name: layer.name == name) for r in named]
-            by_class[kind] = _miou([record.daam()[kind] for record in alone], named, kind)
+            by_class[kind] = _miou([r.by_layer[name][kind] for r in named], named, kind)
     return {
         **{name: _with_mean(by_class) for name, by_class in found.items()},
         "daam_by_layer": {name: _with_mean(by_class) for name, by_class in layers.items()},
