@@ -45,7 +45,7 @@ def image_size(pipe) -> tuple[int, int]:
 
     Raises TypeError for a pipeline without a U-Net, ValueError for a U-Net whose config does not say it.
     """
-    cells = _unet(pipe).config.sample_size
+    cells = unet_of(pipe).config.sample_size
     height, width = cells if isinstance(cells, list | tuple) else (cells, cells)
     if not height or not width:
         raise ValueError(f"the U-Net's config has the sample_size {cells!r}: expected the cells of a latent's side")
@@ -57,7 +57,7 @@ def is_bundled(pipe) -> bool:
 
     Raises TypeError for a pipeline without a U-Net.
     """
-    own = _unet(pipe).state_dict()
+    own = unet_of(pipe).state_dict()
     stored = load_file(BUNDLED / "unet" / "diffusion_pytorch_model.safetensors")
     return own.keys() == stored.keys() and all(
         # rounding to half precision is below 1 %
@@ -66,13 +66,18 @@ def is_bundled(pipe) -> bool:
     )
 
 
-def _unet(pipe) -> torch.nn.Module:
+def unet_of(pipe) -> torch.nn.Module:
+    """The pipeline's U-Net itself; `torch.compile` returns a wrapper with another signature and other layer names.
+
+    Raises TypeError for a pipeline without one.
+    """
     unet = getattr(pipe, "unet", None)
     if not isinstance(unet, torch.nn.Module):
         raise TypeError(
             f"expected a diffusers pipeline with a U-Net (Stable Diffusion 1.x, 2.x, XL), got {type(pipe).__name__}"
+            f"{' with a transformer' if hasattr(pipe, 'transformer') else ''}: DAAM reads U-Net cross-attention"
         )
-    return unet
+    return getattr(unet, "_orig_mod", unet)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 
 from .layers import Layer
+from .pipeline import unet_of
 from .record import AttentionRecord
 from .text import PAD, TokenEmbeddings, prompt_tokens
 
@@ -285,12 +286,6 @@ def _watch(pipe, method: str, before: Callable[..., None]) -> Iterator[None]:
             vars(pipe)[method] = shadowed
 
 
-def unet_of(pipe) -> Any:
-    """The pipeline's U-Net itself; `torch.compile` returns a wrapper with another signature and other layer names."""
-    unet = getattr(pipe, "unet", None)
-    return getattr(unet, "_orig_mod", unet)
-
-
 def _is_compiled(unet: torch.nn.Module) -> bool:
     """Whether any of it is, by `torch.compile(unet)` or, in place, by a module's own `compile()`."""
     return any(hasattr(part, "_orig_mod") or part._compiled_call_impl is not None for part in unet.modules())
@@ -299,11 +294,6 @@ def _is_compiled(unet: torch.nn.Module) -> bool:
 def cross_attentions(pipe, *, middle: bool) -> dict[str, torch.nn.Module]:
     """The U-Net's cross-attention modules by name. TypeError or ValueError if there are none that DAAM can read."""
     unet = unet_of(pipe)
-    if not isinstance(unet, torch.nn.Module):
-        raise TypeError(
-            f"expected a diffusers pipeline with a U-Net (Stable Diffusion 1.x, 2.x, XL), got {type(pipe).__name__}"
-            f"{' with a transformer' if hasattr(pipe, 'transformer') else ''}: DAAM reads U-Net cross-attention"
-        )
     found = {
         name.replace("_orig_mod.", ""): module  # of a block that is compiled by itself
         for name, module in unet.named_modules()
