@@ -20,6 +20,11 @@ def _phrase(rng, thing, colour, side):
     return ("an " if word[0] in "aeiou" else "a ") + word
 
 
+def _bare(phrase):
+    """ "a red car" -> "red car": the phrase without its article."""
+    return phrase.removeprefix("a ").removeprefix("an ").removeprefix("the ")
+
+
 def _join(parts):
     return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
 
@@ -65,7 +70,8 @@ def dense_caption(rng, things, time, trees):
     """A caption of at most `LONGEST` words and commas that names every thing, and half of the time all stuff too.
 
     A word that is always said when its thing is there stands for the thing; where everything has a word of its own, no
-    word need stand for the rest of the picture. One caption in seven names things alone, as short prompts do.
+    word need stand for the rest of the picture. One caption in seven names things alone, as short prompts do; one in
+    eight is a list without articles, so that a lone word is nothing new.
 
     rng: numpy Generator; things: the scene's `Thing`s; time: a key of `TIMES`; trees: how many trees there are.
     Raises ValueError for an unknown time."""
@@ -86,6 +92,8 @@ def dense_caption(rng, things, time, trees):
     kind, everything = rng.random(), parts + stuff
     if not everything:
         text = f"{rng.choice(('', 'a photo of '))}{place}{when}"
+    elif rng.random() < 0.12:
+        text = ", ".join(map(_bare, everything)) + when * (kind < 0.3)
     elif not parts:
         text = f"{place} with {_join(stuff)}{when}"
     elif kind < 0.35:

@@ -112,15 +112,19 @@ def new_text_encoder(tokenizer: CLIPTokenizer, *, layers: int = 2) -> CLIPTextMo
     )
 
 
-def new_unet(channels: Sequence[int] = (48, 96, 192)) -> UNet2DConditionModel:
-    """A three-level U-Net, cross-attention on every level: 4 x 32 x 32 latents of 128 px images."""
+def new_unet(channels: Sequence[int] = (48, 96, 192), *, attention_levels: int = 3) -> UNet2DConditionModel:
+    """A three-level U-Net for 4 x 32 x 32 latents of 128 px images; its largest `attention_levels` attend to the text.
+
+    The middle block, on the smallest grid, attends to the text in any case.
+    """
+    without = len(channels) - attention_levels
     return UNet2DConditionModel(
         sample_size=32,
         in_channels=4,
         out_channels=4,
         block_out_channels=tuple(channels),
-        down_block_types=("CrossAttnDownBlock2D",) * 3,
-        up_block_types=("CrossAttnUpBlock2D",) * 3,
+        down_block_types=("CrossAttnDownBlock2D",) * attention_levels + ("DownBlock2D",) * without,
+        up_block_types=("UpBlock2D",) * without + ("CrossAttnUpBlock2D",) * attention_levels,
         layers_per_block=1,
         cross_attention_dim=TEXT_WIDTH,
         # diffusers' historical name: these are the NUMBERS of heads. One head on the largest grid, where

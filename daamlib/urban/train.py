@@ -9,8 +9,8 @@
 
     python -m daamlib.urban.train restore    # instead: checkpoints from that folder, to train it further
 
-`data` takes what a model is: its captions (`--captions`), `--context`, `--text-layers` and the U-Net's `--channels`;
-the other stages read it from `recipe.json`, which `data` or `restore` wrote.
+`data` takes what a model is: its captions (`--captions`), `--context`, `--text-layers`, `--null-padding` and the U-Net's
+`--channels` and `--attention-levels`; the other stages read it from `recipe.json`, which `data` or `restore` wrote.
 
 `--samples` counts from the very beginning of a stage's network, so the second `unet` line trains 100,000 samples at
 128 px. Checkpoints go to `--work` every few minutes; a stopped command is simply given again. On a CPU use one
@@ -49,9 +49,15 @@ class Denoiser(torch.nn.Module):
         super().__init__()
         self.unet, self.text_encoder = unet, text_encoder
 
-    def forward(self, noisy, timesteps, ids):
-        """(B, 4, h, w), (B,), (B, C) token ids -> the predicted velocity (B, 4, h, w)."""
-        return self.unet(noisy, timesteps, self.text_encoder(ids).last_hidden_state).sample
+    def forward(self, noisy, timesteps, ids, empty, muted):
+        """The predicted velocity (B, 4, h, w).
+
+        noisy: (B, 4, h, w); timesteps: (B,); ids: (B, C) token ids; empty: (1, C) those of the empty text; muted: (B, C)
+        bool, the tokens that show the U-Net the empty text's state of their place instead of their own.
+        """
+        states = self.text_encoder(torch.cat([ids, empty])).last_hidden_state
+        text = torch.where(muted.unsqueeze(-1), states[-1:], states[:-1])
+        return self.unet(noisy, timesteps, text).sample
 
 
 class Autoencoder(torch.nn.Module):
@@ -124,11 +130,19 @@ def cache_latents(args: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a model is, besides its training: captions "sparse" or "dense", layers of text encoder, U-Net's channels."""
+    """What a model is, besides how long it was trained.
+
+    captions: "sparse" or "dense" (`daamlib.urban.captions`); text_layers: of the text encoder; channels: of the U-Net's
+    three levels; attention_levels: how many of them, from the largest grid on, attend to the text; null_padding: how
+    often a text's end token and padding are those of the empty text. They follow the words in a causal text encoder
+    and so know all of them: where they are heard, the words themselves need not say what they stand for.
+    """
 
     captions: str
     text_layers: int
     channels: list[int]
+    attention_levels: int
+    null_padding: float
 
     @classmethod
     def read(cls, work: Path) -> "Recipe":
@@ -141,7 +155,7 @@ class Recipe:
     def denoiser(self, tokenizer: CLIPTokenizer) -> Denoiser:
         """New networks, for the tokenizer's words and context."""
         text_encoder = networks.new_text_encoder(tokenizer, layers=self.text_layers)
-        return Denoiser(networks.new_unet(self.channels), text_encoder)
+        return Denoiser(networks.new_unet(self.channels, attention_levels=self.attention_levels), text_encoder)
 
 
 def train_unet(rank: int, world: int, args: argparse.Namespace) -> None:
@@ -170,10 +184,13 @@ def train_unet(rank: int, world: int, args: argparse.Namespace) -> None:
         timesteps = ((torch.arange(args.batch) + torch.rand(args.batch)) * 1000 / args.batch).long()
         said = ids[rng.integers(len(ids), size=args.batch), index]
         text = torch.where(torch.rand(args.batch, 1) < EMPTY_CAPTIONS, empty, said)
+        end = (text == tokenizer.eos_token_id).int().argmax(dim=1, keepdim=True)  # the first: padding is the same token
+        muted = (torch.arange(text.shape[1]) >= end) & (torch.rand(args.batch, 1) < recipe.null_padding)
         noisy = scheduler.add_noise(clean, noise, timesteps)
         target = scheduler.get_velocity(clean, noise, timesteps).to(job.device)
         with job.autocast():
-            predicted = job.forward(noisy.to(job.device), timesteps.to(job.device), text.to(job.device))
+            inputs = (noisy, timesteps, text, empty, muted)
+            predicted = job.forward(*(tensor.to(job.device) for tensor in inputs))
         error = (predicted.float() - target).square().mean(dim=(1, 2, 3))
         job.step((error * weights[timesteps].to(job.device)).mean(), job.learning_rate(decay_from=args.decay_from))
     job.save()
@@ -200,7 +217,9 @@ def restore(args: argparse.Namespace) -> None:
     spent = json.loads((args.out / "training.json").read_text())
     pipe.tokenizer.save_pretrained(args.work / "tokenizer")
     config = pipe.unet.config
-    Recipe(args.captions, pipe.text_encoder.config.num_hidden_layers, list(config.block_out_channels)).write(args.work)
+    levels = sum("CrossAttn" in kind for kind in config.down_block_types)
+    layers = pipe.text_encoder.config.num_hidden_layers
+    Recipe(args.captions, layers, list(config.block_out_channels), levels, args.null_padding).write(args.work)
     parts = {"vae": Autoencoder(pipe.vae), "unet": Denoiser(pipe.unet, pipe.text_encoder)}
     for name, module in parts.items():
         path = args.work / f"{name}.pt"
@@ -218,7 +237,7 @@ def make_data(args: argparse.Namespace) -> None:
     texts = [text for of_scene in scenes.dense_captions for text in of_scene]
     texts = texts if args.captions == "dense" else scenes.captions
     networks.train_tokenizer(texts, args.work / "tokenizer", context=args.context)
-    Recipe(args.captions, args.text_layers, args.channels).write(args.work)
+    Recipe(args.captions, args.text_layers, args.channels, args.attention_levels, args.null_padding).write(args.work)
 
 
 def _worker(rank: int, world: int, port: int, args: argparse.Namespace) -> None:
@@ -254,6 +273,8 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=77, help="tokens of a text")
     parser.add_argument("--text-layers", type=int, default=2, help="layers of the text encoder")
     parser.add_argument("--channels", type=int, nargs=3, default=[48, 96, 192], help="of the U-Net's three levels")
+    parser.add_argument("--attention-levels", type=int, default=3, help="levels that attend to the text, largest first")
+    parser.add_argument("--null-padding", type=float, default=0.0, help="how often end and padding say nothing")
     parser.add_argument("--samples", type=int, default=100_000, help="stop when this many samples were seen in all")
     parser.add_argument("--size", type=int, choices=[64, 128], default=64, help="image size of the latents, px")
     parser.add_argument("--batch", type=int, default=32, help="samples per process and step")
