@@ -1,16 +1,16 @@
 """Cross-attention of latent diffusion models, read as segmentation masks."""
 
 from . import metrics as metrics
-from .heatmaps import HeatMaps as HeatMaps
-from .linear import LinearMap as LinearMap
-from .optimize import optimize_token as optimize_token
-from .optimized import OptimizedToken as OptimizedToken
+from .attention.heatmaps import HeatMaps as HeatMaps
+from .attention.ldaam import LinearMap as LinearMap
+from .attention.real_images import trace_image as trace_image
+from .attention.record import AttentionRecord as AttentionRecord
+from .attention.record import require_same_model as require_same_model
+from .attention.text import TokenEmbeddings as TokenEmbeddings
+from .attention.trace import Trace as Trace
+from .attention.trace import trace as trace
 from .pipeline import load_pipeline as load_pipeline
-from .real import trace_image as trace_image
-from .record import AttentionRecord as AttentionRecord
-from .record import require_same_model as require_same_model
-from .text import TokenEmbeddings as TokenEmbeddings
-from .trace import Trace as Trace
-from .trace import trace as trace
+from .tokens.optimize import optimize_token as optimize_token
+from .tokens.token import OptimizedToken as OptimizedToken
 
 __version__ = "0.1.0"

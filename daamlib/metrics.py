@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .heatmaps import normalize, upsample
+from .attention.heatmaps import normalize, upsample
 
 THRESHOLDS = tuple(i / 100 for i in range(101))
 IN_CACHE = 2**18  # pixels that are counted at a time; found by trial

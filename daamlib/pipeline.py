@@ -12,7 +12,7 @@ import transformers
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
-from ._bundled import bundled
+from .resources import bundled
 
 BUNDLED = bundled("urban-tiny")
 

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from ._extras import needs
-from .heatmaps import HeatMaps
+from .attention.heatmaps import HeatMaps
+from .extras import needs
 
 with needs("notebooks"):
     import matplotlib.pyplot as plt

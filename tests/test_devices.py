@@ -17,12 +17,14 @@ from placement import Pretended, device_of
 from torch.nn import functional as F
 
 import daamlib
-from daamlib import AttentionRecord, OptimizedToken, datasets, experiments, export, optimize_token, segmentation
-from daamlib.generate import generate_labelled
+from daamlib import AttentionRecord, OptimizedToken, datasets, experiments, optimize_token
+from daamlib.attention.trace import current_layers
+from daamlib.cityscapes import BY_NAME
+from daamlib.datasets import export
+from daamlib.datasets.cli import generate_labelled
+from daamlib.experiments import segmentation
 from daamlib.plots import show_map_rows, show_maps, show_values
-from daamlib.trace import current_layers
 from daamlib.urban.annotator import annotate, load_annotator
-from daamlib.urban.labels import BY_NAME
 from daamlib.widgets import explore
 
 PROMPTS = ["a car and a person", "a person and a car", "a car, a person", "a person, a car"]

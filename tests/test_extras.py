@@ -13,8 +13,8 @@ from packaging.utils import canonicalize_name
 from test_ground import installed_by
 
 MODULES = {
-    "datasets": ["daamlib.datasets", "daamlib.generate", "daamlib.export"],
-    "experiments": ["daamlib.experiments", "daamlib.segmentation"],
+    "datasets": ["daamlib.datasets", "daamlib.generate", "daamlib.datasets.export"],
+    "experiments": ["daamlib.experiments", "daamlib.experiments.segmentation"],
     "widgets": ["daamlib.widgets"],
     "notebooks": ["daamlib.plots", "daamlib.runs"],
 }
@@ -37,7 +37,7 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
 """
 
 CORE = """
-import daamlib, daamlib.urban.annotator, daamlib.urban.train
+import daamlib, daamlib.urban.annotator, daamlib.urban.training.train
 from daamlib import metrics
 
 pipe = daamlib.load_pipeline(device="cpu")

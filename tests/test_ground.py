@@ -114,7 +114,7 @@ def test_what_the_code_imports_is_declared(folder):
     files = [path for path in (ROOT / folder).rglob("*.py") if path.name != "peers.py"]  # has an environment of its own
     assert files
     for path in files:
-        own = {"daamlib", "tests", *(other.stem for other in path.parent.iterdir())}
+        own = {"daamlib", "tests", *(other.stem for other in (*path.parent.iterdir(), *(ROOT / "tests").iterdir()))}
         for name in set(imported(path.read_text())) - sys.stdlib_module_names - own:
             owner = {canonicalize_name(distribution) for distribution in owners.get(name, ["not installed"])}
             assert owner & allowed, f"{path} imports {name}, which pyproject.toml does not ask for"

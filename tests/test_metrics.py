@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from daamlib import metrics
-from daamlib.heatmaps import HeatMaps
+from daamlib.attention.heatmaps import HeatMaps
 
 
 def naive_curve(maps, masks, thresholds):

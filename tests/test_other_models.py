@@ -16,10 +16,10 @@ from transformers import CLIPTokenizer
 
 import daamlib
 from daamlib import datasets
+from daamlib.cityscapes import BY_NAME
 from daamlib.pipeline import BUNDLED, image_size, is_bundled
-from daamlib.runs import main
+from daamlib.runs.run import main
 from daamlib.urban.annotator import labels_for
-from daamlib.urban.labels import BY_NAME
 
 SIZES = {"sd1": (16, 24), "sdxl": 16}  # of the latents, as in the U-Net's config; the VAE's factor is 2
 SAMPLERS = {"sd1": PNDMScheduler, "sdxl": EulerDiscreteScheduler}  # those that Stable Diffusion and SDXL come with

@@ -7,7 +7,7 @@ It is trained on rendered scenes, whose labels are exact, and judges what the ge
     python -m daamlib.urban.annotator export                  # writes the averaged weights in float16
     python -m daamlib.urban.annotator evaluate                # IoU of the exported weights on held-out scenes
 
-The scenes are those of `python -m daamlib.urban.train data`.
+The scenes are those of `python -m daamlib.urban.training.train data`.
 """
 
 import argparse
@@ -24,12 +24,12 @@ from PIL import Image
 from torch.nn import functional as F
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
-from .._bundled import bundled
+from ..cityscapes import BY_NAME
 from ..pipeline import is_bundled, quiet_loading
-from .data import HELD_OUT, SIZE, render_scenes, to_tensor
-from .job import Job
-from .labels import BY_NAME
-from .scenes import render
+from ..resources import bundled
+from .scenes import HELD_OUT, SIZE, render, to_tensor
+from .training.data import render_scenes
+from .training.job import Job
 
 FOLDER = bundled("urban-tiny/annotator")
 # Every class that occurs in the scenes, in the order of its train id: the network's channels.
@@ -208,7 +208,7 @@ def labels_for(pipe, *, any_model: bool = False) -> Callable[[np.ndarray], np.nd
     """`annotate` by the bundled annotator, for the images of a pipeline: the `labels` of `datasets.generate`.
 
     It knows the drawn streets of the bundled model alone, and would label photographs without a word. any_model: True
-    for another model that draws the same streets, such as one trained by `daamlib.urban.train`. Raises ValueError for
+    for another model that draws the same streets, such as one that `daamlib.urban.training` made. Raises ValueError for
     any other pipeline, saying how to make masks.
     """
     if not any_model and not is_bundled(pipe):

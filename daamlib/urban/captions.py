@@ -25,7 +25,7 @@ def _bare(phrase):
     return phrase.removeprefix("a ").removeprefix("an ").removeprefix("the ")
 
 
-def _join(parts):
+def join_words(parts):
     return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
 
 
@@ -44,26 +44,26 @@ def caption(rng, things, time, trees):
     odds = (0, 0) if short else (0.5, 0.35)
     parts = [_phrase(rng, thing, *odds) for thing in named]
     if short and parts:
-        return _join(parts) + (f" {where}" if rng.random() < 0.5 else "")
+        return join_words(parts) + (f" {where}" if rng.random() < 0.5 else "")
     green = ["trees" if trees > 1 else "a tree"] if trees else []
     options = ["buildings", "a building", "a road", "a sidewalk", "the sky"] + green * 3
     stuff = [options[i] for i in rng.permutation(len(options))[: 1 + (rng.random() < 0.4)]]
     if {"buildings", "a building"} <= set(stuff) or len(set(stuff)) < len(stuff):
         stuff = stuff[:1]
-    backdrop = f" with {_join(stuff)}" if stuffed else ""
+    backdrop = f" with {join_words(stuff)}" if stuffed else ""
     if not parts:
         return f"{rng.choice(('', 'a photo of '))}{place}{backdrop}{when}"
     kind = rng.random()
     if kind < 0.45:
-        return f"{_join(parts)} {where}{backdrop}{when}"
+        return f"{join_words(parts)} {where}{backdrop}{when}"
     if kind < 0.6:
-        return f"a photo of {place} with {_join(parts + stuff if stuffed else parts)}{when}"
+        return f"a photo of {place} with {join_words(parts + stuff if stuffed else parts)}{when}"
     if kind < 0.75:
         front = "in front of " + ("buildings", "a building", "trees" if trees > 1 else "a building")[rng.integers(3)]
-        return f"{_join(parts)} {front}{when}"
+        return f"{join_words(parts)} {front}{when}"
     if kind < 0.9:
-        return f"{place}{when} with {_join(parts + stuff if stuffed else parts)}"
-    return f"a photo of {_join(parts)}{when}"
+        return f"{place}{when} with {join_words(parts + stuff if stuffed else parts)}"
+    return f"a photo of {join_words(parts)}{when}"
 
 
 def dense_caption(rng, things, time, trees):
@@ -95,17 +95,17 @@ def dense_caption(rng, things, time, trees):
     elif rng.random() < 0.12:
         text = ", ".join(map(_bare, everything)) + when * (kind < 0.3)
     elif not parts:
-        text = f"{place} with {_join(stuff)}{when}"
+        text = f"{place} with {join_words(stuff)}{when}"
     elif kind < 0.35:
-        text = f"{_join(parts)} {where}{' with ' * (len(stuff) > 0)}{_join(stuff) if stuff else ''}{when}"
+        text = f"{join_words(parts)} {where}{' with ' * (len(stuff) > 0)}{join_words(stuff) if stuff else ''}{when}"
     elif kind < 0.5:
-        text = f"a photo of {place} with {_join(everything)}{when}"
+        text = f"a photo of {place} with {join_words(everything)}{when}"
     elif kind < 0.65 and len(stuff) <= 2:
         behind = [name for name in stuff if name in ("buildings", "a building", "trees", "a tree", "the sky", "sky")]
-        text = f"{_join(parts)} in front of {[*behind, 'buildings'][0]}{when}"
+        text = f"{join_words(parts)} in front of {[*behind, 'buildings'][0]}{when}"
     elif kind < 0.8:
-        text = f"{place}{when} with {_join(everything)}"
+        text = f"{place}{when} with {join_words(everything)}"
     else:
-        text = f"{'a photo of ' * (kind < 0.9)}{_join(everything)}{when}"
-    shorter = (_join(everything), _join(parts + stuff[:2])) if parts else ()
+        text = f"{'a photo of ' * (kind < 0.9)}{join_words(everything)}{when}"
+    shorter = (join_words(everything), join_words(parts + stuff[:2])) if parts else ()
     return next((t for t in (text, *shorter) if len(t.replace(",", " ,").split()) <= LONGEST), text)

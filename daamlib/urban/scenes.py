@@ -12,14 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 
+from ..cityscapes import BY_NAME, COLOURS
 from . import objects as ob
 from .backdrop import SKIES, STUFF, backdrop, toner
 from .captions import TIMES, caption
-from .labels import BY_NAME, COLOURS
 
 KINDS = ("car", "person", "traffic light", "rider")
+SIZE = 128  # px, of the bundled model
+HELD_OUT = 10_000_000  # seeds from here on are never trained on
 LEAST_SIDE = 16  # px: below it nothing can be told apart
 SS = 3  # supersampling; odd, so that every cell has a centre
 FIRST_THING = len(STUFF)
@@ -194,6 +197,14 @@ def render(seed: int, size: int = 128) -> Scene:
     table = np.array([BY_NAME[name].id for name in (*STUFF, *(thing.kind for thing in things))], np.uint8)
     labels = table[index]
     return Scene(image, labels, caption(rng, things, time, trees), things, time, trees, int(seed))
+
+
+def to_tensor(images: np.ndarray, size: int = SIZE) -> torch.Tensor:
+    """(B, S, S, 3) uint8 -> (B, 3, size, size) float32 in [-1, 1]; a smaller size is reached by averaging."""
+    pixels = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    if size != pixels.shape[-1]:
+        pixels = torch.nn.functional.interpolate(pixels, (size, size), mode="area")
+    return pixels
 
 
 def main(argv=None):

@@ -8,7 +8,7 @@
 Each is a view of a model without any view (`_reading`, `_session`), which tests and scripts can use alone.
 """
 
-from .._extras import needs
+from ..extras import needs
 
 with needs("widgets"):
     from .annotator import Annotator as Annotator

@@ -7,11 +7,11 @@ import anywidget
 import numpy as np
 import traitlets
 
-from .._dataset import Dataset
-from ..urban.labels import BY_ID
-from ._pictures import png
-from ._reading import EXPECTED
-from ._session import AnnotationSession
+from ..cityscapes import BY_ID
+from ..datasets.dataset import Dataset
+from .pictures import png
+from .reading import EXPECTED
+from .session import AnnotationSession
 
 HERE = Path(__file__).parent
 
@@ -89,7 +89,7 @@ class Annotator(anywidget.AnyWidget):
 def annotate(images: Sequence | Dataset, classes: Iterable[str], folder: str | Path) -> Annotator:
     """Draw masks of some images by hand: the last line of a notebook's cell.
 
-    images: PIL images or (H, W, 3) uint8 arrays, or a `Dataset`. classes: names of `daamlib.urban.labels`, such as
+    images: PIL images or (H, W, 3) uint8 arrays, or a `Dataset`. classes: names of `daamlib.cityscapes`, such as
     ["car", "traffic light"]. folder: gets images/00000.png and labels/00000.png (Cityscapes ids) after every stroke,
     and where it has some, one goes on with them. `datasets.import_masks(dataset, folder / "labels")` makes them the
     labels of the dataset whose images they are.

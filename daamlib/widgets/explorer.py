@@ -8,9 +8,9 @@ from typing import Any
 import ipywidgets as widgets
 import traitlets
 
-from ..record import AttentionRecord
-from . import _pictures as pictures
-from ._reading import METHODS, Reader, Reading, State
+from ..attention.record import AttentionRecord
+from . import pictures
+from .reading import METHODS, Reader, Reading, State
 
 NARROW, WIDE = {"description_width": "84px"}, {"width": "380px"}
 

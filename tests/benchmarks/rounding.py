@@ -14,10 +14,9 @@ import pandas as pd
 import torch
 
 import daamlib
-from daamlib.experiments import TEXT
-from daamlib.urban.data import HELD_OUT, SIZE
-from daamlib.urban.labels import BY_NAME
-from daamlib.urban.scenes import KINDS, render
+from daamlib.cityscapes import BY_NAME
+from daamlib.experiments.tables import TEXT
+from daamlib.urban.scenes import HELD_OUT, KINDS, SIZE, render
 
 FIRST_SEED = HELD_OUT + 5_000  # other scenes than those of the notebooks
 SCENES = 48

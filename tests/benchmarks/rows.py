@@ -12,7 +12,7 @@ import torch
 
 import daamlib
 from daamlib import metrics
-from daamlib.layers import Layer
+from daamlib.attention.layers import Layer
 from daamlib.widgets import explore
 
 

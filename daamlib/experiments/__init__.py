@@ -1,0 +1,17 @@
+"""The experiments of the thesis: its tables, and networks trained on synthetic label maps (`segmentation`)."""
+
+from .tables import TEXT as TEXT
+from .tables import THESIS_TABLES as THESIS_TABLES
+from .tables import TRAIN_IMAGES as TRAIN_IMAGES
+from .tables import Comparison as Comparison
+from .tables import Example as Example
+from .tables import claims as claims
+from .tables import compare as compare
+from .tables import count as count
+from .tables import evaluate_transfer as evaluate_transfer
+from .tables import fit as fit
+from .tables import load_examples as load_examples
+from .tables import split as split
+from .tables import summary as summary
+from .tables import thesis_values as thesis_values
+from .tables import with_thesis as with_thesis

@@ -1,0 +1,49 @@
+"""Make the small dataset of generated images that the repository holds: `python -m daamlib.urban.training.sample`.
+
+24 images of the bundled model, labelled by the annotator, and a sheet of the images under their labels.
+"""
+
+import argparse
+import functools
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ... import datasets
+from ...cityscapes import overlay
+from ...pipeline import load_pipeline
+from ...resources import bundled
+from ..annotator import annotate, load_annotator
+
+FOLDER = bundled("urban-sample")
+
+
+def sheet(dataset: datasets.Dataset, *, columns: int = 8) -> Image.Image:
+    """Every image, and below it the same under its labels."""
+    cells = [
+        np.concatenate([dataset.image(i), overlay(dataset.image(i), dataset.labels(i))]) for i in dataset.manifest.index
+    ]
+    cells += [np.full_like(cells[0], 255)] * (-len(cells) % columns)
+    rows = [np.concatenate(cells[i : i + columns], axis=1) for i in range(0, len(cells), columns)]
+    return Image.fromarray(np.concatenate(rows))
+
+
+def main() -> None:
+    """Read the command line, generate, label, write the sheet, print what was found."""
+    parser = argparse.ArgumentParser(prog="python -m daamlib.urban.training.sample", description=__doc__)
+    parser.add_argument("--out", type=Path, default=FOLDER, help="a new folder, or one to go on in")
+    parser.add_argument("--images", type=int, default=24)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    labels = functools.partial(annotate, load_annotator())
+    prompts = datasets.urban_prompts(args.images, seed=args.seed)
+    dataset = datasets.generate(load_pipeline(), prompts, args.out, seed=args.seed, labels=labels)
+    sheet(dataset).save(args.out / "overlays.png", optimize=True)
+    for name in datasets.CLASSES:
+        named = sum(name in prompt for prompt in prompts)
+        print(f"{name:13} named in {named} prompts, found in {len(dataset.with_class(name))} of their images")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""How well the model's words point: their maps on held-out scenes against the exact masks, by class and layer."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ... import metrics
+from ...attention.heatmaps import HeatMaps
+from ...attention.real_images import trace_image
+from ...attention.record import AttentionRecord
+from ...cityscapes import BY_NAME
+from ...tokens.optimize import optimize_token
+from ..scenes import KINDS, SIZE, render
+
+TIMESTEPS = (20, 100, 200, 300)  # noise levels at which a scene is read as a real image
+MIN_SHARE = 0.01  # a class is shown where it covers this share of the scene
+TRAIN = 5  # images whose masks a token is fitted to; the others judge it
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """A scene's attention and its masks: `masks` has the classes shown, `named` those of them its caption names.
+
+    daam: of the caption; by_layer: the same of each layer alone, by its name.
+    """
+
+    record: AttentionRecord
+    daam: HeatMaps
+    by_layer: Mapping[str, HeatMaps]
+    masks: Mapping[str, np.ndarray]
+    named: tuple[str, ...]
+
+
+def read_scenes(pipe, n: int, first_seed: int) -> list[Reading]:
+    """Trace the scenes of `n` seeds as real images, each under its own caption."""
+    readings = []
+    for seed in range(first_seed, first_seed + n):
+        scene = render(seed, SIZE)
+        record = trace_image(pipe, scene.image, prompt=scene.caption, timesteps=TIMESTEPS, seed=seed)
+        masks = {kind: scene.labels == BY_NAME[kind].id for kind in KINDS}
+        masks = {kind: mask for kind, mask in masks.items() if mask.mean() >= MIN_SHARE}
+        named = tuple(kind for kind in masks if f" {kind} " in f" {scene.caption.replace(',', ' ')} ")
+        alone = [record.select(layers=lambda layer, kept=kept: layer is kept) for kept in record.layers]
+        by_layer = {one.layers[0].name: one.daam() for one in alone}
+        readings.append(Reading(record, record.daam(), by_layer, masks, named))
+    return readings
+
+
+def measure_words(pipe, n: int, first_seed: int) -> dict:
+    """Maximum mIoU in percent of words and tokens on `n` held-out scenes, by class, and their means over the classes.
+
+    whole_image: all of the image as the mask, which a map that says nothing reaches. daam: DAAM of the class's word in
+    the scene's own caption; daam_by_layer: the same of each layer alone. ldaam: LDAAM of the word alone. token: the
+    calibrated probability of an LDAAM token fitted to five scenes, on the others. Raises ValueError if fewer than
+    six scenes show a class, or none names it.
+    """
+    readings = read_scenes(pipe, n, first_seed)
+    found: dict[str, dict] = {"whole_image": {}, "daam": {}, "ldaam": {}, "token": {}}
+    layers = {name: {} for name in readings[0].by_layer}
+    for kind in KINDS:
+        shown = [reading for reading in readings if kind in reading.masks]
+        named = [reading for reading in shown if kind in reading.named]
+        if len(shown) <= TRAIN or not named:
+            raise ValueError(f"{len(shown)} of {n} scenes show a {kind}, {len(named)} name it: measure on more scenes")
+        found["whole_image"][kind] = 100 * float(np.mean([reading.masks[kind].mean() for reading in shown]))
+        found["daam"][kind] = _miou([r.daam[kind] for r in named], named, kind)
+        found["ldaam"][kind] = _miou([r.record.ldaam(kind)[kind] for r in shown], shown, kind)
+        train, test = shown[:TRAIN], shown[TRAIN:]
+        token = optimize_token([r.record for r in train], [r.masks[kind] for r in train], word=kind)
+        found["token"][kind] = _miou([token.probabilities(r.record)[0] for r in test], test, kind)
+        for name, by_class in layers.items():
+            by_class[kind] = _miou([r.by_layer[name][kind] for r in named], named, kind)
+    return {
+        **{name: _with_mean(by_class) for name, by_class in found.items()},
+        "daam_by_layer": {name: _with_mean(by_class) for name, by_class in layers.items()},
+        "scenes": n,
+        "timesteps": list(TIMESTEPS),
+    }
+
+
+def _miou(maps: Sequence[torch.Tensor], readings: Sequence[Reading], kind: str) -> float:
+    return 100 * metrics.max_miou(torch.stack(list(maps)), np.stack([reading.masks[kind] for reading in readings]))
+
+
+def _with_mean(by_class: Mapping[str, float]) -> dict[str, float]:
+    values = {**by_class, "mean": float(np.mean(list(by_class.values())))}
+    return {name: round(value, 1) for name, value in values.items()}

@@ -1,0 +1,183 @@
+"""Drawing masks of many images into a folder, without any view: what the annotator does with its messages.
+
+    images/00000.png  labels/00000.png  annotation.json
+
+The files are a dataset's (`daamlib.datasets`), written after each action to a temporary name and then renamed, the
+image before its labels. So whenever the kernel dies, all is there but the action it was about to save.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..cityscapes import BY_NAME, Label
+from ..datasets import folder as files
+from ..datasets.dataset import Dataset, label_id
+from ..datasets.masks import check_ids
+from .editor import LabelEditor
+from .pictures import rgb
+
+FORMAT = "daamlib-annotation-1"
+PROGRESS = "annotation.json"
+TOOLS = ("brush", "polygon", "fill", "grow")
+
+
+class AnnotationSession:
+    """The images, the folder, and the editor of the image that is open; `apply` does what a view asks for.
+
+    classes: `Label`s to choose from, "unlabeled" first. position: of the open image, from 0. The image at a position
+    has the same number in the file names, or a `Dataset`'s own.
+    """
+
+    def __init__(self, images: Sequence | Dataset, classes: Iterable[str], folder: str | Path) -> None:
+        self.classes = _classes(classes)
+        self._images, self.numbers = images, list(range(len(images)))
+        if isinstance(images, Dataset):
+            self.numbers = [int(i) for i in images.manifest.index]
+        if not self.numbers:
+            raise ValueError("there are no images to annotate")
+        self.folder = Path(folder)
+        position = self._start()
+        self._open(position)
+
+    # -- what a view shows ---------------------------------------------------------------------------------------
+
+    @property
+    def image(self) -> np.ndarray:
+        """(H, W, 3) uint8: the open image."""
+        return self.editor.image
+
+    @property
+    def labels(self) -> np.ndarray:
+        """(H, W) uint8 Cityscapes ids of the open image, a copy."""
+        return self.editor.labels
+
+    @property
+    def done(self) -> int:
+        """How many images have a label map on disk."""
+        return len(self.numbers) - len(files.missing(self.folder, "labels", self.numbers))
+
+    @property
+    def saved(self) -> str:
+        """Where the open image's label map is, "" if it has none."""
+        return f"saved as {files.file_name('labels', self.number)}" if self._path(self.number).is_file() else ""
+
+    @property
+    def number(self) -> int:
+        """Of the open image, as in its file's name."""
+        return self.numbers[self.position]
+
+    # -- what a view asks for ------------------------------------------------------------------------------------
+
+    def apply(self, action: Mapping[str, Any]) -> None:
+        """Carry out one action and save. Raises ValueError or TypeError for what is none, OSError if it cannot save.
+
+        action: {"type": "brush" | "grow", "points": [[x, y], ...], "radius": r, "value": id}, "polygon" and "fill"
+        without a radius; {"type": "undo"}; {"type": "save"}, which also marks an image without anything on it as
+        done; {"type": "go", "position": k}. After an OSError the action is done but not on disk: the next saves both.
+        """
+        kind = action.get("type") if isinstance(action, Mapping) else None
+        if kind in TOOLS:
+            self._draw(kind, action)
+            self._save()
+        elif kind == "undo":
+            self.editor.undo()
+            self._save()
+        elif kind == "save":
+            self._marked = True
+            self._save()
+        elif kind == "go":
+            self._go(action.get("position"))
+        else:
+            raise ValueError(f"unknown action {action!r}: expected one of {', '.join(TOOLS)}, undo, save or go")
+
+    def _draw(self, kind: str, action: Mapping[str, Any]) -> None:
+        value, points = action.get("value"), action.get("points")
+        if value not in [label.id for label in self.classes]:
+            raise ValueError(f"no class has the id {value!r}: expected one of {[label.id for label in self.classes]}")
+        if kind in ("polygon", "fill"):
+            getattr(self.editor, kind)(points, value)
+            return
+        radius = action.get("radius")
+        if not isinstance(radius, int | float):
+            raise TypeError(f"the radius must be a number, got {radius!r}")
+        getattr(self.editor, kind)(points, radius, value)
+
+    def _go(self, position: Any) -> None:
+        if not isinstance(position, int) or not 0 <= position < len(self.numbers):
+            raise ValueError(f"no image at position {position!r}: there are {len(self.numbers)}")
+        if self._unsaved:  # after an OSError: leaving would lose it
+            self._save()
+        self._open(position)
+
+    # -- the folder ----------------------------------------------------------------------------------------------
+
+    def _start(self) -> int:
+        """Make the folder or go on in it; the position it was left at."""
+        if (self.folder / files.SETTINGS).is_file():
+            raise ValueError(f"{self.folder} is a dataset: draw into another folder, then datasets.import_masks")
+        if not (self.folder / PROGRESS).is_file():
+            if any(any((self.folder / part).glob("[!.]*")) for part in ("images", "labels")):
+                raise ValueError(f"{self.folder} holds files but no {PROGRESS}: name another folder")
+            return 0
+        files._clean(self.folder, self.numbers)
+        try:
+            progress = json.loads((self.folder / PROGRESS).read_text(encoding="utf-8"))
+            found, number = progress["format"], progress["image"]
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(f"{self.folder / PROGRESS} is damaged: {error!r}. Remove it") from error
+        if found != FORMAT:
+            raise ValueError(f"{self.folder / PROGRESS} has the format {found!r}, this version reads {FORMAT!r}")
+        return self.numbers.index(number) if number in self.numbers else 0
+
+    def _open(self, position: int) -> None:
+        number = self.numbers[position]
+        image = rgb(self._images.image(number) if isinstance(self._images, Dataset) else self._images[number])
+        kept = self.folder / files.file_name("images", number)
+        if kept.is_file() and not np.array_equal(files.read_png(kept), image):
+            raise ValueError(f"{kept} is another image than number {number} here: name another folder")
+        path, labels = self._path(number), None
+        if path.is_file():
+            labels = files.read_png(path)
+            if labels.shape != image.shape[:2] or labels.dtype != np.uint8:
+                raise ValueError(f"{path} is {labels.shape} {labels.dtype}, its image {image.shape[:2]}")
+            check_ids(labels, str(path))
+        self.editor = LabelEditor(image, labels)
+        self.position = position
+        self._marked = labels is not None  # whether the label map stays when all is undone
+        self._unsaved = False
+        progress = {"format": FORMAT, "image": number, "classes": [label.name for label in self.classes]}
+        files.write(self.folder / PROGRESS, lambda temporary: temporary.write_text(json.dumps(progress, indent=1)))
+
+    def _save(self) -> None:
+        """Write the label map, the image before it; without any step on an image nobody marked, take it away."""
+        self._unsaved = True
+        path = self._path(self.number)
+        if self._marked or self.editor.can_undo:
+            image = self.folder / files.file_name("images", self.number)
+            if not image.is_file():
+                files.write_png(image, self.image)
+            files.write_png(path, self.labels)
+        else:
+            path.unlink(missing_ok=True)
+        self._unsaved = False
+
+    def _path(self, number: int) -> Path:
+        return self.folder / files.file_name("labels", number)
+
+
+def _classes(names: Iterable[str]) -> tuple[Label, ...]:
+    """Cityscapes labels by name, "unlabeled" first. Raises TypeError or ValueError for what is none."""
+    if isinstance(names, str):
+        raise TypeError(f"classes must be a list of names, got the string {names!r}: write [{names!r}]")
+    labels = [BY_NAME["unlabeled"]]
+    for name in names:
+        label_id(name)
+        if BY_NAME[name] not in labels:
+            labels.append(BY_NAME[name])
+    if len(labels) == 1:
+        raise ValueError("give one class or more to draw, such as ['car', 'person']")
+    return tuple(labels)

@@ -1,0 +1,106 @@
+"""Tokens, words and their embeddings."""
+
+import pytest
+import torch
+
+from daamlib.attention.text import Word, encode, find_word, prompt_tokens, read_tokens
+
+
+def test_words_are_made_of_their_tokens(sd1_pipe):
+    tokens, words = prompt_tokens(sd1_pipe, "a car, a bicycle")
+    assert tokens == ("<|startoftext|>", "a", "car", ",", "a", *"bi", "c", "y", "c", "l", "e", "<|endoftext|>")
+    assert words == (Word("a", 1, 2), Word("car", 2, 3), Word(",", 3, 4), Word("a", 4, 5), Word("bicycle", 5, 12))
+
+
+def test_words_of_several_bytes_a_character(sd1_pipe):
+    _, words = prompt_tokens(sd1_pipe, "una señal 車")
+    assert [word.text for word in words] == ["una", "señal", "車"]
+
+
+def test_a_word_without_an_end_mark_ends_with_the_text():
+    class Tokenizer:
+        eos_token_id, all_special_ids = 9, [8, 9]
+
+        def convert_ids_to_tokens(self, ids):
+            return ["<s>", "ca", "r", "</s>"]
+
+        def decode(self, ids):
+            return "car"
+
+    assert read_tokens(Tokenizer(), [8, 1, 2, 9])[1] == (Word("car", 1, 3),)
+
+
+@pytest.mark.parametrize(
+    ("word", "rows"),
+    [
+        ("car", [2]),
+        ("CAR", [2]),
+        ("bicycle", [5, 6, 7, 8, 9, 10, 11]),
+        ("a", [1, 4]),  # every occurrence
+        ("traffic light", [13, 14]),  # several words
+        ("  traffic   light ", [13, 14]),
+        (",", [3]),
+    ],
+)
+def test_find_word(sd1_pipe, word, rows):
+    tokens, words = prompt_tokens(sd1_pipe, "a car, a bicycle and traffic light")
+    assert find_word(word, words, tokens) == rows
+
+
+@pytest.mark.parametrize("word", ["tree", "ar", "light traffic", "cycle", "", " "])
+def test_a_word_that_is_not_there_lists_the_tokens(sd1_pipe, word):
+    tokens, words = prompt_tokens(sd1_pipe, "a car, a bicycle and traffic light")
+    with pytest.raises(ValueError, match=r"not in the text; its tokens are \['<\|start.*', 'a', 'car'.*giving its own"):
+        find_word(word, words, tokens)
+
+
+def test_encode_gives_what_the_pipeline_gives_the_unet(pipe):
+    text = "a tree in an urban environment"
+    expected = pipe.encode_prompt(text, pipe.device, 1, False)[0] if not hasattr(pipe, "tokenizer_2") else None
+    if expected is None:
+        expected = pipe.encode_prompt(text, device=pipe.device, do_classifier_free_guidance=False)[0]
+    short, padded = encode(pipe, text), encode(pipe, text, padding=True)
+    assert torch.equal(padded.values, expected[0])
+    assert torch.equal(short.values, padded.values[:8])
+    assert short.values.shape == (8, pipe.unet.config.cross_attention_dim)
+    assert short.tokens[0] == "<|startoftext|>"
+    assert short.tokens[-1] == "<|endoftext|>"
+    assert padded.tokens == short.tokens + ("<pad>",) * (pipe.tokenizer.model_max_length - 8)
+    assert short.length == padded.length == 8
+    assert not padded.values.requires_grad
+
+
+def test_an_empty_text_has_start_and_end_alone(sd1_pipe):
+    empty = encode(sd1_pipe, "", padding=True)
+    assert empty.words == ()
+    assert empty.length == 2
+    assert encode(sd1_pipe, "").tokens == ("<|startoftext|>", "<|endoftext|>")
+
+
+@pytest.mark.parametrize("text", [None, 3, ["a car"], b"a car"])
+def test_encode_takes_strings_alone(sd1_pipe, text):
+    with pytest.raises(TypeError, match=f"must be a string, got {type(text).__name__}"):
+        encode(sd1_pipe, text)
+
+
+def test_encode_refuses_a_text_over_the_context_length(sd2_pipe):
+    assert len(encode(sd2_pipe, "car " * 22).values) == 24
+    with pytest.raises(ValueError, match="has 27 tokens .* reads 24: shorten it by 3 tokens"):
+        encode(sd2_pipe, "car " * 25)
+
+
+def test_textual_inversion_of_several_vectors(fresh):
+    pipe = fresh("sd1")
+    pipe.load_textual_inversion({"<thing>": torch.randn(2, 24)}, token="<thing>")
+    short, padded = encode(pipe, "a <thing>"), encode(pipe, "a <thing>", padding=True)
+    assert short.tokens == ("<|startoftext|>", "a", "<thing>", "<thing>_1", "<|endoftext|>")
+    assert len(short.values) == 5
+    assert torch.equal(short.values, padded.values[:5])
+
+
+def test_a_pipeline_with_its_second_text_encoder_alone(sdxl_pipe, fresh):
+    pipe = fresh("sdxl")  # as SDXL's refiner is
+    pipe.tokenizer, pipe.text_encoder = None, None
+    embeddings = encode(pipe, "a car")
+    assert embeddings.tokens == ("<|startoftext|>", "a", "car", "<|endoftext|>")
+    assert torch.equal(embeddings.values, encode(sdxl_pipe, "a car").values[:, -16:])

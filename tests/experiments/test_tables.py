@@ -1,0 +1,184 @@
+"""The thesis' experiment, on a tiny pipeline: the numbers are those of the parts, and the tables fit together."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import daamlib
+from daamlib import experiments, metrics
+from daamlib.experiments import tables
+from daamlib.experiments.tables import Example
+
+CLASSES = ("car", "tree")
+
+
+@pytest.fixture(scope="module")
+def examples(sd1_pipe):
+    rng = np.random.default_rng(0)
+    made = []
+    for i in range(6):
+        image = rng.integers(0, 256, (32, 48, 3), dtype=np.uint8)
+        record = daamlib.trace_image(sd1_pipe, image, prompt="a car and a tree", timesteps=(300,), seed=i)
+        masks = {}
+        for k, name in enumerate(CLASSES):
+            mask = np.zeros((32, 48), bool)
+            mask[8 + i : 20 + i, 24 * k + 4 : 24 * k + 16 + i] = True
+            masks[name] = mask
+        if i == 5:
+            del masks["tree"]
+        made.append(Example(record, masks))
+    return made
+
+
+@pytest.fixture(scope="module")
+def comparison(examples):
+    options = {"DAAM": {"iterations": 5, "weight_decay": 0.01}, "LDAAM": {"iterations": 50}}
+    return experiments.compare(examples, classes=CLASSES, train_images=(1, 2), resamples=50, seed=3, options=options)
+
+
+def number(comparison, *, column="value", **wanted):
+    wanted = {"split": "test", **wanted}
+    table = comparison.results
+    for name, value in wanted.items():
+        table = table[table[name] == value]
+    assert len(table) == 1, wanted
+    return table[column].item()
+
+
+def test_training_and_test_images_are_apart_and_the_same_for_every_method(examples):
+    train, test = experiments.split(examples, "tree", 2, seed=3)
+    assert len(train) == 2 and len(test) == 3  # one image shows no tree
+    assert not {id(e) for e in train} & {id(e) for e in test}
+    assert [id(e) for e in train] == [id(e) for e in experiments.split(examples, "tree", 2, seed=3)[0]]
+    orders = {tuple(id(e) for e in experiments.split(examples, "tree", 2, seed=seed)[0]) for seed in range(8)}
+    assert len(orders) > 1
+    with pytest.raises(ValueError, match="5 images show a tree; 5 to train on and one or more to test on"):
+        experiments.split(examples, "tree", 5)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_the_numbers_are_those_of_the_parts(examples, comparison, name):
+    train, test = experiments.split(examples, name, 2, seed=3)
+    masks = np.stack([e.masks[name] for e in test])
+    plain = torch.stack([e.record.daam()[name] for e in test])
+    alone = torch.stack([e.record.ldaam(name)[name] for e in test])
+    token = daamlib.optimize_token([train[0].record], [train[0].masks[name]], method="ldaam", word=name, iterations=50)
+    fitted = torch.stack([token.maps(e.record)[name] for e in test])
+    text = f"a {name} in an urban environment"
+    whole = daamlib.optimize_token(
+        [e.record for e in train],
+        [e.masks[name] for e in train],
+        method="daam",
+        word=name,
+        text=text,
+        iterations=5,
+        weight_decay=0.01,
+    )
+    fitted_daam = torch.stack([whole.maps(e.record)[name] for e in test])
+    cases = [("DAAM", 0, plain), ("LDAAM", 0, alone), ("LDAAM", 1, fitted), ("DAAM", 2, fitted_daam)]
+    for method, k, maps in cases:
+        found = {"method": method, "train_images": k, "class": name}
+        for pooled, prefix in ((False, ""), (True, "pooled_")):
+            value = number(comparison, metric=prefix + "max_miou", **found)
+            assert value == pytest.approx(100 * metrics.max_miou(maps, masks, pooled=pooled))
+            value = number(comparison, metric=prefix + "auc", **found)
+            assert value == pytest.approx(100 * metrics.area_under_curve(maps, masks, pooled=pooled))
+    # the threshold is that of the training images' curve
+    of_train = torch.stack([token.maps(train[0].record)[name]])
+    chosen = metrics.miou_curve(of_train, train[0].masks[name][None])[1].argmax()
+    value = number(comparison, metric="miou_at_train_threshold", method="LDAAM", train_images=1, **{"class": name})
+    assert value == pytest.approx(100 * metrics.miou_curve(fitted, masks)[1][chosen])
+
+
+def test_all_is_the_mean_of_the_classes_curves(comparison):
+    curves = comparison.curves.query("split == 'test' and method == 'LDAAM' and train_images == 2")
+    table = curves.pivot(index="threshold", columns="class", values="miou")
+    assert table["all"].to_numpy() == pytest.approx(table[list(CLASSES)].mean(axis=1).to_numpy())
+    best = number(comparison, metric="max_miou", method="LDAAM", train_images=2, **{"class": "all"})
+    assert best == pytest.approx(table["all"].max())
+    areas = {
+        name: number(comparison, metric="auc", method="LDAAM", train_images=2, **{"class": name})
+        for name in ("all", *CLASSES)
+    }
+    assert areas["all"] == pytest.approx(np.mean([areas[name] for name in CLASSES]))
+
+
+def test_the_table_is_whole_and_its_intervals_hold_their_values(comparison):
+    table = comparison.results
+    assert len(table) == 2 * 3 * 3 * 6 * 2  # methods, plain and two k, classes and all, metrics, splits
+    assert not table.isna().any().any()
+    assert table.value.between(0, 100).all()
+    areas = table[table.metric.isin(["auc", "pooled_auc"])]
+    assert (areas.low <= areas.value + 1e-9).all() and (areas.value <= areas.high + 1e-9).all()
+    assert (table.optimised == (table.train_images > 0)).all()
+    fixed, best = (table[table.metric == name].value.to_numpy() for name in ("miou_at_train_threshold", "max_miou"))
+    assert (fixed <= best + 1e-9).all()
+    assert set(comparison.tokens) == {(m, k, c) for m in ("DAAM", "LDAAM") for k in (1, 2) for c in CLASSES}
+
+
+def test_twice_is_the_same(examples, comparison):
+    options = {"DAAM": {"iterations": 5, "weight_decay": 0.01}, "LDAAM": {"iterations": 50}}
+    again = experiments.compare(examples, classes=CLASSES, train_images=(1, 2), resamples=50, seed=3, options=options)
+    pd.testing.assert_frame_equal(again.results, comparison.results, check_exact=True)
+
+
+def test_the_thesis_values_stand_beside():
+    thesis = experiments.thesis_values()
+    keys = ["split", "method", "optimised", "train_images", "class", "metric"]
+    assert not thesis.duplicated(["table", *keys]).any()
+
+    rows = [
+        (split, "LDAAM", k > 0, k, name, "max_miou", 50.0, 40.0, 60.0)
+        for split in ("train", "test")
+        for k in (0, 1, 5)
+        for name in ("rider", "all")
+    ]
+    rows.append(("test", "LDAAM", False, 0, "all", "pooled_auc", 50.0, 40.0, 60.0))
+    of_set = pd.DataFrame(rows, columns=["split", *tables.COLUMNS])
+    table = experiments.with_thesis({"generated": of_set, "rendered": of_set})
+    assert table.ground_truth.tolist() == ["generated"] * len(of_set) + ["rendered"] * len(of_set)
+
+    def thesis_at(split, k, name, metric="max_miou"):
+        row = table.query("split == @split and train_images == @k and `class` == @name and metric == @metric").iloc[0]
+        return [row.thesis, row.thesis_samples]
+
+    # Table 4.2 does not say its number of images; the table by number has others for five
+    assert thesis_at("test", 5, "all") == [66.6, 65.4]
+    assert thesis_at("test", 5, "rider") == [43.1, 38.7]
+    np.testing.assert_equal(thesis_at("test", 0, "all"), [38.3, np.nan])
+    np.testing.assert_equal(thesis_at("test", 1, "all"), [np.nan, 63.1])
+    np.testing.assert_equal(thesis_at("train", 5, "rider"), [np.nan, 47.4])
+    np.testing.assert_equal(thesis_at("test", 0, "all", "pooled_auc"), [np.nan, np.nan])
+
+
+def results(daam, ldaam):
+    """A results table of the given (plain, 1 image, 5 images) numbers, the rider 10 below."""
+    rows = []
+    for method, numbers in (("DAAM", daam), ("LDAAM", ldaam)):
+        for k, value in zip((0, 1, 5), numbers, strict=True):
+            for name, less in (("car", 0), ("rider", 10), ("all", 5)):
+                rows.append(("test", method, k > 0, k, name, "max_miou", value - less))
+    names = ["split", "method", "optimised", "train_images", "class", "metric", "value"]
+    return pd.DataFrame(rows, columns=names)
+
+
+def test_the_claims_can_hold_and_fail():
+    good = experiments.claims(results((50, 60, 70), (40, 66, 69)))
+    assert good.verdict.tolist() == ["holds"] * 5
+    assert good.here.tolist() == ["35.0 < 45.0", "DAAM +20.0, LDAAM +29.0", "-1.0", "-3.0", "rider, 59.0"]
+    assert good.thesis.tolist() == ["38.3 < 53.2", "DAAM +14.1, LDAAM +28.3", "-0.7", "-2.3", "rider, 38.7"]
+    table = results((50, 60, 63), (55, 50, 60))
+    table.loc[table["class"] == "rider", "value"] += 20
+    bad = experiments.claims(table)
+    assert bad.verdict.tolist() == ["does not hold here"] * 5
+
+
+def test_tokens_are_judged_on_other_images(examples, comparison):
+    table = experiments.evaluate_transfer(comparison.tokens, examples[:3], resamples=20)
+    assert set(table.metric) == {"max_miou", "auc"} and set(table["class"]) == {*CLASSES, "all"}
+    token = comparison.tokens["LDAAM", 2, "car"]
+    maps = torch.stack([token.maps(e.record)["car"] for e in examples[:3]])
+    expected = 100 * metrics.max_miou(maps, np.stack([e.masks["car"] for e in examples[:3]]))
+    found = table.query("method == 'LDAAM' and train_images == 2 and metric == 'max_miou'").set_index("class").value
+    assert found["car"] == pytest.approx(expected)

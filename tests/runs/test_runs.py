@@ -1,0 +1,288 @@
+"""The headless runner, on small notebooks of its own."""
+
+import json
+import os
+import re
+import sys
+
+import nbformat
+import numpy as np
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from daamlib.runs import run as runs
+from daamlib.runs.run import find_notebooks, main, write_metrics
+
+PARAMETERS = "MODEL = None  # the model\nSEED = 0  # the seed\nOUTPUT_DIR = 'outputs'  # where results go"
+METRICS = """from daamlib.runs import write_metrics
+write_metrics(OUTPUT_DIR, {"seed": SEED, "nested": {"half": 0.5}})"""
+
+
+def write_notebook(path, *cells, parameters=PARAMETERS):
+    tagged = new_code_cell(parameters, metadata={"tags": ["parameters"]})
+    kernel = {"name": "some-other-kernel", "display_name": "Python", "language": "python"}
+    content = [new_markdown_cell("# Title"), tagged, *map(new_code_cell, cells)]
+    path.parent.mkdir(exist_ok=True)
+    nbformat.write(new_notebook(cells=content, metadata={"kernelspec": kernel}), path)
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Run the command line on tmp_path/notebooks; return its exit code and its run folder or None."""
+
+    def launch(*arguments):
+        folders = ["--notebooks-dir", str(tmp_path / "notebooks"), "--runs-dir", str(tmp_path / "runs")]
+        code = main([*arguments, *folders])
+        made = list((tmp_path / "runs").glob("*"))
+        assert len(made) <= 1
+        return code, made[0] if made else None
+
+    return launch
+
+
+def printed(path):
+    cells = nbformat.read(path, as_version=4).cells
+    return "".join(output.get("text", "") for cell in cells for output in cell.get("outputs", []))
+
+
+def test_metrics_and_reports_of_a_run_are_gathered(tmp_path, launch, capsys):
+    write_notebook(tmp_path / "notebooks/00_one.ipynb", "import sys\nprint(sys.executable, MODEL)", METRICS)
+    write_notebook(tmp_path / "notebooks/01_two.ipynb", "import os\nprint(os.getcwd())", METRICS)
+    code, run_dir = launch("--seed", "7", "-p", "MODEL", "some/model v1")
+    assert code == 0
+    assert run_dir.name.endswith("Z-model-v1")
+    metrics = {"seed": 7, "nested": {"half": 0.5}}
+    assert json.loads((run_dir / "metrics.json").read_text()) == {"00_one": metrics, "01_two": metrics}
+    assert json.loads((run_dir / "01_two/metrics.json").read_text()) == metrics
+    assert json.loads((run_dir / "environment.json").read_text())["versions"]["torch"].startswith("2.13.0")
+    assert printed(run_dir / "00_one.ipynb") == f"{sys.executable} some/model v1\n"
+    assert printed(run_dir / "01_two.ipynb") == f"{tmp_path / 'notebooks'}\n"
+    summary = (run_dir / "summary.md").read_text()
+    assert "| [00_one](00_one.ipynb) | passed |" in summary
+    assert "| 01_two | nested.half | 0.5 |" in summary
+    assert "| SEED | 7 |" in summary
+    assert "| versions.diffusers |" in summary
+    assert "[2/2] 01_two.ipynb passed" in capsys.readouterr().out
+
+
+HEADLINE = """from daamlib.runs import write_metrics
+metrics = {"best": {"car, DAAM": 1 / 3, "tree": 0.5}, "images": 12000, "verdict": "holds"}
+tables = {"mIoU (%)": {"thesis": {"DAAM": "53.2", "LDAAM": "38.3"}, "here": {"DAAM": "7.0"}}}
+write_metrics(OUTPUT_DIR, metrics, headline=["best.car, DAAM", "images", "verdict"], tables=tables)"""
+
+
+def test_a_run_ends_in_a_line_for_each_notebook_the_tables_and_where_the_rest_is(tmp_path, launch, capsys):
+    write_notebook(tmp_path / "notebooks/00_one.ipynb", METRICS)
+    write_notebook(tmp_path / "notebooks/01_tables.ipynb", HEADLINE)
+    write_notebook(tmp_path / "notebooks/02_bad.ipynb", "raise ValueError('two\\nlines')")
+    write_notebook(tmp_path / "notebooks/03_never.ipynb", METRICS)
+    code, run_dir = launch()
+    assert code == 1
+    end = capsys.readouterr().out.split("\n\n", 1)[1]
+    assert re.sub(r" +\d+\.\d s", " N s", end).splitlines() == [
+        "00_one     passed N s",
+        "01_tables  passed N s  best.car, DAAM = 0.3333; images = 12000; verdict = holds",
+        "02_bad     failed N s  In [3] raised ValueError: two lines",
+        "03_never   not run N s",
+        "",
+        "mIoU (%)",
+        "        DAAM  LDAAM",
+        "thesis  53.2   38.3",
+        "here     7.0       ",
+        "",
+        f"2 of 4 notebooks passed; in {run_dir}:",
+        "  summary.md     all metrics, tables and figures on one page",
+        "  metrics.json   every number",
+        "  NN_name.ipynb  the notebooks as they ran; NN_name/ what they wrote",
+    ]
+    head = (run_dir / "summary.md").read_text().split("## Metrics")[0]
+    assert re.search(
+        r"01_tables.ipynb\) \| passed \| [\d.]+ \| best.car, DAAM = 0.3333; images = 12000; verdict = h", head
+    )
+    assert head.endswith(
+        "**mIoU (%)**\n\n|  | DAAM | LDAAM |\n| --- | --- | --- |\n| thesis | 53.2 | 38.3 |\n| here | 7.0 |  |\n\n"
+    )
+    # what is compared between runs is what was measured
+    assert json.loads((run_dir / "metrics.json").read_text())["01_tables"].keys() == {"best", "images", "verdict"}
+
+
+def test_metrics_written_by_other_means_have_no_headline(tmp_path, launch, capsys):
+    write_notebook(tmp_path / "notebooks/00_own.ipynb", "open(OUTPUT_DIR + '/metrics.json', 'w').write('{\"iou\": 1}')")
+    code, run_dir = launch()
+    assert code == 0
+    assert re.search(r"^00_own  passed +[\d.]+ s$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_an_installed_package_says_where_the_notebooks_are(monkeypatch, capsys):
+    monkeypatch.setattr(runs, "CLONE", None)
+    assert main([]) == 2
+    assert "clone its repository and give its folder, --notebooks-dir CLONE/notebooks" in capsys.readouterr().err
+
+
+def test_a_failed_notebook_is_named_and_kept_and_the_rest_reported(tmp_path, launch, capsys):
+    write_notebook(tmp_path / "notebooks/00_good.ipynb", METRICS)
+    write_notebook(tmp_path / "notebooks/01_bad.ipynb", "print('before')", "1 / 0", METRICS)
+    write_notebook(tmp_path / "notebooks/02_never.ipynb", METRICS)
+    code, run_dir = launch()
+    assert code == 1
+    assert "01_bad.ipynb: In [4] raised ZeroDivisionError: division by zero" in capsys.readouterr().err
+    assert printed(run_dir / "01_bad.ipynb").startswith("before\n")
+    assert not (run_dir / "02_never.ipynb").exists()
+    summary = (run_dir / "summary.md").read_text()
+    assert "| [00_good](00_good.ipynb) | passed |" in summary
+    assert "ZeroDivisionError" in summary
+    assert "| 02_never | not run |" in summary
+    assert list(json.loads((run_dir / "metrics.json").read_text())) == ["00_good"]
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        ("import os\nos._exit(1)", "DeadKernelError: Kernel died (after the cell 'import os')"),
+        ("print('no metrics')", "no metrics.json in OUTPUT_DIR"),
+        ("open(OUTPUT_DIR + '/metrics.json', 'w').write('{\"iou\": NaN}')", "metrics['iou'] is nan"),
+    ],
+)
+def test_a_dead_kernel_and_missing_or_wrong_metrics_are_failures(tmp_path, launch, capsys, cell, message):
+    write_notebook(tmp_path / "notebooks/00_bad.ipynb", cell)
+    code, run_dir = launch()
+    assert code == 1
+    assert message in capsys.readouterr().err
+    assert (run_dir / "00_bad.ipynb").is_file()
+    assert "| [00_bad](00_bad.ipynb) | failed |" in (run_dir / "summary.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-p", "SED", "1"], "00_one.ipynb has no parameter SED; it has MODEL, SEED, OUTPUT_DIR"),
+        (["--steps", "5"], "00_one.ipynb has no parameter STEPS"),
+        (["-p", "TOP_K", "1"], "00_one.ipynb has no parameter TOP_K"),  # only the other notebook has it
+        (["--seed", "1", "-p", "SEED", "2"], "given twice"),
+        (["-p", "OUTPUT_DIR", "x"], "OUTPUT_DIR is set for each notebook"),
+        (["07"], "no notebook has the number 07; there are 00, 01"),
+    ],
+)
+def test_a_wrong_choice_is_an_error_before_anything_runs(tmp_path, launch, capsys, arguments, message):
+    write_notebook(tmp_path / "notebooks/00_one.ipynb", METRICS)
+    write_notebook(tmp_path / "notebooks/01_two.ipynb", METRICS, parameters=PARAMETERS + "\nTOP_K = 1  # more")
+    code, run_dir = launch(*arguments)
+    assert (code, run_dir) == (2, None)
+    assert message in capsys.readouterr().err
+
+
+def test_relative_paths_of_a_model_and_of_masks_are_made_absolute(tmp_path, launch, monkeypatch):
+    (tmp_path / "my-model").mkdir()
+    (tmp_path / "masks.json").touch()
+    monkeypatch.chdir(tmp_path)
+    parameters = PARAMETERS + "\nMASKS = None  # the masks"
+    write_notebook(tmp_path / "notebooks/00_one.ipynb", "print(MODEL, MASKS)", METRICS, parameters=parameters)
+    code, run_dir = launch("--model", "my-model", "-p", "MASKS", "masks.json")
+    assert code == 0
+    assert printed(run_dir / "00_one.ipynb") == f"{tmp_path / 'my-model'} {tmp_path / 'masks.json'}\n"
+
+
+def test_notebooks_are_chosen_by_number_in_order(tmp_path):
+    for name in ("00_a", "01_b", "10_c"):
+        write_notebook(tmp_path / f"{name}.ipynb")
+    (tmp_path / "draft.ipynb").touch()
+    assert [path.stem for path in find_notebooks(tmp_path)] == ["00_a", "01_b", "10_c"]
+    assert [path.stem for path in find_notebooks(tmp_path, ["10", "0"])] == ["00_a", "10_c"]
+    write_notebook(tmp_path / "10_d.ipynb")
+    with pytest.raises(ValueError, match="the same number"):
+        find_notebooks(tmp_path)
+    with pytest.raises(ValueError, match="no notebook named"):
+        find_notebooks(tmp_path / "elsewhere")
+
+
+def test_metrics_are_written_as_plain_json(tmp_path):
+    metrics = {"iou": np.float32(0.5), "n": np.int64(3), "exact": True, "by": {"car": 1, "name": "é"}}
+    path = tmp_path / "new/folder/metrics.json"
+    write_metrics(path.parent, metrics)
+    expected = {"iou": 0.5, "n": 3, "exact": True, "by": {"car": 1, "name": "é"}}
+    assert json.loads(path.read_text(encoding="utf-8")) == expected
+    assert sorted(os.listdir(path.parent)) == ["headline.json", "metrics.json"]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), None, [1.0], {}, {1: 2.0}, {"a": np.zeros(2)}, 1j])
+def test_other_metrics_are_refused_and_the_old_file_stays(tmp_path, bad):
+    write_metrics(tmp_path, {"old": 1})
+    with pytest.raises(ValueError, match=r"metrics\['bad'\]"):
+        write_metrics(tmp_path, {"bad": bad})
+    assert json.loads((tmp_path / "metrics.json").read_text()) == {"old": 1}
+
+
+@pytest.mark.parametrize(
+    "choice, message",
+    [
+        ({"headline": ["by.cars"]}, "no metrics are named by.cars, as headline says; there are by.car, n"),
+        ({"headline": ["by"]}, "no metrics are named by,"),  # it is not one number
+        ({"tables": {"mIoU": {"here": {"DAAM": float("nan")}}}}, r"tables\['mIoU'\]\['here'\]\['DAAM'\] is nan"),
+    ],
+)
+def test_a_headline_that_is_no_metric_is_refused_before_anything_is_written(tmp_path, choice, message):
+    with pytest.raises(ValueError, match=message):
+        write_metrics(tmp_path, {"by": {"car": 1}, "n": 2}, **choice)
+    assert os.listdir(tmp_path) == []
+
+
+FIGURE = """import matplotlib.pyplot as plt
+plt.plot([1, 2])
+plt.show()"""
+TABLE = """import pandas as pd
+pd.DataFrame({"DAAM": [53.2], "LDAAM": [38.3]})"""
+
+
+def test_the_summary_shows_tables_and_figures(tmp_path, launch):
+    write_notebook(tmp_path / "notebooks/00_one.ipynb", FIGURE, TABLE, METRICS)
+    code, run_dir = launch()
+    assert code == 0
+    summary = (run_dir / "summary.md").read_text()
+    shown = summary.split("## Tables and figures")[1].split("## Parameters")[0]
+    assert "### 00_one\n\n**Title**\n\n![00_one, figure 1](00_one/figure-01.png)" in shown
+    assert (run_dir / "00_one/figure-01.png").read_bytes().startswith(b"\x89PNG")
+    assert "<td>53.2</td>" in shown and "<style" not in shown
+    assert not any(line.startswith(" ") for line in shown.splitlines())
+
+
+def write_run(folder, metrics):
+    folder.mkdir()
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    return str(folder)
+
+
+def test_two_runs_are_compared(tmp_path, capsys):
+    first = {"miou": 50.0, "deep": {"auc": 20.0, "seconds": 1.0}, "only": 1, "verdict": "holds", "none": 0.0}
+    second = {"miou": 50.4, "deep": {"auc": 25.0, "seconds": 9.0}, "verdict": "does not hold", "none": 1e-9, "new": 2}
+    a, b = write_run(tmp_path / "a", {"06": first}), write_run(tmp_path / "b", {"06": second})
+    assert main(["compare", a, b]) == 1
+    assert capsys.readouterr().out.splitlines() == [
+        "06.deep.auc: 20.0 and 25.0, 20.00% apart (tolerance 1.00%)",
+        "06.only: 1 and nothing",
+        "06.verdict: 'holds' and 'does not hold'",
+        "06.new: nothing and 2",
+        "4 of 7 metrics differ by more than their tolerance",
+    ]
+    assert main(["compare", a, a]) == 0
+    assert main(["compare", a, b, "-t", "auc=0.3", "-t", "miou=0.001"]) == 1
+    out = capsys.readouterr().out
+    assert "deep.auc" not in out and "06.miou: 50.0 and 50.4, 0.79% apart (tolerance 0.10%)" in out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["a", "nowhere"], "no metrics of a run in"),
+        (["a", "a", "-t", "auc"], "expected PATTERN=NUMBER, got 'auc'"),
+        (["a", "a", "-t", "(=0.1"], "expected PATTERN=NUMBER"),
+        (["a", "a", "-t", "auc=-1"], "the number 0 or more"),
+        (["a"], "required: second"),
+    ],
+)
+def test_a_wrong_comparison(tmp_path, monkeypatch, capsys, arguments, message):
+    write_run(tmp_path / "a", {})
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(["compare", *arguments])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err

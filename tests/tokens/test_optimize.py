@@ -1,0 +1,393 @@
+"""Token optimisation finds the minimum, for every method, loss and option, and says what is wrong with bad input."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from helpers import assert_close
+from safetensors.torch import save_file
+from scipy.optimize import minimize
+from torch.nn import functional as F
+
+import daamlib
+from daamlib import OptimizedToken, optimize_token
+from daamlib.attention.heatmaps import upsample
+from daamlib.tokens.objective import softmax_problem
+
+PROMPT = "a car and a tree"
+
+
+def blobs(n, size=(32, 48), classes=1):
+    """(n, classes, H, W) discs that do not touch."""
+    rng = np.random.default_rng(0)
+    rows, columns = np.mgrid[: size[0], : size[1]]
+    masks = np.zeros((n, classes, *size), bool)
+    for i in range(n):
+        for k in range(classes):
+            x = rng.uniform(k + 0.4, k + 0.6) * size[1] / classes
+            y, radius = rng.uniform(0.4, 0.6) * size[0], 0.25 * min(size[0], size[1] / classes)
+            masks[i, k] = (rows - y) ** 2 + (columns - x) ** 2 < radius**2
+    return masks
+
+
+@pytest.fixture(scope="module")
+def records(sd1_pipe):
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (32, 48, 3), dtype=np.uint8) for _ in range(3)]
+    return [
+        daamlib.trace_image(sd1_pipe, image, prompt=PROMPT, timesteps=(100, 400), seed=i)
+        for i, image in enumerate(images)
+    ]
+
+
+@pytest.fixture(scope="module")
+def masks():
+    return list(blobs(3)[:, 0])
+
+
+def at_grid(masks, size=(16, 24)):
+    """The masks by nearest neighbour: every second pixel of every second row, from the one right of the centre."""
+    return torch.stack([torch.from_numpy(mask[..., 1::2, 1::2]) for mask in masks]).reshape(len(masks), -1, *size)
+
+
+def bce_objective(records, targets, x, bias, start, decay):
+    """The formula of daamlib.tokens.optimize, image by image; the scale is part of x."""
+    maps = torch.stack([record.linear_map().weight.cpu().double() @ x for record in records])
+    value = F.binary_cross_entropy_with_logits(maps + bias, targets.double())
+    return value + decay * (x - start).square().sum() / start.square().sum()
+
+
+@pytest.mark.parametrize("word", ["car", None])
+def test_ldaam_reaches_the_minimum_that_scipy_finds(records, masks, word):
+    token = optimize_token(records, masks, word=word, weight_decay=0.03)
+    assert token.embedding.shape == (1, 24)
+    assert token.words == ((word or "token"),)
+    assert token.gradient_norm < 1e-5
+    # in the formula the token holds the scale: x-hat / unit of ours, whose start is x_0 / unit
+    scale, targets = token.scale[0], at_grid(masks)[:, 0]
+    if word:
+        start = records[0].encode("car").values[1:2].cpu().double()
+    else:
+        start = optimize_token(records, masks, weight_decay=1e9).embedding.double()  # stays where it started
+    start = scale * start[0]
+
+    def function(parameters):
+        x = torch.tensor(parameters, requires_grad=True)
+        value = bce_objective(records, targets, x[:-1], x[-1], start, 0.03)
+        value.backward()
+        return value.item(), x.grad.numpy()
+
+    first = np.append(start.numpy(), -1.0)
+    found = minimize(function, first, jac=True, method="BFGS", options={"gtol": 1e-9, "maxiter": 2000})
+    assert token.losses[-1] == pytest.approx(found.fun, rel=1e-5)
+    assert_close(scale * token.embedding[0].double(), torch.tensor(found.x[:-1]), 1e-3)
+    assert token.bias[0] == pytest.approx(found.x[-1], rel=1e-3)
+
+
+def test_ldaam_is_convex_every_start_and_optimiser_ends_in_one_map(records, masks):
+    """Without weight decay the minimum does not know where it started; with three images it is not unique in x."""
+    ends = [optimize_token(records, masks, seed=seed, weight_decay=1e-9).losses[-1] for seed in (0, 1, 2)]
+    assert ends == pytest.approx([ends[0]] * 3, rel=1e-3)
+    quick = optimize_token(records, masks, word="car", weight_decay=0.1)
+    slow = optimize_token(records, masks, word="car", weight_decay=0.1, optimizer="sgd", iterations=5_000)
+    assert slow.losses[-1] == pytest.approx(quick.losses[-1], rel=1e-4)
+    assert slow.losses[-1] >= quick.losses[-1] - 1e-9
+    assert len(quick.losses) < 300 < len(slow.losses)
+
+
+@pytest.mark.parametrize(
+    "method, optimizer",
+    [("ldaam", "lbfgs"), ("ldaam", "novograd"), ("ldaam", "sgd"), ("daam", "novograd"), ("daam", "sgd")],
+)
+@pytest.mark.parametrize("loss", ["bce", "cross_entropy", "dice"])
+def test_every_loss_falls(records, masks, method, loss, optimizer):
+    options = {"method": method, "loss": loss, "optimizer": optimizer, "word": "car", "iterations": 20}
+    token = optimize_token(records, masks, **options)
+    assert min(token.losses) < 0.98 * token.losses[0]
+    assert all(map(math.isfinite, token.losses))
+    assert token.info["loss"] == loss and token.info["optimizer"] == optimizer
+    again = optimize_token(records, masks, **options)
+    assert torch.equal(token.embedding, again.embedding) and token.losses == again.losses
+
+
+def test_the_optimizer_follows_from_the_problem(records, masks):
+    """L-BFGS where the problem is convex; what rounds otherwise must not end elsewhere where it is not."""
+    for method, loss, optimizer in (
+        ("ldaam", "bce", "lbfgs"),
+        ("ldaam", "dice", "novograd"),
+        ("daam", "bce", "novograd"),
+    ):
+        token = optimize_token(records, masks, word="car", method=method, loss=loss, iterations=2)
+        assert token.info["optimizer"] == optimizer
+
+
+@pytest.mark.parametrize("method, loss", [("ldaam", "bce"), ("ldaam", "dice"), ("daam", "bce"), ("daam", "dice")])
+def test_roundings_of_the_queries_stay_roundings_in_the_maps(records, masks, method, loss):
+    """Another processor rounds the queries otherwise, by about 1e-6 of them."""
+    noise = torch.Generator().manual_seed(0)
+
+    def rounded(layer):
+        return replace(layer, queries=layer.queries * (1 + 1e-6 * torch.randn(layer.queries.shape, generator=noise)))
+
+    others = [replace(r, layers=tuple(rounded(layer) for layer in r.layers)) for r in records]
+    fits = [optimize_token(given, masks, word="car", method=method, loss=loss) for given in (records, others)]
+    for record in records:
+        here, there = (fitted.maps(record)["car"] for fitted in fits)
+        assert (here - there).abs().max() < 1e-2 * (here.max() - here.min())
+
+
+def test_the_probabilities_are_what_was_fitted(records, masks):
+    for method in ("ldaam", "daam"):
+        token = optimize_token(records, masks, word="car", method=method, weight_decay=0.01)
+        chances = torch.cat([token.probabilities(record, ["car"]) for record in records]).cpu().double()
+        with pytest.raises(ValueError, match=r"the token has the words \['car'\], got \['tree'\]"):
+            token.probabilities(records[0], ["tree"])
+        value = F.binary_cross_entropy(chances, at_grid(masks)[:, 0].double())
+        start = records[0].encode(PROMPT).values if method == "daam" else records[0].encode("car").values[1:2]
+        value += 0.01 * (token.embedding - start.cpu()).square().sum() / start.cpu().square().sum()
+        assert token.losses[-1] == pytest.approx(value.item(), rel=1e-4), method
+
+
+def test_dice_and_the_thesis_loss_are_their_formulas(records, masks):
+    targets = at_grid(masks)[:, 0].float()
+    token = optimize_token(records, masks, word="car", loss="dice", weight_decay=0, iterations=5)
+    chances = torch.cat([token.probabilities(record).cpu() for record in records])
+    both = (chances * targets).sum(dim=(1, 2))
+    dice = 1 - ((2 * both + 1) / (chances.sum(dim=(1, 2)) + targets.sum(dim=(1, 2)) + 1)).mean()
+    assert token.losses[-1] == pytest.approx(dice.item(), rel=1e-4)
+
+    token = optimize_token(records, masks, word="car", loss="cross_entropy", weight_decay=0, iterations=5)
+    scaled = torch.cat([token.maps(record).normalized().values.cpu() for record in records])
+    value = F.binary_cross_entropy(scaled.clamp(1e-6, 1 - 1e-6), targets)
+    assert token.losses[-1] == pytest.approx(value.item(), rel=1e-3)
+    with pytest.raises(ValueError, match="learns no scale and bias"):
+        token.probabilities(records[0])
+
+
+def test_the_maps_of_daam_for_several_images_equal_those_of_each(records):
+    embeddings = records[0].encode(PROMPT)
+    rows = ((2,), (3, 4))
+    grids = [torch.zeros(2, 16, 24)] * 3
+    maps = softmax_problem(records, grids, rows, max_bytes=20_000).maps(embeddings.values)
+    for number, record in enumerate(records):
+        alone = record.daam_from(embeddings).values
+        expected = torch.stack([alone[2], alone[3:5].mean(dim=0)]).flatten(1)
+        assert_close(maps.view(2, 3, -1)[:, number], expected)
+
+
+def test_images_of_several_sizes_and_step_counts_together(sd1_pipe, records, masks):
+    other = np.random.default_rng(1).integers(0, 256, (48, 32, 3), dtype=np.uint8)
+    tall = daamlib.trace_image(sd1_pipe, other, prompt=PROMPT, timesteps=(100,))
+    mixed, of_them = [records[0], tall, records[1]], [masks[0], masks[2].T, masks[1]]
+    for method in ("ldaam", "daam"):
+        token = optimize_token(mixed, of_them, word="car", method=method, weight_decay=0, iterations=30)
+        assert token.losses[-1] < token.losses[0]
+        chances = [token.probabilities(record)[0].cpu() for record in mixed]
+        assert [tuple(chance.shape) for chance in chances] == [(16, 24), (24, 16), (16, 24)]
+        targets = [torch.from_numpy(mask[1::2, 1::2]).float() for mask in of_them]
+        value = np.mean([F.binary_cross_entropy(c, t).item() for c, t in zip(chances, targets, strict=True)])
+        assert value == pytest.approx(token.losses[-1], rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["ldaam", "daam"])
+def test_several_classes_with_a_softmax_between_them_and_a_background(records, method):
+    masks = list(blobs(3, classes=2))
+    options = {"word": ("car", "tree"), "method": method, "weight_decay": 0, "iterations": 80}
+    apart = optimize_token(records, masks, **options)
+    joint = optimize_token(records, masks, joint=True, **options)
+    whole = optimize_token(records, masks, background=True, **options)
+    assert apart.words == joint.words == ("car", "tree")
+    assert whole.words == ("car", "tree", "background")
+    count = {"ldaam": (2, 2, 3), "daam": (7, 7, 7)}[method]
+    assert tuple(len(token.embedding) for token in (apart, joint, whole)) == count
+    if method == "daam":
+        assert whole.rows[2] == (0,)
+    targets = at_grid(masks).float()
+
+    def logits(token, record):
+        scale, bias = (torch.tensor(numbers).view(-1, 1, 1) for numbers in (token.scale, token.bias))
+        return scale * token.maps(record).values.cpu() + bias
+
+    everything = torch.cat([targets, 1 - targets.sum(dim=1, keepdim=True)], dim=1)
+    for token, wanted in ((joint, targets), (whole, everything)):
+        values = torch.stack([logits(token, record) for record in records])
+        fit = -(wanted * values.log_softmax(dim=1)).sum(dim=1).mean()
+        assert fit.item() == pytest.approx(token.losses[-1], rel=1e-3, abs=1e-6)
+        assert token.losses[-1] < token.losses[0]
+    found = torch.stack([logits(whole, record) for record in records]).argmax(dim=1)
+    right = everything.argmax(dim=1)
+    assert (found == right).float().mean() > (right == 2).float().mean()  # better than background everywhere
+
+
+def test_each_class_alone_is_the_same_as_together_without_joint(records):
+    masks = blobs(3, classes=2)
+    together = optimize_token(records, list(masks), word=("car", "tree"), weight_decay=0)
+    for k, word in enumerate(("car", "tree")):
+        alone = optimize_token(records, list(masks[:, k]), word=word, weight_decay=0)
+        for record in records:
+            assert_close(together.probabilities(record)[k], alone.probabilities(record)[0], 2e-2)
+
+
+def test_without_a_word_daam_takes_the_one_whose_map_follows_the_mask(records):
+    maps = [record.daam_from(record.text_embeddings(padding=False)) for record in records]
+    masks = [upsample((m["tree"] > m["tree"].median())[None].float(), (32, 48))[0] > 0.5 for m in maps]
+    token = optimize_token(records, masks, method="daam", iterations=1)
+    tree = next(word for word in records[0].prompt_embeddings.words if word.text == "tree")
+    assert token.rows == (tuple(range(tree.start, tree.stop)),)
+
+
+@pytest.mark.parametrize("method", ["ldaam", "daam"])
+def test_a_map_that_starts_upside_down_is_not_left_so(records, method):
+    """A negative scale would fit a dark hole where the class is; the map itself has to turn."""
+    plain = [(r.ldaam("car") if method == "ldaam" else r.daam_from(r.encode(PROMPT)))["car"] for r in records]
+    masks = [upsample((heat < heat.quantile(0.3))[None].float(), (32, 48))[0] > 0.5 for heat in plain]
+    token = optimize_token(records, masks, word="car", method=method, iterations=100)
+    assert token.scale[0] > 0
+    targets = at_grid([mask.cpu().numpy() for mask in masks]).flatten()
+    found = torch.cat([token.maps(record)["car"].flatten().cpu() for record in records])
+    assert found[targets].mean() > found[~targets].mean()
+
+
+def test_the_memory_budget_does_not_change_the_result(records, masks):
+    options = {"method": "daam", "word": "car", "iterations": 5}
+    small = optimize_token(records, masks, max_bytes=10_000, **options)
+    large = optimize_token(records, masks, **options)
+    assert_close(small.embedding, large.embedding, 1e-3)
+
+
+def test_nothing_given_is_changed(records, masks):
+    record, mask = records[0], masks[0].copy()
+    before = [layer.queries.clone() for layer in record.layers], record.linear_map().weight.clone()
+    optimize_token(records, masks, word="car", iterations=3)
+    optimize_token(records, masks, word="car", method="daam", iterations=3)
+    assert (masks[0] == mask).all()
+    assert torch.equal(record.linear_map().weight, before[1])
+    for layer, queries in zip(record.layers, before[0], strict=True):
+        assert torch.equal(layer.queries, queries) and not layer.queries.requires_grad
+
+
+def test_an_image_without_the_class_is_a_negative_example(records, masks):
+    token = optimize_token(records, [masks[0], np.zeros_like(masks[1]), masks[2]], word="car")
+    assert token.probabilities(records[1]).mean() < token.probabilities(records[0]).mean()
+
+
+def test_linear_records_are_enough_for_ldaam(sd1_pipe, masks):
+    options = {"height": 32, "width": 48, "num_inference_steps": 2, "output_type": "latent"}
+    with daamlib.trace(sd1_pipe, store="linear") as trace:
+        sd1_pipe([PROMPT] * 3, generator=torch.Generator().manual_seed(0), **options)
+    assert optimize_token(list(trace), masks, word="car").gradient_norm < 1e-5
+    with pytest.raises(ValueError, match='trace with store="queries"'):
+        optimize_token(list(trace), masks, word="car", method="daam")
+
+
+def test_a_token_survives_the_disk(records, masks, tmp_path):
+    for method in ("ldaam", "daam"):
+        token = optimize_token(records, masks, word="car", method=method, iterations=4)
+        token.save(tmp_path / "car.safetensors")
+        loaded = OptimizedToken.load(tmp_path / "car.safetensors")
+        assert list(tmp_path.iterdir()) == [tmp_path / "car.safetensors"]
+        assert torch.equal(loaded.embedding, token.embedding)
+        for name in ("method", "words", "rows", "scale", "bias", "losses", "gradient_norm", "seconds", "info"):
+            assert getattr(loaded, name) == getattr(token, name), name
+        assert torch.equal(loaded.maps(records[2])["car"], token.maps(records[2])["car"])
+        assert loaded.info["prompts"] == [PROMPT] * 3
+
+
+def test_a_model_loaded_from_a_path_object(records, masks, tmp_path):
+    named = [replace(record, pipe=SimpleNamespace(name_or_path=Path("some/folder"))) for record in records]
+    token = optimize_token(named, masks, iterations=1)
+    token.save(tmp_path / "car.safetensors")
+    assert OptimizedToken.load(tmp_path / "car.safetensors").info["model"] == "some/folder"
+
+
+def test_a_file_that_is_no_token(records, masks, tmp_path):
+    path = tmp_path / "token.safetensors"
+    with pytest.raises(FileNotFoundError, match="no optimised token at"):
+        OptimizedToken.load(path)
+    path.write_bytes(b"nothing of the kind")
+    with pytest.raises(ValueError, match="is not a readable optimised token"):
+        OptimizedToken.load(path)
+    records[0].save(path)
+    with pytest.raises(ValueError, match="is not a readable optimised token"):
+        OptimizedToken.load(path)
+    token = optimize_token(records, masks, word="car", iterations=2)
+    token.save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-10])
+    with pytest.raises(ValueError, match="is not a readable optimised token"):
+        OptimizedToken.load(path)
+    fields = {name: getattr(token, name) for name in token.__dataclass_fields__ if name != "embedding"}
+    header = {"format": "daamlib-token-1", **fields, "rows": [[5]]}
+    save_file({"embedding": token.embedding}, path, metadata={"daamlib": json.dumps(header)})
+    with pytest.raises(ValueError, match="its rows"):
+        OptimizedToken.load(path)
+
+
+def test_a_token_of_another_model(records, masks, fresh):
+    token = optimize_token(records, masks, word="car", iterations=2)
+    other = fresh("sd1")
+    with torch.no_grad():
+        for name, weight in other.unet.named_parameters():
+            if name.endswith("attn2.to_k.weight"):
+                weight.mul_(1.5)
+    image = np.zeros((32, 48, 3), np.uint8)
+    record = daamlib.trace_image(other, image, timesteps=(100,))
+    with pytest.raises(ValueError, match="optimised on another model"):
+        token.maps(record)
+    with pytest.raises(ValueError, match="other key weights"):
+        optimize_token([records[0], record], masks[:2], word="car")
+
+
+EMPTY, FULL = np.zeros((32, 48), bool), np.ones((32, 48), bool)
+BAD = {
+    "no images": (lambda r, m: ([], [], {}), ValueError, "no training images"),
+    "no record": (lambda r, m: ([1, 2, 3], m, {}), TypeError, "must be AttentionRecords, got int"),
+    "fewer masks": (lambda r, m: (r, m[:2], {}), ValueError, "2 masks for 3 records"),
+    "all empty": (lambda r, m: (r, [EMPTY] * 3, {"word": "car"}), ValueError, "masks of car are all empty"),
+    "all full": (lambda r, m: (r, [FULL] * 3, {}), ValueError, "masks of class 0 fill every image"),
+    "not boolean": (lambda r, m: (r, [m[0].astype(np.uint8), *m[1:]], {}), ValueError, "mask 0 is torch.uint8"),
+    "NaN": (lambda r, m: (r, [np.full((32, 48), np.nan), *m[1:]], {}), ValueError, "mask 0 is torch.float64"),
+    "a line": (lambda r, m: (r, [m[0][0], *m[1:]], {}), ValueError, r"mask 0 has shape \(48,\)"),
+    "classes": (lambda r, m: (r, m, {"word": ("car", "tree")}), ValueError, r"\[1\] classes, expected 2 words"),
+    "unequal": (lambda r, m: (r, [np.stack([m[0], m[0]]), *m[1:]], {}), ValueError, r"masks have \[1, 2\] classes"),
+    "method": (lambda r, m: (r, m, {"method": "ovam"}), ValueError, "method must be one of 'ldaam', 'daam'"),
+    "loss": (lambda r, m: (r, m, {"loss": "mse"}), ValueError, "loss must be one of"),
+    "optimizer": (lambda r, m: (r, m, {"optimizer": "adam"}), ValueError, "optimizer must be one of"),
+    "L-BFGS of DAAM": (lambda r, m: (r, m, {"method": "daam", "optimizer": "lbfgs"}), ValueError, "L-BFGS fits LDAAM"),
+    "decay": (lambda r, m: (r, m, {"weight_decay": -1}), ValueError, "weight_decay must be 0 or"),
+    "iterations": (lambda r, m: (r, m, {"iterations": 0}), ValueError, "iterations must be 1 or more"),
+    "joint": (lambda r, m: (r, m, {"loss": "cross_entropy", "joint": True}), ValueError, "needs calibrated maps"),
+    "joint of one": (lambda r, m: (r, m, {"joint": True}), ValueError, "a softmax needs two classes or more"),
+    "no such word": (
+        lambda r, m: (r, m, {"word": "bus", "method": "daam"}),
+        ValueError,
+        "the word 'bus' is not in the text",
+    ),
+    "overlap": (
+        lambda r, m: (r, [np.stack([x, x]) for x in m], {"joint": True}),
+        ValueError,
+        "masks overlap",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(records, masks, case):
+    arguments, error, message = BAD[case]
+    given, of_them, options = arguments(records, masks)
+    with pytest.raises(error, match=message):
+        optimize_token(given, of_them, **options)
+
+
+def test_maps_that_are_not_numbers(records, masks):
+    layer = records[0].layers[0]
+    broken = replace(layer, queries=layer.queries * float("nan"))
+    record = replace(records[0], layers=(broken, *records[0].layers[1:]))
+    for method in ("ldaam", "daam"):
+        with pytest.raises(ValueError, match="hold NaN or infinite values"):
+            optimize_token([record, *records[1:]], masks, word="car", method=method)
