@@ -10,7 +10,6 @@ import diffusers
 import torch
 import transformers
 from diffusers import DiffusionPipeline
-from safetensors.torch import load_file
 
 from .resources import bundled
 
@@ -50,20 +49,6 @@ def image_size(pipe) -> tuple[int, int]:
     if not height or not width:
         raise ValueError(f"the U-Net's config has the sample_size {cells!r}: expected the cells of a latent's side")
     return height * pipe.vae_scale_factor, width * pipe.vae_scale_factor
-
-
-def is_bundled(pipe) -> bool:
-    """Whether the pipeline's U-Net has the bundled model's weights, in any precision and from any folder.
-
-    Raises TypeError for a pipeline without a U-Net.
-    """
-    own = unet_of(pipe).state_dict()
-    stored = load_file(BUNDLED / "unet" / "diffusion_pytorch_model.safetensors")
-    return own.keys() == stored.keys() and all(
-        # rounding to half precision is below 1 %
-        own[name].shape == tensor.shape and torch.allclose(own[name].cpu().float(), tensor.float(), rtol=0.01)
-        for name, tensor in stored.items()
-    )
 
 
 def unet_of(pipe) -> torch.nn.Module:

@@ -32,6 +32,10 @@ class Layer:
     queries: torch.Tensor | None = None
     query_sum: torch.Tensor | None = None
 
+    def project(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """(m, d_text) embeddings -> (m, heads * d_head) keys, in float32 where the key weights lie."""
+        return embeddings.to(self.key_weight.device) @ self.key_weight.float().T
+
     def summed_queries(self) -> torch.Tensor:
         """(h*w, heads * d_head) float32: sum over the steps, accumulated in float32."""
         return self.query_sum if self.queries is None else self.queries.sum(dim=0, dtype=torch.float32)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from . import record_file as files
+from .fingerprint import Fingerprint
 from .heatmaps import HeatMaps, upsample
 from .layers import Layer
 from .ldaam import LinearMap, check_embeddings, collapse
@@ -48,6 +49,11 @@ class AttentionRecord:
     def device(self) -> torch.device:
         """Where the record's tensors lie, and its maps are computed."""
         return self.layers[0].key_weight.device
+
+    @functools.cached_property
+    def fingerprint(self) -> Fingerprint:
+        """What tells the model that made the record from others, by the key weights it was made with."""
+        return Fingerprint.of_keys({layer.name: layer.project for layer in self.layers}, self.d_text)
 
     @property
     def nbytes(self) -> int:
@@ -188,20 +194,12 @@ def _names(embeddings: torch.Tensor | TokenEmbeddings) -> tuple:
 
 
 def require_same_model(records: Sequence[AttentionRecord]) -> None:
-    """ValueError unless all records come from one model: the same layers with the same key weights (to 1 %)."""
+    """ValueError unless all records come from one model: the same layers with the same key weights."""
     first, *others = records
     for number, other in enumerate(others, start=1):
-        if [layer.name for layer in first.layers] != [layer.name for layer in other.layers]:
-            raise ValueError(f"record {number} has other cross-attention layers than record 0: not the same model")
-        for a, b in zip(first.layers, other.layers, strict=True):
-            # rounding to half precision is far below 1 %; another model, or a LoRA, is far above
-            if a.key_weight.shape != b.key_weight.shape or not _alike(a.key_weight, b.key_weight):
-                raise ValueError(
-                    f"record {number} has other key weights than record 0 in {a.name}: their tokens cannot be mixed. "
-                    "Use records of one model, with the same LoRA"
-                )
-
-
-def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
-    a, b = a.float(), b.to(a.device).float()
-    return a is b or bool((a - b).norm() <= 0.01 * a.norm())
+        difference = first.fingerprint.difference(other.fingerprint)
+        if difference:
+            raise ValueError(
+                f"record {number} and record 0 have {difference}: their tokens cannot be mixed. Use "
+                "records of one model, with the same LoRA"
+            )

@@ -51,7 +51,8 @@ def load(path: Path, pipe: Any = None, device: str | torch.device | None = None)
 
     Raises FileNotFoundError, or ValueError if the file is damaged, is no record, or is not of `pipe`'s model.
     """
-    from .record import AttentionRecord, require_same_model
+    from .record import AttentionRecord
+    from .trace import fingerprint_of
 
     if not path.is_file():
         raise FileNotFoundError(f"no attention record at {path}")
@@ -72,9 +73,10 @@ def load(path: Path, pipe: Any = None, device: str | torch.device | None = None)
         raise ValueError(f"{path} is not a readable attention record, or is damaged: {error}") from error
     if pipe is None:
         return record if device is None else record.to(device)
-    from .trace import current_layers
-
-    require_same_model([record, AttentionRecord(None, prompt, [], current_layers(pipe, like=layers))])
+    middle = any(layer.name.startswith("mid_block") for layer in layers)
+    difference = record.fingerprint.difference(fingerprint_of(pipe, middle=middle))
+    if difference:
+        raise ValueError(f"{path} and the pipeline have {difference}: give the model that made it, with its LoRA")
     return record.to(device or pipe._execution_device)
 
 

@@ -6,6 +6,7 @@ xformers, IP-Adapter, LoRA) and cannot change the image; hooks on the U-Net mark
 differentiated through, and the embeddings of records are optimised.
 """
 
+import functools
 import inspect
 import logging
 import warnings
@@ -17,6 +18,7 @@ from typing import Any, Literal
 import torch
 
 from ..pipeline import unet_of
+from .fingerprint import Fingerprint
 from .layers import Layer
 from .record import AttentionRecord
 from .text import PAD, TokenEmbeddings, prompt_tokens
@@ -313,18 +315,18 @@ def cross_attentions(pipe, *, middle: bool) -> dict[str, torch.nn.Module]:
     return found
 
 
-def current_layers(pipe, *, like: Sequence[Layer]) -> tuple[Layer, ...]:
-    """The pipeline's layers with their key weights of now and no queries, for comparing models."""
-    found = cross_attentions(pipe, middle=any(layer.name.startswith("mid_block") for layer in like))
-    weight = {}
-    for name, attention in found.items():
-        # beside the weights; off-loaded layer by layer, these are on `meta` and come to where the pipeline computes
-        device = next(attention.to_k.parameters()).device
-        device = pipe._execution_device if device.type == "meta" else device
-        identity = torch.eye(attention.cross_attention_dim, dtype=pipe.unet.dtype, device=device)
-        with torch.no_grad():
-            weight[name] = attention.to_k(identity).T
-    return tuple(Layer(name, (1, 1), a.heads, float(a.scale), weight[name]) for name, a in found.items())
+def fingerprint_of(pipe, *, middle: bool = False) -> Fingerprint:
+    """The fingerprint of a pipeline's U-Net as it is now, with the LoRA it holds; `middle`: the middle block too."""
+
+    def project(to_k: torch.nn.Module, embeddings: torch.Tensor) -> torch.Tensor:
+        weight = next(to_k.parameters())
+        # off-loaded layer by layer, weights are on `meta` and come to where the pipeline computes
+        device = pipe._execution_device if weight.device.type == "meta" else weight.device
+        return to_k(embeddings.to(device, weight.dtype))
+
+    found = cross_attentions(pipe, middle=middle)
+    d_text = next(iter(found.values())).cross_attention_dim
+    return Fingerprint.of_keys({name: functools.partial(project, a.to_k) for name, a in found.items()}, d_text)
 
 
 def layer_grid(latent: tuple[int, int], positions: int) -> tuple[int, int]:

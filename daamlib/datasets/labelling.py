@@ -12,11 +12,10 @@ import torch
 
 from ..attention.heatmaps import upsample
 from ..attention.record import AttentionRecord
-from ..attention.text import TokenEmbeddings
-from ..attention.trace import current_layers
+from ..attention.trace import fingerprint_of
 from ..cityscapes import IGNORED
 from ..tokens.optimize import BACKGROUND
-from ..tokens.token import OptimizedToken, _require_keys_like, require_calibrated
+from ..tokens.token import OptimizedToken, require_calibrated
 from .dataset import is_named, label_id
 
 Threshold = float | Mapping[str, float]  # one for all classes, or one for each by its name
@@ -100,18 +99,9 @@ class Reader:
 
     def require_model(self, pipe) -> None:
         """ValueError unless all tokens were optimised on this pipeline's model."""
-        layers = current_layers(pipe, like=())
+        fingerprint = fingerprint_of(pipe)
         for token in self.tokens:
-            embeddings = TokenEmbeddings(token.embedding, token.words, ())
-            try:
-                _require_keys_like(token.info.get("keys"), AttentionRecord(None, embeddings, [], layers))
-            except ValueError as error:
-                raise ValueError(f"the token of {', '.join(token.words)} does not fit: {error}") from error
-            if token.embedding.shape[1] != layers[0].key_weight.shape[1]:
-                raise ValueError(
-                    f"the token of {', '.join(token.words)} has {token.embedding.shape[1]} numbers, this model's texts "
-                    f"have {layers[0].key_weight.shape[1]}: optimise one for this model"
-                )
+            token.require_model(fingerprint)
 
     def settings(self) -> dict[str, Any]:
         """Everything that a label map depends on besides the image, in JSON's own types."""

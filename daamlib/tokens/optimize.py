@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from ..attention.record import MAX_BYTES, AttentionRecord, require_same_model
 from ..attention.text import find_word
 from .objective import Problem, linear_problem, loss_of, softmax_problem
-from .token import OptimizedToken, key_norms
+from .token import OptimizedToken
 
 BACKGROUND = "background"
 ITERATIONS = {"lbfgs": 300, "novograd": 80, "sgd": 1000}
@@ -113,7 +113,7 @@ def optimize_token(
         seconds=time.perf_counter() - started,
         info={
             "model": str(getattr(records[0].pipe, "name_or_path", None)),  # it may be a Path
-            "keys": key_norms(records[0]),
+            "fingerprint": {name: list(numbers) for name, numbers in records[0].fingerprint.layers.items()},
             "prompts": [record.prompt for record in records],
             "passes": [len(record.timesteps) for record in records],  # whose sum a map is
             "text": text,

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..attention.fingerprint import Fingerprint
 from ..attention.heatmaps import HeatMaps
 from ..attention.record import AttentionRecord
 from ..attention.text import Word
@@ -47,7 +48,7 @@ class OptimizedToken:
 
         Raises ValueError if the record is of a model with other cross-attention keys.
         """
-        _require_keys_like(self.info.get("keys"), record)
+        self.require_model(record.fingerprint)
         maps = record.ldaam_from(self.embedding) if self.method == "ldaam" else record.daam_from(self.embedding)
         values = torch.stack([maps.values[list(rows)].mean(dim=0) for rows in self.rows])
         return named_maps(values, self.words)
@@ -73,6 +74,16 @@ class OptimizedToken:
             scale = scale * sum(passes) / len(passes) / steps
         logits = scale.to(values) * values + bias.to(values)
         return logits.softmax(dim=0) if self.info.get("joint") else logits.sigmoid()
+
+    def require_model(self, fingerprint: Fingerprint) -> None:
+        """ValueError unless the token was fitted on the model of this fingerprint, of a record or a pipeline."""
+        own = self.info.get("fingerprint")  # a token that was made by hand has none
+        difference = Fingerprint(own).difference(fingerprint) if own else None
+        if difference:
+            raise ValueError(
+                f"the token of {', '.join(self.words)} was optimised on another model: the two have {difference}. "
+                "Optimise one for this model, with the same LoRA"
+            )
 
     def save(self, path: str | Path) -> None:
         """Write one `.safetensors` file, all but the embedding as JSON in its header, whole or not at all."""
@@ -127,20 +138,4 @@ def require_calibrated(token: OptimizedToken) -> None:
         raise ValueError(
             f'the token of {", ".join(token.words)} was fitted with loss="cross_entropy", which learns no scale and '
             'bias, so it has no probabilities: use loss="bce" or "dice"'
-        )
-
-
-def key_norms(record: AttentionRecord) -> list[float]:
-    """The norm of every layer's key weights: what tells models apart, and half precision changes by far less."""
-    return [float(layer.key_weight.float().norm()) for layer in record.layers]
-
-
-def _require_keys_like(norms: list[float] | None, record: AttentionRecord) -> None:
-    found = key_norms(record)
-    if norms is not None and (
-        len(norms) != len(found) or any(abs(a - b) > 0.01 * a for a, b in zip(norms, found, strict=True))
-    ):
-        raise ValueError(
-            "the token was optimised on another model than this record's (their cross-attention keys differ): "
-            "optimise one for this model, with the same LoRA"
         )

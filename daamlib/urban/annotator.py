@@ -21,11 +21,14 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
+from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
+from ..attention.fingerprint import Fingerprint
+from ..attention.trace import fingerprint_of
 from ..cityscapes import BY_NAME
-from ..pipeline import is_bundled, quiet_loading
+from ..pipeline import BUNDLED, quiet_loading
 from ..resources import bundled
 from .scenes import HELD_OUT, SIZE, render, to_tensor
 from .training.data import render_scenes
@@ -202,6 +205,17 @@ def load_annotator(folder: str | Path | None = None, device: str = "cpu") -> Seg
     if unknown:
         raise ValueError(f"the model in {folder} has classes that are no Cityscapes labels: {unknown}")
     return model.to(device).eval()
+
+
+def is_bundled(pipe) -> bool:
+    """Whether the pipeline's U-Net has the bundled model's keys. TypeError or ValueError if `trace` refuses it."""
+    stored = load_file(BUNDLED / "unet" / "diffusion_pytorch_model.safetensors")
+    ending = ".attn2.to_k.weight"
+    weights = {name.removesuffix(".to_k.weight"): stored[name].float() for name in stored if name.endswith(ending)}
+    found = fingerprint_of(pipe, middle=True)
+    keys = {name: weights[name].T.__rmatmul__ for name in found.layers if name in weights}
+    d_text = next(iter(weights.values())).shape[1]
+    return len(keys) == len(weights) and Fingerprint.of_keys(keys, d_text).difference(found) is None
 
 
 def labels_for(pipe, *, any_model: bool = False) -> Callable[[np.ndarray], np.ndarray]:

@@ -11,7 +11,7 @@ from .. import metrics
 from ..attention.heatmaps import HeatMaps
 from ..attention.record import AttentionRecord
 from ..datasets.dataset import CLASSES
-from ..tokens.token import OptimizedToken, _require_keys_like
+from ..tokens.token import OptimizedToken
 from .pictures import COLOUR_MAPS, rgb
 
 METHODS = {"ldaam": "LDAAM", "ov-daam": "OV-DAAM", "daam": "DAAM", "token": "optimised token"}
@@ -174,7 +174,7 @@ class Reader:
         if not path:
             raise ValueError("name the file of an optimised token, as written by OptimizedToken.save")
         token = self._token((path, self._stamp(state)), lambda: OptimizedToken.load(Path(path).expanduser()))
-        _require_keys_like(token.info.get("keys"), self.record)
+        token.require_model(self.record.fingerprint)
         return token
 
     @staticmethod

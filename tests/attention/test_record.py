@@ -283,18 +283,43 @@ def test_select_with_nothing_left(record):
             record.select(**missing)
 
 
-def test_records_of_one_model_are_told_from_those_of_others(record, linear_record, records):
+def with_keys(record, change):
+    """The record as another model's: `change` makes of each layer's key weights others."""
+    layers = [dataclasses.replace(layer, key_weight=change(layer.key_weight)) for layer in record.layers]
+    return dataclasses.replace(record, layers=tuple(layers))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_records_of_one_model_are_of_one_model_in_any_precision(record, linear_record, dtype):
     daamlib.require_same_model([record])
-    daamlib.require_same_model([record, linear_record, record.select(steps=[1])])
-    half = [dataclasses.replace(layer, key_weight=layer.key_weight.half()) for layer in record.layers]
-    daamlib.require_same_model([record, dataclasses.replace(record, layers=tuple(half))])
-    with pytest.raises(ValueError, match="record 1 has other key weights than record 0 in down_blocks.0"):
+    rounded = with_keys(record, lambda weight: weight.to(dtype))
+    daamlib.require_same_model([record, linear_record, record.select(steps=[1]), rounded])
+
+
+def test_records_of_other_models_are_told_apart(record, records):
+    with pytest.raises(ValueError, match="record 1 and record 0 have other key weights in down_blocks.0"):
         daamlib.require_same_model([record, records["sd2"][0]])
-    with pytest.raises(ValueError, match="record 2 has other cross-attention layers than record 0"):
+    with pytest.raises(ValueError, match="record 2 and record 0 have other cross-attention layers"):
         daamlib.require_same_model([record, record, records["sdxl"][0]])
-    other = [dataclasses.replace(layer, key_weight=layer.key_weight * 1.1) for layer in record.layers]
-    with pytest.raises(ValueError, match="other key weights .* same LoRA"):
-        daamlib.require_same_model([record, dataclasses.replace(record, layers=tuple(other))])
+
+
+def rotated(weight):
+    rotation, _ = torch.linalg.qr(torch.randn(len(weight), len(weight), generator=torch.Generator().manual_seed(0)))
+    return rotation.to(weight) @ weight
+
+
+def tuned(weight):
+    """A fine-tune: every weight moved by some percent of its size."""
+    return weight * (1 + 0.03 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)).to(weight))
+
+
+@pytest.mark.parametrize("change", [rotated, tuned])
+def test_what_the_norms_of_the_weights_hardly_show_is_seen(record, change):
+    other = with_keys(record, change)
+    for one, changed in zip(record.layers, other.layers, strict=True):
+        assert abs(changed.key_weight.norm() - one.key_weight.norm()) < 0.01 * one.key_weight.norm()
+    with pytest.raises(ValueError, match="other key weights"):
+        daamlib.require_same_model([record, other])
 
 
 def test_what_a_record_says_of_itself(record):
