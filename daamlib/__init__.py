@@ -6,8 +6,8 @@ from .attention.ldaam import LinearMap as LinearMap
 from .attention.real_images import trace_image as trace_image
 from .attention.record import AttentionRecord as AttentionRecord
 from .attention.record import require_same_model as require_same_model
+from .attention.recorder import Trace as Trace
 from .attention.text import TokenEmbeddings as TokenEmbeddings
-from .attention.trace import Trace as Trace
 from .attention.trace import trace as trace
 from .pipeline import load_pipeline as load_pipeline
 from .tokens.optimize import optimize_token as optimize_token

@@ -1,6 +1,7 @@
 """Heat maps: one map per token, looked up by word."""
 
 from dataclasses import dataclass, replace
+from typing import SupportsIndex
 
 import torch
 from torch.nn import functional as F
@@ -12,8 +13,10 @@ from .text import Word, find_word
 class HeatMaps:
     """Attention heat maps of a text's tokens.
 
-    values: (m, H, W) float32, unnormalised sums over steps, layers and heads (thesis: D_k[x, y] or LD(x)[x, y]).
-    tokens: m names, the start token first and the end token last. words: the words the tokens make.
+    Attributes:
+        values: (m, H, W) float32, unnormalised sums over steps, layers and heads (thesis: D_k[x, y] or LD(x)[x, y]).
+        tokens: m names, the start token first and the end token last.
+        words: the words the tokens make.
     """
 
     values: torch.Tensor
@@ -24,20 +27,25 @@ class HeatMaps:
         if self.values.ndim != 3 or len(self.values) != len(self.tokens):
             raise ValueError(f"expected (m, H, W) maps of {len(self.tokens)} tokens, got {tuple(self.values.shape)}")
 
+    @classmethod
+    def unnamed(cls, values: torch.Tensor) -> "HeatMaps":
+        """(m, H, W) maps of a text that nobody knows; the tokens are numbered."""
+        return cls(values, tuple(str(row) for row in range(len(values))))
+
     def __len__(self) -> int:
         return len(self.values)
 
-    def __getitem__(self, word: str | int) -> torch.Tensor:
+    def __getitem__(self, word: str | SupportsIndex) -> torch.Tensor:
         """The (H, W) map of a word, or of one row by its number.
 
         The tokens of a word, and of all its occurrences, are averaged. Raises ValueError, listing the tokens, for a
         word that is not in the text.
         """
-        if isinstance(word, int):
-            return self.values[word]
-        if not isinstance(word, str):
+        if isinstance(word, str):
+            return self.values[find_word(word, self.words, self.tokens)].mean(dim=0)
+        if not hasattr(word, "__index__"):
             raise TypeError(f"look a map up by a word or a row number, got {type(word).__name__}")
-        return self.values[find_word(word, self.words, self.tokens)].mean(dim=0)
+        return self.values[word.__index__()]
 
     def resize(self, height: int, width: int) -> "HeatMaps":
         """New maps of (height, width), bilinear (`align_corners=False`)."""

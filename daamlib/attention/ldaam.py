@@ -20,12 +20,16 @@ from torch.nn import functional as F
 
 from .heatmaps import upsample
 from .layers import Layer
-from .text import TokenEmbeddings
+from .text import TokenEmbeddings, check_embeddings
 
 
 @dataclass(frozen=True, eq=False)
 class LinearMap:
-    """The whole of Linear DAAM for one image. weight: (H, W, d_text) float32 (A in the derivation above)."""
+    """The whole of Linear DAAM for one image.
+
+    Attributes:
+        weight: (H, W, d_text) float32, A in the derivation above.
+    """
 
     weight: torch.Tensor
 
@@ -37,20 +41,6 @@ class LinearMap:
         height, width, d_text = self.weight.shape
         values = check_embeddings(embeddings, d_text, self.weight.device)
         return F.linear(values, self.weight.to(values.dtype).reshape(-1, d_text)).view(-1, height, width)
-
-
-def check_embeddings(embeddings: torch.Tensor | TokenEmbeddings, d_text: int, device: torch.device) -> torch.Tensor:
-    """The (m, d_text) values on `device`, in float32 (float64 stays); TypeError or ValueError if they are not that."""
-    values = embeddings.values if isinstance(embeddings, TokenEmbeddings) else embeddings
-    if not isinstance(values, torch.Tensor) or not values.is_floating_point():
-        raise TypeError(f"embeddings must be a floating-point tensor or TokenEmbeddings, got {_kind(values)}")
-    if values.ndim != 2 or values.shape[1] != d_text or not len(values):
-        raise ValueError(f"expected embeddings of shape (m, {d_text}) for this model, got {tuple(values.shape)}")
-    return values.to(device, torch.promote_types(values.dtype, torch.float32))
-
-
-def _kind(value: object) -> str:
-    return f"a tensor of {value.dtype}" if isinstance(value, torch.Tensor) else type(value).__name__
 
 
 def collapse(layers: Sequence[Layer], grid: tuple[int, int]) -> LinearMap:

@@ -4,49 +4,55 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from diffusers.image_processor import VaeImageProcessor
 
 from .record import AttentionRecord
-from .trace import cross_attentions, trace
+from .trace import trace
+from .unet import reader_of
 
 
 @torch.no_grad()
 def trace_image(
     pipe, image, *, prompt: str = "", timesteps: Sequence[int] = (100, 300, 500), seed: int = 0
 ) -> AttentionRecord:
-    """The record of a REAL image: encode it, add noise at each timestep, one U-Net pass each.
+    """The record of a REAL image: encode it, add noise at each timestep, one pass of the denoiser each.
 
-    image: a PIL image, an (H, W, 3) uint8 array, or a (3, H, W) tensor in [0, 1]; H and W multiples of the VAE's
-    factor. prompt: what the passes are conditioned on. timesteps: of the training schedule, 0 ... 999 for Stable
-    Diffusion. seed: of the noise, drawn anew for each timestep. The noise is the training's
-    (z_t = sqrt(a_t) z + sqrt(1 - a_t) e), whatever sampler the pipeline uses. Raises ValueError for sizes or
-    timesteps that do not fit, TypeError or ValueError for a pipeline that `trace` refuses.
+    The noise is the training's (z_t = sqrt(a_t) z + sqrt(1 - a_t) e), whatever sampler the pipeline uses.
+
+    Args:
+        pipe: a pipeline that `trace` reads.
+        image: a PIL image, an (H, W, 3) uint8 array, or a (3, H, W) tensor in [0, 1]; H and W multiples of the VAE's
+            factor.
+        prompt: what the passes are conditioned on.
+        timesteps: of the training schedule, 0 ... 999 for Stable Diffusion.
+        seed: of the noise, drawn anew for each timestep.
+
+    Returns:
+        The record, as that of a generated image of so many steps.
+
+    Raises:
+        TypeError: `trace` refuses the pipeline.
+        ValueError: it does, or sizes or timesteps do not fit.
     """
-    cross_attentions(pipe, middle=False)  # an error if it has none
+    reader = reader_of(pipe)
     steps = [int(t) for t in timesteps]
-    device, dtype = pipe._execution_device, pipe.unet.dtype
+    device = pipe._execution_device
     alphas = pipe.scheduler.alphas_cumprod.to(device)  # a scheduler takes them along to where it was last used
     if not steps or min(steps) < 0 or max(steps) >= len(alphas):
         raise ValueError(f"timesteps must be one or more of 0 ... {len(alphas) - 1}, got {list(timesteps)}")
     pixels = _pixels(image, pipe.vae_scale_factor).float().to(device)
     with _wide_enough(pipe.vae) as vae:
-        latents = vae.encode(pixels.to(vae.dtype)).latent_dist.mean * vae.config.scaling_factor
+        latents = vae.encode(pixels.to(vae.dtype)).latent_dist.mean.float() * vae.config.scaling_factor
     generator = torch.Generator("cpu").manual_seed(seed)
+    noisy = []
+    for step in steps:
+        noise = torch.randn(latents.shape, generator=generator).to(device)
+        noisy.append(alphas[step].sqrt() * latents + (1 - alphas[step]).sqrt() * noise)
     with trace(pipe) as tracer:
-        encoded = pipe.encode_prompt(
-            prompt=prompt, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
-        )
-        tracer._announced = len(steps)
-        for step in steps:
-            noise = torch.randn(latents.shape, generator=generator).to(device)
-            noisy = alphas[step].sqrt() * latents.float() + (1 - alphas[step]).sqrt() * noise
-            pipe.unet(
-                noisy.to(dtype),
-                torch.tensor(step, device=device),
-                encoder_hidden_states=encoded[0].to(dtype),
-                added_cond_kwargs=_size_conditions(pipe, encoded, pixels.shape[-2:], dtype),
-            )
+        reader.denoise(prompt, steps, noisy, tuple(pixels.shape[-2:]))
     pipe.maybe_free_model_hooks()  # as at the end of the pipeline's own call: off-loaded models go back
-    return tracer[0]
+    (record,) = tracer
+    return record
 
 
 @contextmanager
@@ -65,8 +71,6 @@ def _wide_enough(vae) -> Iterator:
 
 def _pixels(image, factor: int) -> torch.Tensor:
     """(1, 3, H, W) in [-1, 1]."""
-    from diffusers.image_processor import VaeImageProcessor
-
     if hasattr(image, "convert"):
         image = image.convert("RGB")
     height, width = (image.height, image.width) if hasattr(image, "convert") else _array_size(image)
@@ -87,12 +91,3 @@ def _array_size(image) -> tuple[int, int]:
     raise ValueError(
         f"expected a PIL image, an (H, W, 3) uint8 array or a (3, H, W) float tensor, got shape {shape} of {kind}"
     )
-
-
-def _size_conditions(pipe, encoded: tuple, size: tuple[int, int], dtype: torch.dtype) -> dict | None:
-    """What SDXL's U-Net wants besides the text: the pooled embedding and (original, crop, target) sizes."""
-    if getattr(pipe.unet.config, "addition_embed_type", None) != "text_time":
-        return None
-    pooled = encoded[2].to(dtype)
-    sizes = torch.tensor([[*size, 0, 0, *size]], dtype=dtype, device=pooled.device)
-    return {"text_embeds": pooled, "time_ids": sizes}

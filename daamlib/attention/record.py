@@ -1,31 +1,41 @@
 """The record of one image: everything any later text needs."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import record_file as files
+from ..io import load_tensors, save_tensors
+from .daam import daam
 from .fingerprint import Fingerprint
 from .heatmaps import HeatMaps, upsample
 from .layers import Layer
-from .ldaam import LinearMap, check_embeddings, collapse
-from .text import TokenEmbeddings
-from .text import encode as encode_text
+from .ldaam import LinearMap, collapse
+from .softmax import MAX_BYTES
+from .text import TokenEmbeddings, Word, check_embeddings
+from .unet import fingerprint_of, reader_of
 
-MAX_BYTES = 2**26  # of attention probabilities held at a time while computing DAAM
+FORMAT = "daamlib-record-2"
+TENSORS = ("key_weight", "queries", "query_sum")  # of a layer, in a file
+ENCODER_TOLERANCE = 0.05  # of the prompt's embeddings, between two loads of one text encoder in other precisions
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionRecord:
     """The cross-attention of one image, from `trace`, `trace_image` or `load`.
 
-    prompt: the text that generated the image (thesis: X), None if it was given as embeddings.
-    prompt_embeddings: the prompt's embeddings as the U-Net saw them, padding included (d_text wide).
-    timesteps: of each U-Net pass, in order; some schedulers repeat one. layers: see `Layer`.
+    Attributes:
+        prompt: the text that generated the image (thesis: X), None if it was given as embeddings.
+        prompt_embeddings: the prompt's embeddings as the denoiser saw them, padding included (d_text wide).
+        timesteps: of each pass of the denoiser, in order; some schedulers repeat one.
+        layers: see `Layer`.
+        branch: the half of classifier-free guidance that was read.
+        texts: the further texts whose DAAM is kept in `Layer.maps`.
+        embedded_with: the arguments of `encode_prompt` that the prompt was embedded with, such as `clip_skip`.
+        pipe: embeds further texts; None for a record that was loaded without one.
     """
 
     prompt: str | None
@@ -33,7 +43,9 @@ class AttentionRecord:
     timesteps: list[int]
     layers: tuple[Layer, ...]
     branch: str = "conditional"
-    pipe: Any = field(default=None, repr=False)  # embeds further texts
+    texts: Mapping[str, TokenEmbeddings] = field(default_factory=dict)
+    embedded_with: Mapping[str, Any] = field(default_factory=dict)
+    pipe: Any = field(default=None, repr=False)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -57,39 +69,91 @@ class AttentionRecord:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the queries or their sums (the key weights, shared by the records of a trace, come on top)."""
-        kept = [layer.query_sum if layer.queries is None else layer.queries for layer in self.layers]
-        return sum(tensor.numel() * tensor.element_size() for tensor in kept)
+        """Bytes of what is kept (the key weights, shared by the records of a trace, come on top)."""
+        return sum(layer.nbytes for layer in self.layers)
 
     def encode(self, text: str, *, padding: bool = False) -> TokenEmbeddings:
-        """Embed any text with the model's own text encoder: (m, d_text) values and their tokens.
+        """Embed any text with the model's own text encoder, as the prompt was (`embedded_with`).
 
-        m = 2 + number of tokens (start and end token included), or the context length with `padding`. The values lie
-        on the record's device, wherever the pipeline is. Raises TypeError if it is no string, ValueError if it is too
-        long or if the record was loaded without a pipeline.
+        Args:
+            text: any words.
+            padding: whether to keep the rows up to the context length.
+
+        Returns:
+            (m, d_text) values on the record's device, wherever the pipeline is, and their tokens: m = 2 + number of
+            tokens (start and end token included), or the context length.
+
+        Raises:
+            TypeError: `text` is no string.
+            ValueError: it is too long, the record was loaded without a pipeline, or the pipeline's text encoder is not
+                as it was when it embedded the prompt, as after a LoRA was unloaded.
         """
         if self.pipe is None:
             raise ValueError(
                 "this record has no text encoder: load it with AttentionRecord.load(path, pipe=pipe), or give "
                 "embeddings to daam_from / ldaam_from"
             )
-        embeddings = encode_text(self.pipe, text, padding=padding)
+        reader = reader_of(self.pipe)
+        self._require_text_encoder(reader)
+        options = {name: value for name, value in self.embedded_with.items() if name != "prompt_2"}
+        embeddings = reader.encode(text, padding=padding, options=options)
         return replace(embeddings, values=embeddings.values.to(self.device))
 
-    def daam(self, text: str | None = None, *, padding: bool = True) -> HeatMaps:
-        """DAAM of the prompt (`text=None`) or of any other text: OV-DAAM (thesis: D(X'); DAAM, Tang et al. 2022).
+    def _require_text_encoder(self, reader) -> None:
+        """ValueError if the prompt would be embedded otherwise now; looked at again only if the encoder changed."""
+        state = reader.text_state()
+        if self.prompt is None or self._checked.get("state") == state:
+            return
+        own = self.prompt_embeddings.values[: self.prompt_embeddings.length].float()
+        now = reader.embed(self.prompt, self.embedded_with)[: len(own)].to(own)
+        if now.shape != own.shape or (now - own).norm() > ENCODER_TOLERANCE * own.norm():
+            raise ValueError(
+                "the pipeline's text encoder is not the one that embedded this record's prompt (was a LoRA loaded or "
+                "unloaded since?): a new text would not fit the record's keys. Bring the pipeline back to what it was, "
+                "or give embeddings to daam_from / ldaam_from"
+            )
+        self._checked["state"] = state
 
-        Softmax over the tokens, up-sampled bilinearly to `grid`, summed over steps, layers and heads. With `padding`
-        the softmax is over the whole context, as while generating; without, over the text's own tokens (as OVAM).
-        Returns (m, H, W) maps of start token ... end token. Raises ValueError with `store="linear"`.
+    @functools.cached_property
+    def _checked(self) -> dict[str, Any]:
+        """The text encoder's state that was last found to be the one of the prompt."""
+        return {}
+
+    def daam(self, text: str | None = None, *, padding: bool = True) -> HeatMaps:
+        """DAAM of the prompt, or of any other text: OV-DAAM (thesis: D(X'); formula in `daamlib.attention.daam`).
+
+        Args:
+            text: None for the prompt itself. A record made with `store="maps"` knows the texts that `trace` was given.
+            padding: with it the softmax is over the whole context, as while generating; without, over the text's own
+                tokens (as OVAM).
+
+        Returns:
+            (m, H, W) maps of start token ... end token, up-sampled to `grid`, summed over steps, layers and heads.
+
+        Raises:
+            ValueError: the record does not hold what the text needs (`store="linear"`), or see `encode`.
         """
+        if self.layers[0].queries is None and self.layers[0].maps:
+            return self._kept_maps(text, padding)
         embeddings = self.text_embeddings(text, padding=padding)
-        return self._rows(self.daam_from(embeddings), embeddings)
+        return _without_padding(self.daam_from(embeddings), embeddings)
+
+    def _kept_maps(self, text: str | None, padding: bool) -> HeatMaps:
+        key = None if text == self.prompt else text
+        if (key is not None and key not in self.texts) or not padding:
+            raise ValueError(
+                f'this record was made with store="maps" and keeps DAAM, with padding, of '
+                f"{[self.prompt, *self.texts]}; got {text!r} with padding={padding}: "
+                'name the text in trace(pipe, store="maps", texts=...), or use '
+                'store="queries"'
+            )
+        embeddings = self.prompt_embeddings if key is None else self.texts[key]
+        maps = sum(upsample(layer.maps[key], self.grid) for layer in self.layers)
+        return _without_padding(_named(maps, embeddings), embeddings)
 
     def ldaam(self, text: str | None = None) -> HeatMaps:
-        """Linear DAAM: the same sums without the softmax, so every token's map is its own (thesis: LD(x))."""
-        embeddings = self.text_embeddings(text, padding=False)
-        return self._rows(self.ldaam_from(embeddings), embeddings)
+        """Linear DAAM of a text (None: the prompt): the same sums without the softmax (thesis: LD(x))."""
+        return self.ldaam_from(self.text_embeddings(text, padding=False))
 
     def daam_from(self, embeddings: torch.Tensor | TokenEmbeddings, *, max_bytes: int = MAX_BYTES) -> HeatMaps:
         """DAAM of (m, d_text) embeddings, the softmax over exactly these m; differentiable in them.
@@ -99,16 +163,15 @@ class AttentionRecord:
         """
         if self.layers[0].queries is None:
             raise ValueError(
-                'DAAM needs the queries of every step, this record was made with store="linear": trace with '
-                'store="queries", or use ldaam'
+                'DAAM needs the queries of every step, which this record does not hold: trace with store="queries", '
+                "or use ldaam"
             )
         values = check_embeddings(embeddings, self.d_text, self.device)
-        maps = sum(upsample(layer.softmax_maps(values, max_bytes), self.grid) for layer in self.layers)
-        return HeatMaps(maps, *_names(embeddings))
+        return _named(daam(self.layers, values, self.grid, max_bytes), embeddings)
 
     def ldaam_from(self, embeddings: torch.Tensor | TokenEmbeddings) -> HeatMaps:
         """Linear DAAM of (m, d_text) embeddings, differentiable in them. Raises ValueError for another width."""
-        return HeatMaps(self.linear_map()(embeddings), *_names(embeddings))
+        return _named(self.linear_map()(embeddings), embeddings)
 
     def linear_map(self) -> LinearMap:
         """LDAAM collapsed to one tensor (H, W, d_text), computed once; `daamlib.attention.ldaam` derives it."""
@@ -126,17 +189,28 @@ class AttentionRecord:
         steps: Sequence[int] | None = None,
         heads: Sequence[int] | None = None,
     ) -> "AttentionRecord":
-        """A record of only some layers (a predicate), steps and heads (numbers), for looking into the sum.
+        """A record of only some layers, steps and heads, for looking into the sum.
 
-        Maps keep the full `grid` only while a layer of that grid is left. Raises ValueError if nothing is left or,
-        for steps, if the record holds only their sum; IndexError for a number that does not exist.
+        Maps keep the full `grid` only while a layer of that grid is left.
+
+        Args:
+            layers: a predicate.
+            steps: their numbers.
+            heads: their numbers.
+
+        Returns:
+            A new record that shares what it can with this one.
+
+        Raises:
+            ValueError: nothing is left, or, for steps, the record holds only their sum.
+            IndexError: a number does not exist.
         """
         kept = [layer for layer in self.layers if layers is None or layers(layer)]
         if not kept or (steps is not None and not len(steps)) or (heads is not None and not len(heads)):
             names = [f"{layer.name} {layer.grid}" for layer in self.layers]
             raise ValueError(f"nothing is left of {len(self.timesteps)} steps and the layers {names}")
         if steps is not None and kept[0].queries is None:
-            raise ValueError('steps cannot be taken apart: this record was made with store="linear"')
+            raise ValueError("steps cannot be taken apart: this record holds their sums, no queries")
         return replace(
             self,
             layers=tuple(layer.select(steps, heads) for layer in kept),
@@ -150,34 +224,91 @@ class AttentionRecord:
         device that is not there.
         """
         device = torch.device(device)
-        prompt = replace(self.prompt_embeddings, values=self.prompt_embeddings.values.to(device))
-        return replace(self, prompt_embeddings=prompt, layers=tuple(layer.to(device) for layer in self.layers))
+        return replace(
+            self,
+            prompt_embeddings=self.prompt_embeddings.to(device),
+            layers=tuple(layer.to(device) for layer in self.layers),
+            texts={text: embeddings.to(device) for text, embeddings in self.texts.items()},
+        )
+
+    def text_embeddings(self, text: str | None = None, *, padding: bool = True) -> TokenEmbeddings:
+        """The embeddings of the prompt (None, or its own words), which need no pipeline, or of any other text."""
+        if text is None or text == self.prompt:
+            return self.prompt_embeddings if padding else self.prompt_embeddings.without_padding()
+        return self.encode(text, padding=padding)
 
     def save(self, path: str | Path) -> None:
         """Write the record to one `.safetensors` file; a file of that name is replaced only when all is written."""
-        files.save(self, Path(path))
+        tensors = {"prompt_embeddings": self.prompt_embeddings.values}
+        for number, layer in enumerate(self.layers):
+            tensors |= {f"{number}.{name}": getattr(layer, name) for name in TENSORS}
+            tensors |= {f"{number}.maps.{key}": values for key, values in enumerate(layer.maps.values())}
+        tensors |= {f"texts.{key}": text.values for key, text in enumerate(self.texts.values())}
+        header = {
+            "prompt": self.prompt,
+            "tokens": self.prompt_embeddings.tokens,
+            "words": self.prompt_embeddings.words,
+            "timesteps": self.timesteps,
+            "branch": self.branch,
+            "embedded_with": dict(self.embedded_with),
+            "texts": {text: [embeddings.tokens, embeddings.words] for text, embeddings in self.texts.items()},
+            "layers": [
+                {"name": layer.name, "grid": layer.grid, "heads": layer.heads, "scale": layer.scale}
+                for layer in self.layers
+            ],
+        }
+        save_tensors(path, {name: tensor for name, tensor in tensors.items() if tensor is not None}, header, FORMAT)
 
     @classmethod
+    @torch.inference_mode(False)  # its tensors may be differentiated through wherever it was loaded
     def load(cls, path: str | Path, *, pipe: Any = None, device: str | torch.device | None = None) -> "AttentionRecord":
-        """Read a saved record; `pipe`, the pipeline that made it, lets it embed further texts.
+        """Read a saved record.
 
-        device: where its tensors go and its maps are computed; None: where `pipe` computes, without one the CPU.
-        Raises FileNotFoundError, or ValueError if the file is no record, is damaged, or is of another model.
+        Args:
+            path: of the file.
+            pipe: the pipeline that made it, which lets it embed further texts.
+            device: where its tensors go and its maps are computed; None: where `pipe` computes, without one the CPU.
+
+        Returns:
+            The record.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is no record, is damaged, or is of another model.
         """
-        return files.load(Path(path), pipe, device)
-
-    def text_embeddings(self, text: str | None = None, *, padding: bool = True) -> TokenEmbeddings:
-        """The embeddings of the prompt (`text=None`), which need no pipeline, or of any other text (`encode`)."""
-        if text is not None:
-            return self.encode(text, padding=padding)
-        prompt, rows = self.prompt_embeddings, self.prompt_embeddings.length
-        return prompt if padding else replace(prompt, values=prompt.values[:rows], tokens=prompt.tokens[:rows])
-
-    @staticmethod
-    def _rows(maps: HeatMaps, embeddings: TokenEmbeddings) -> HeatMaps:
-        """Cut the padding's rows off."""
-        rows = embeddings.length
-        return HeatMaps(maps.values[:rows], embeddings.tokens[:rows], embeddings.words)
+        tensors, header = load_tensors(path, FORMAT)
+        try:
+            texts = {
+                text: _named_embeddings(tensors[f"texts.{key}"], *names)
+                for key, (text, names) in enumerate(header["texts"].items())
+            }
+            layers = []
+            for number, fields in enumerate(header["layers"]):
+                found = {name: tensors.get(f"{number}.{name}") for name in TENSORS}
+                maps = {text: tensors.get(f"{number}.maps.{key}") for key, text in enumerate([None, *texts])}
+                maps = {text: kept for text, kept in maps.items() if kept is not None}
+                grid, heads, scale = tuple(fields["grid"]), int(fields["heads"]), float(fields["scale"])
+                layers.append(Layer(fields["name"], grid, heads, scale, **found, maps=maps))
+            record = cls(
+                prompt=header["prompt"],
+                prompt_embeddings=_named_embeddings(tensors["prompt_embeddings"], header["tokens"], header["words"]),
+                timesteps=[int(t) for t in header["timesteps"]],
+                layers=tuple(layers),
+                branch=header["branch"],
+                texts=texts,
+                embedded_with=header["embedded_with"],
+                pipe=pipe,
+            )
+            _check(record)
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            raise ValueError(f"{path} is not a readable attention record, or is damaged: {error}") from error
+        if pipe is None:
+            return record if device is None else record.to(device)
+        middle = any(layer.name.startswith("mid_block") for layer in layers)
+        difference = record.fingerprint.difference(fingerprint_of(pipe, middle=middle))
+        if difference:
+            raise ValueError(f"{path} and the pipeline have {difference}: give the model that made it, with its LoRA")
+        return record.to(device or pipe._execution_device)
 
     def __repr__(self) -> str:
         return (
@@ -186,11 +317,43 @@ class AttentionRecord:
         )
 
 
-def _names(embeddings: torch.Tensor | TokenEmbeddings) -> tuple:
-    """Tokens and words of embeddings; bare tensors get numbers."""
+def _named(maps: torch.Tensor, embeddings: torch.Tensor | TokenEmbeddings) -> HeatMaps:
+    """The maps with the tokens and words of their embeddings; bare tensors get numbers."""
     if isinstance(embeddings, TokenEmbeddings):
-        return embeddings.tokens, embeddings.words
-    return tuple(str(i) for i in range(len(embeddings))), ()
+        return HeatMaps(maps, embeddings.tokens, embeddings.words)
+    return HeatMaps.unnamed(maps)
+
+
+def _named_embeddings(values: torch.Tensor, tokens: Sequence[str], words: Sequence[Sequence]) -> TokenEmbeddings:
+    return TokenEmbeddings(values, tuple(tokens), tuple(Word(*word) for word in words))
+
+
+def _without_padding(maps: HeatMaps, embeddings: TokenEmbeddings) -> HeatMaps:
+    rows = embeddings.length
+    return HeatMaps(maps.values[:rows], embeddings.tokens[:rows], embeddings.words)
+
+
+def _check(record: AttentionRecord) -> None:
+    """ValueError if the tensors do not fit each other."""
+    if not record.layers:
+        raise ValueError("it holds no layers")
+    prompt, d_text = record.prompt_embeddings, record.d_text
+    if tuple(prompt.values.shape) != (len(prompt.tokens), d_text):
+        raise ValueError(f"it has {len(prompt.tokens)} tokens and embeddings of shape {tuple(prompt.values.shape)}")
+    for layer in record.layers:
+        kept = layer.query_sum if layer.queries is None else layer.queries
+        expected = (layer.grid[0] * layer.grid[1], len(layer.key_weight))
+        if layer.queries is not None:
+            expected = (len(record.timesteps), *expected)
+        fits = layer.key_weight.ndim == 2 and layer.key_weight.shape[1] == d_text
+        if not fits or layer.heads < 1 or len(layer.key_weight) % layer.heads:
+            got = tuple(layer.key_weight.shape)
+            raise ValueError(f"the keys of {layer.name} have shape {got}, not {layer.heads} heads of width {d_text}")
+        if kept is None or tuple(kept.shape) != expected:
+            got = None if kept is None else tuple(kept.shape)
+            raise ValueError(f"the queries of {layer.name} have shape {got}, expected {expected}")
+        if any(maps.ndim != 3 or tuple(maps.shape[1:]) != layer.grid for maps in layer.maps.values()):
+            raise ValueError(f"the maps of {layer.name} are not of its grid {layer.grid}")
 
 
 def require_same_model(records: Sequence[AttentionRecord]) -> None:

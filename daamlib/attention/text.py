@@ -1,8 +1,8 @@
-"""Texts as the U-Net sees them: token embeddings, and which tokens make which word."""
+"""Texts as the denoiser sees them: token embeddings, and which tokens make which word."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,22 +21,48 @@ class Word(NamedTuple):
 class TokenEmbeddings:
     """The embeddings of a text's tokens, as cross-attention receives them (thesis: x, the columns of X').
 
-    values: (m, d_text) float tensor, the start token first and the end token last (then padding, if asked for).
-    tokens: the m tokens, readable. words: the words they make, without the special tokens.
+    Attributes:
+        values: (m, d_text) float tensor, the start token first and the end token last (then padding, if asked for).
+        tokens: the m tokens, readable.
+        words: the words they make, without the special tokens.
     """
 
     values: torch.Tensor
     tokens: tuple[str, ...]
-    words: tuple[Word, ...]
+    words: tuple[Word, ...] = ()
+
+    @classmethod
+    def unnamed(cls, values: torch.Tensor) -> "TokenEmbeddings":
+        """Embeddings whose text nobody knows; the tokens are numbered."""
+        return cls(values, tuple(str(row) for row in range(len(values))))
 
     @property
     def length(self) -> int:
         """Tokens from start to end token: the rows that are not padding."""
         return self.tokens.index(PAD) if PAD in self.tokens else len(self.tokens)
 
+    def to(self, device: torch.device) -> "TokenEmbeddings":
+        """The same on `device`."""
+        return TokenEmbeddings(self.values.to(device), self.tokens, self.words)
+
+    def without_padding(self) -> "TokenEmbeddings":
+        """The rows from start to end token."""
+        return TokenEmbeddings(self.values[: self.length], self.tokens[: self.length], self.words)
+
+
+def check_embeddings(embeddings: torch.Tensor | TokenEmbeddings, d_text: int, device: torch.device) -> torch.Tensor:
+    """The (m, d_text) values on `device`, in float32 (float64 stays); TypeError or ValueError if they are not that."""
+    values = embeddings.values if isinstance(embeddings, TokenEmbeddings) else embeddings
+    if not isinstance(values, torch.Tensor) or not values.is_floating_point():
+        got = f"a tensor of {values.dtype}" if isinstance(values, torch.Tensor) else type(values).__name__
+        raise TypeError(f"embeddings must be a floating-point tensor or TokenEmbeddings, got {got}")
+    if values.ndim != 2 or values.shape[1] != d_text or not len(values):
+        raise ValueError(f"expected embeddings of shape (m, {d_text}) for this model, got {tuple(values.shape)}")
+    return values.to(device, torch.promote_types(values.dtype, torch.float32))
+
 
 def read_tokens(tokenizer, ids: Sequence[int]) -> tuple[tuple[str, ...], tuple[Word, ...]]:
-    """The readable tokens of `ids` (start token first) and the words they make, up to the first end token."""
+    """The readable tokens of CLIP's `ids` (start token first) and the words they make, up to the first end token."""
     raw = tokenizer.convert_ids_to_tokens(list(ids))
     end = next((i for i, id_ in enumerate(ids) if i and id_ == tokenizer.eos_token_id), len(raw))
     words, start = [], 1
@@ -71,7 +97,7 @@ def find_word(word: str, words: Sequence[Word], tokens: Sequence[str]) -> list[i
     return rows
 
 
-def _reader(pipe) -> tuple:
+def _tokenizer_of(pipe) -> tuple:
     """The tokenizer whose tokens are shown, and its context length: the first of SDXL's two, its refiner's only one."""
     second = pipe.tokenizer is None
     tokenizer = pipe.tokenizer_2 if second else pipe.tokenizer
@@ -87,22 +113,41 @@ def _converted(pipe, tokenizer, text: str) -> str:
 
 def prompt_tokens(pipe, prompt: str) -> tuple[tuple[str, ...], tuple[Word, ...]]:
     """Tokens and words of a prompt as the pipeline reads it: cut at the context length, never padded."""
-    tokenizer, context = _reader(pipe)
+    tokenizer, context = _tokenizer_of(pipe)
     ids = tokenizer(_converted(pipe, tokenizer, prompt), truncation=True, max_length=context).input_ids
     return read_tokens(tokenizer, ids)
 
 
+def embed_prompt(pipe, prompt: str, options: Mapping[str, Any] = {}) -> tuple:
+    """What `pipe.encode_prompt` returns for one prompt without guidance; options: such as `clip_skip`."""
+    device = pipe._execution_device
+    return pipe.encode_prompt(
+        prompt=prompt, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False, **options
+    )
+
+
 @torch.no_grad()
-def encode(pipe, text: str, *, padding: bool = False) -> TokenEmbeddings:
+def encode(pipe, text: str, *, padding: bool = False, options: Mapping[str, Any] | None = None) -> TokenEmbeddings:
     """Embed `text` with the pipeline's own text encoder(s), as for a prompt.
 
-    Returns (m, d_text) values: m = 2 + the number of tokens (start and end token included), or the context length
-    with `padding`. CLIP's attention is causal, so the values of a token do not depend on the padding after it.
-    Raises TypeError if `text` is no string, ValueError if it is longer than the context length.
+    CLIP's attention is causal, so the values of a token do not depend on the padding after it.
+
+    Args:
+        pipe: a Stable Diffusion pipeline.
+        text: any words.
+        padding: whether to keep the rows up to the context length.
+        options: further arguments of `pipe.encode_prompt`, such as `clip_skip`.
+
+    Returns:
+        (m, d_text) values: m = 2 + the number of tokens (start and end token included), or the context length.
+
+    Raises:
+        TypeError: `text` is no string.
+        ValueError: it is longer than the context length.
     """
     if not isinstance(text, str):
         raise TypeError(f"text must be a string, got {type(text).__name__}: {text!r}")
-    tokenizer, context = _reader(pipe)
+    tokenizer, context = _tokenizer_of(pipe)
     # counted without truncation; `verbose=False` silences the tokenizer's own warning, the error says it better
     count = len(tokenizer(_converted(pipe, tokenizer, text), verbose=False).input_ids)
     if count > context:
@@ -110,10 +155,13 @@ def encode(pipe, text: str, *, padding: bool = False) -> TokenEmbeddings:
             f"the text has {count} tokens with its start and end token, the text encoder reads {context}: "
             f"shorten it by {count - context} tokens: {text!r}"
         )
-    embeddings = pipe.encode_prompt(
-        prompt=text, device=pipe._execution_device, num_images_per_prompt=1, do_classifier_free_guidance=False
-    )[0][0]
-    tokens, words = prompt_tokens(pipe, text)
-    if padding:
-        tokens += (PAD,) * (len(embeddings) - len(tokens))
-    return TokenEmbeddings(embeddings[: len(tokens)], tokens, words)
+    embeddings = name_tokens(pipe, text, embed_prompt(pipe, text, options or {})[0][0])
+    return embeddings if padding else embeddings.without_padding()
+
+
+def name_tokens(pipe, prompt: str | None, values: torch.Tensor) -> TokenEmbeddings:
+    """The (context, d_text) embeddings of a prompt with the names of their tokens; numbers without a prompt."""
+    if prompt is None:
+        return TokenEmbeddings.unnamed(values)
+    tokens, words = prompt_tokens(pipe, prompt)
+    return TokenEmbeddings(values, tokens + (PAD,) * (len(values) - len(tokens)), words)

@@ -12,7 +12,7 @@ import torch
 
 from ..attention.heatmaps import upsample
 from ..attention.record import AttentionRecord
-from ..attention.trace import fingerprint_of
+from ..attention.unet import fingerprint_of
 from ..cityscapes import IGNORED
 from ..tokens.optimize import BACKGROUND
 from ..tokens.token import OptimizedToken, require_calibrated

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from ..attention.heatmaps import upsample
 from ..attention.layers import Layer
 from ..attention.record import AttentionRecord
+from ..attention.softmax import summed_probabilities
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +74,7 @@ def softmax_problem(
         for layers, group in tall:
             total: torch.Tensor | float = 0.0
             for layer in layers:
-                of_tokens = layer.softmax_maps(x, max_bytes)
+                of_tokens = summed_probabilities(layer.queries, layer.keys(x), max_bytes).unflatten(1, layer.grid)
                 of_words = torch.stack([of_tokens[list(tokens)].mean(dim=0) for tokens in rows])
                 images = of_words.unflatten(1, (len(group), -1)).flatten(0, 1)  # (K * images, h, w)
                 total = total + upsample(images, records[group[0]].grid)

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
 from ..attention.fingerprint import Fingerprint
-from ..attention.trace import fingerprint_of
+from ..attention.unet import fingerprint_of
 from ..cityscapes import BY_NAME
 from ..pipeline import BUNDLED, quiet_loading
 from ..resources import bundled

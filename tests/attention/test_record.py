@@ -242,7 +242,7 @@ def test_a_linear_record_has_ldaam_and_no_daam(record, linear_record):
         lambda: linear_record.daam("a tree"),
         lambda: linear_record.daam_from(random_embeddings(record)),
     ):
-        with pytest.raises(ValueError, match='made with store="linear": trace with store="queries", or use ldaam'):
+        with pytest.raises(ValueError, match='store="queries", or use ldaam'):
             evaluate()
     with pytest.raises(ValueError, match="steps cannot be taken apart"):
         linear_record.select(steps=[0])

@@ -1,0 +1,53 @@
+"""DAAM: the attention that the image's positions pay to each token of a text.
+
+In cross-attention layer i, head l and denoising step t, with queries q = W_q h[x, y] of the image and keys k of the
+text (thesis, slides "DAAM" and "Open-Vocabulary DAAM"; Tang et al. 2022, equations 4 to 6):
+
+    D_k[x, y] = sum_i Up( sum_t sum_l softmax_k( q[t,i,l,x,y] . k[i,l] / sqrt(d_head) ) )
+
+With the prompt's own keys this is DAAM, with those of any other text OV-DAAM (thesis: X').
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from .heatmaps import upsample
+from .layers import Layer
+from .softmax import MAX_BYTES, summed_probabilities
+
+
+def daam(
+    layers: Sequence[Layer], embeddings: torch.Tensor, grid: tuple[int, int], max_bytes: int = MAX_BYTES
+) -> torch.Tensor:
+    """D of the module's formula, differentiable in the embeddings.
+
+    Args:
+        layers: each with its queries (step, h*w, heads * d_head).
+        embeddings: (m, d_text) of the text's tokens; the softmax is over exactly these.
+        grid: (H, W) that every layer's maps are up-sampled to.
+        max_bytes: of attention probabilities held at a time.
+
+    Returns:
+        (m, H, W) sums over steps, layers and heads, in the type of the embeddings.
+    """
+    total: torch.Tensor | float = 0.0
+    for layer in layers:
+        summed = summed_probabilities(layer.queries, layer.keys(embeddings), max_bytes)
+        total = total + upsample(summed.unflatten(1, layer.grid), grid)
+    return total
+
+
+def summed_probabilities_plainly(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """The inner sum of the formula as it is written, in memory for all steps at once; `softmax.py` is its fast form.
+
+    Args:
+        queries: (step, n, head * d_head).
+        keys: (head, m, d_head), scaled by d_head ** -0.5.
+
+    Returns:
+        (m, n) probabilities, summed over steps and heads.
+    """
+    by_head = queries.to(keys.dtype).unflatten(2, (len(keys), -1))
+    scores = torch.einsum("tnlc,lkc->tlkn", by_head, keys)  # step t, position n, head l, token k
+    return scores.softmax(dim=2).sum(dim=(0, 1))

@@ -1,0 +1,414 @@
+"""The hooks of one trace: what a pipeline call is, and what is kept of it."""
+
+import inspect
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from .batches import Batch, Encoding, halves, known_batch, own_batch
+from .collectors import Collector, OnlineMaps, Queries, QuerySum
+from .layers import Layer
+from .record import AttentionRecord
+from .text import TokenEmbeddings
+from .unet import Pass, Site, reader_of
+
+log = logging.getLogger("daamlib")
+
+Branch = Literal["conditional", "unconditional"]
+Store = Literal["queries", "linear", "maps"]
+EMBEDDED_WITH = ("clip_skip", "lora_scale", "prompt_2")  # arguments of `encode_prompt` that later texts need
+
+
+class EmptyTraceError(IndexError, ValueError):
+    """No image was generated inside the `with`, or none of that number."""
+
+
+class Trace(Sequence[AttentionRecord]):
+    """The records of the images generated inside a `trace`, in order of generation; also after the `with`."""
+
+    def __init__(self) -> None:
+        self.records: list[AttentionRecord] = []
+        self.unfinished = 0  # calls that left no record
+        self.bytes_needed = 0  # by the latest call, when it is complete: its queries, sums or maps of all images
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index):
+        count = len(self)
+        if not isinstance(index, slice) and not -count <= index < count:
+            calls = f"; {self.unfinished} calls did not end and left no record" if self.unfinished else ""
+            reason = (
+                f"no record {index}: the trace holds {count}"
+                if count
+                else "the trace is empty: no image was generated to its end inside the `with` block, by the traced "
+                "pipeline or a loop of one's own over its denoiser"
+            )
+            raise EmptyTraceError(reason + calls)
+        return self.records[index]
+
+    def __repr__(self) -> str:
+        return f"Trace({len(self)} records, {self.bytes_needed / 2**20:.1f} MiB in the latest call)"
+
+
+@dataclass(frozen=True)
+class Keep:
+    """What `trace` was asked to keep."""
+
+    store: Store
+    texts: tuple[str, ...]
+    device: torch.device | None
+
+
+@dataclass(eq=False)
+class Call:
+    """One pipeline call, or one loop of one's own, in the making."""
+
+    by_pipeline: bool
+    batch: Batch
+    embeddings: torch.Tensor  # (image, token, d_text) of the conditional half
+    latent: tuple[int, int]
+    plan: Any  # the scheduler's timesteps, a new object in every call
+    expected: int | None  # passes, if they are known
+    text: torch.Tensor  # of the latest pass, its rows, and how they were read
+    rows: int
+    latest: Batch
+    texts: Mapping[str, TokenEmbeddings]  # to keep maps of
+    collectors: dict[str, Collector] = field(default_factory=dict)
+    keys: dict[str, torch.Tensor] = field(default_factory=dict)
+    timesteps: list[Any] = field(default_factory=list)
+    previous: Pass | None = None
+
+
+class Recorder:
+    """The hooks of one `trace`, and the call that they are told of."""
+
+    def __init__(self, pipe, branch: Branch, keep: Keep, middle: bool):
+        self.trace = Trace()
+        self._pipe, self._branch, self._keep = pipe, branch, keep
+        self._reader = reader_of(pipe, middle=middle)
+        self._encodings: list[Encoding] = []
+        self._in_pipeline = False  # between `check_inputs` and `maybe_free_model_hooks`
+        self._embedding = False  # texts of our own
+        self._call: Call | None = None
+        self._pass: tuple[Pass, slice | None] | None = None  # under way, and its rows to keep
+        self._broken_plan: Any = None  # of a loop of one's own that did not end
+        self._keys: dict[str, torch.Tensor] = {}  # the latest key weights, shared by the records
+
+    def attach(self, stack: ExitStack) -> None:
+        """Register all hooks, to be removed with the stack."""
+        if self._reader.is_compiled:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        # where a call begins and ends, and the only place where a prompt's text can be seen
+        stack.enter_context(_watch(self._pipe, "check_inputs", self._after_check))
+        stack.enter_context(_watch(self._pipe, "encode_prompt", self._after_prompt))
+        stack.enter_context(_watch(self._pipe, "maybe_free_model_hooks", self._after_pipeline))
+        for site in self._reader.sites:
+            hook = lambda module, args, output, site=site: self._after_queries(site, output)  # noqa: E731
+            stack.callback(site.to_q.register_forward_hook(hook).remove)
+        denoiser = self._reader.denoiser
+        stack.callback(denoiser.register_forward_pre_hook(self._before_pass, with_kwargs=True).remove)
+        stack.callback(denoiser.register_forward_hook(lambda *_: self._after_pass()).remove)
+
+    # -- the pipeline --------------------------------------------------------------------------------------------
+
+    def _after_check(self, arguments: dict, result: Any) -> None:
+        self._warn_of_unfinished()
+        self._in_pipeline = True
+        self._encodings.clear()  # it embeds its prompts anew
+
+    @torch.inference_mode(False)  # what is kept would else never be differentiable
+    @torch.no_grad()
+    def _after_prompt(self, arguments: dict, result: tuple) -> None:
+        if self._embedding:
+            return
+        positive, negative = result[0].detach().clone(), result[1]
+        prompt, count = arguments.get("prompt"), arguments.get("num_images_per_prompt") or 1
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        names = tuple(p for p in prompts for _ in range(count)) if prompts else ()
+        names = names if len(names) == len(positive) else (None,) * len(positive)
+        options = {name: arguments[name] for name in EMBEDDED_WITH if arguments.get(name) is not None}
+        guided = arguments.get("do_classifier_free_guidance", negative is not None)
+        negative = None if negative is None else negative.detach().clone()
+        encoding = Encoding(names, positive, negative, bool(guided), options, self._embed_texts(options))
+        self._encodings = [*self._encodings[-7:], encoding]
+
+    def _embed_texts(self, options: Mapping[str, Any]) -> dict[str, TokenEmbeddings]:
+        """The texts to keep maps of, padding included, embedded as the prompt was."""
+        options = {name: value for name, value in options.items() if name != "prompt_2"}
+        self._embedding = True
+        try:
+            return {text: self._reader.encode(text, padding=True, options=options) for text in self._keep.texts}
+        finally:
+            self._embedding = False
+
+    def _after_pipeline(self, arguments: dict, result: Any) -> None:
+        """The pipeline's last act; an interrupted call has made fewer passes than announced."""
+        self._finish()
+        self._in_pipeline = False
+
+    # -- the denoiser --------------------------------------------------------------------------------------------
+
+    def _before_pass(self, denoiser, args: tuple, kwargs: dict) -> None:
+        try:
+            self._pass = self._begin_pass(args, kwargs)
+        except ValueError:
+            self.abandon()
+            raise
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _begin_pass(self, args: tuple, kwargs: dict) -> tuple[Pass, slice | None]:
+        if self._pass is not None:  # the one before failed; made again, it would be counted twice
+            self._broken_plan = self._pipe.scheduler.timesteps
+            self._warn_of_unfinished()
+        told, plan = self._reader.read(args, kwargs), self._pipe.scheduler.timesteps
+        if self._call is not None and self._restarts(self._call, told, plan):
+            self._warn_of_unfinished()
+        batch = self._batch(told)
+        rows = getattr(batch, self._branch)
+        call = self._call
+        if call is not None and not call.by_pipeline and _of_others(batch.prompts, call.batch.prompts):
+            self._finish()
+        if self._call is None and rows is not None:
+            self._call = self._begin_call(told, batch, plan)
+        if self._call is not None and not self._call.by_pipeline:
+            self._follow(self._call, told, rows)
+        return told, rows
+
+    def _batch(self, told: Pass) -> Batch:
+        """Which rows of this pass are which, and of which prompts. ValueError where nothing tells."""
+        call, rows = self._call, len(told.sample)
+        if call is not None and call.by_pipeline and told.text is call.text and rows == call.rows:
+            return call.latest  # comparing tensors makes a GPU's host wait
+        batch = known_batch(told.text, self._encodings)
+        if batch is None and not self._in_pipeline:
+            batch = own_batch(told.sample, told.text, self._encodings)
+        elif batch is None:  # the pipeline, or a callback, has changed the text
+            encoding = call.batch.encoding if call is not None else next(reversed(self._encodings), None)
+            if encoding is None:
+                raise ValueError(
+                    f"{type(self._pipe).__name__} does not embed its prompts by `encode_prompt`: trace cannot tell "
+                    "which rows of its batches are the images' prompts"
+                )
+            images = len(encoding.positive)
+            if rows not in (images, 2 * images):
+                raise ValueError(
+                    f"the denoiser was called with {rows} latents for {images} images: it mixes other passes in, trace "
+                    "cannot tell them apart"
+                )
+            batch = Batch(*halves(rows, rows == 2 * images), encoding, encoding.prompts)
+        if self._in_pipeline and self._branch == "unconditional" and batch.unconditional is None:
+            raise ValueError(
+                'branch="unconditional" needs classifier-free guidance, which is off in this call or pass '
+                f'({rows} latents): give guidance_scale > 1, or trace branch="conditional"'
+            )
+        if call is not None:
+            call.text, call.rows, call.latest = told.text, rows, batch
+        return batch
+
+    @staticmethod
+    def _restarts(call: Call, told: Pass, plan: Any) -> bool:
+        """Whether this pass belongs to another call than the one under way, by its latents or noise levels."""
+        if call.plan is not plan or call.latent != tuple(told.sample.shape[-2:]):
+            return True
+        if call.by_pipeline or call.expected is not None or len(call.timesteps) < 2:
+            return False
+        first, second, last, now = (_level(t) for t in (*call.timesteps[:2], call.timesteps[-1], told.timestep))
+        return (second - first) * (now - last) < 0  # the noise levels turn round
+
+    def _begin_call(self, told: Pass, batch: Batch, plan: Any) -> Call | None:
+        if not self._in_pipeline and plan is self._broken_plan and _level(told.timestep) != _level(plan[0]):
+            return None  # the rest of a loop whose earlier pass failed
+        self._broken_plan = None
+        if any(site.module.to_q is not site.to_q for site in self._reader.sites):
+            raise ValueError("layers of the denoiser were replaced inside the `with`, as a LoRA does: load it before")
+        text = batch.encoding.positive if batch.conditional is None else told.text[batch.conditional]
+        expected = getattr(self._pipe, "num_timesteps", None) if self._in_pipeline else len(plan)
+        return Call(
+            by_pipeline=self._in_pipeline,
+            batch=batch,
+            embeddings=text.detach().clone(),
+            latent=tuple(told.sample.shape[-2:]),
+            plan=plan,
+            expected=expected,
+            text=told.text,
+            rows=len(told.sample),
+            latest=batch,
+            texts=batch.encoding.texts if batch.encoding else self._embed_texts({}),
+        )
+
+    def _follow(self, call: Call, told: Pass, rows: slice | None) -> None:
+        """Look whether a loop of one's own follows the scheduler, and whether its texts can be told apart."""
+        done, before = len(call.timesteps), call.previous
+        if rows is not None and call.expected is not None:
+            follows = done < len(call.plan) and _level(told.timestep) == _level(call.plan[done])
+            call.expected = call.expected if follows else None
+        if before is not None and rows is not None and call.batch.encoding is None:
+            if torch.equal(before.sample, told.sample) and not torch.equal(before.text, told.text):
+                raise ValueError(
+                    "the same latents were denoised under two texts, and nothing tells which is the negative one: "
+                    "embed both inside the `with`, by one pipe.encode_prompt(..., do_classifier_free_guidance=True)"
+                )
+        call.previous = told
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _after_queries(self, site: Site, output: torch.Tensor) -> None:
+        call, under_way = self._call, self._pass
+        if call is None or under_way is None:
+            return  # a cross-attention called by itself, outside the denoiser
+        told, rows = under_way
+        if len(output) != len(told.sample):
+            raise ValueError(
+                f"{site.name} made queries for a batch of {len(output)}, the denoiser was called with "
+                f"{len(told.sample)} latents: its positions are not those of one image"
+            )
+        if rows is None:
+            return
+        queries = output.detach()[rows]
+        if site.name not in call.collectors:
+            call.keys[site.name] = self._key_weight(site, output)
+            call.collectors[site.name] = self._collector(call, site, queries)
+        call.collectors[site.name].add(queries)
+
+    def _key_weight(self, site: Site, like: torch.Tensor) -> torch.Tensor:
+        """W_k as it acts now; the tensor that is kept already, if it is the same."""
+        weight, known = site.key_weight(like).to(self._keep.device or like.device), self._keys.get(site.name)
+        if known is None or known.shape != weight.shape or not torch.equal(known, weight):
+            self._keys[site.name] = weight
+        return self._keys[site.name]
+
+    def _collector(self, call: Call, site: Site, queries: torch.Tensor) -> Collector:
+        device = self._keep.device
+        if self._keep.store == "queries":
+            return Queries(min(call.expected or 4, 128), device)
+        if self._keep.store == "linear":
+            return QuerySum(device)
+        layer = self._layer(call, site, queries.shape[1])
+        texts = {text: embeddings.values for text, embeddings in call.texts.items()}
+        keys = [
+            {
+                text: layer.keys(values.to(layer.key_weight.device, torch.float32)).to(queries.device)
+                for text, values in {None: own, **texts}.items()
+            }
+            for own in call.embeddings
+        ]
+        return OnlineMaps(keys, layer.grid, device)
+
+    def _after_pass(self) -> None:
+        call, under_way, self._pass = self._call, self._pass, None
+        if call is None or under_way is None or under_way[1] is None:
+            return
+        told, _ = under_way
+        call.timesteps.append(told.timestep)
+        if len(call.timesteps) == 1:
+            self._check_first_pass(call)
+        if len(call.timesteps) == call.expected:
+            self._finish()
+
+    def _check_first_pass(self, call: Call) -> None:
+        missing = [site.name for site in self._reader.sites if site.name not in call.collectors]
+        if missing:
+            self.abandon()
+            raise ValueError(f"these layers made no queries through `to_q`, their processors skip it: {missing}")
+        self.trace.bytes_needed = sum(collector.nbytes for collector in call.collectors.values())
+        if self._keep.store == "queries":
+            log.info("queries of %d images: %.1f MiB", len(call.embeddings), self.trace.bytes_needed / 2**20)
+
+    # -- records -------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _finish(self) -> None:
+        """Turn the call into records."""
+        call, self._call, self._pass = self._call, None, None
+        if call is None or not call.timesteps:
+            return
+        timesteps = [round(_level(timestep)) for timestep in call.timesteps]
+        options = dict(call.batch.encoding.options) if call.batch.encoding else {}
+        device = self._keep.device or call.embeddings.device
+        texts = {text: embeddings.to(device) for text, embeddings in call.texts.items()}
+        for image, (prompt, values) in enumerate(zip(call.batch.prompts, call.embeddings.to(device), strict=True)):
+            layers = []
+            for site in self._reader.sites:
+                kept = call.collectors[site.name].kept(image)
+                positions = next(iter(kept.values())).shape[-2]
+                layers.append(self._layer(call, site, positions, **kept))
+            record = AttentionRecord(
+                prompt=prompt,
+                prompt_embeddings=self._reader.name_tokens(prompt, values),
+                timesteps=timesteps,
+                layers=tuple(layers),
+                branch=self._branch,
+                texts=texts,
+                embedded_with=options,
+                pipe=self._pipe,
+            )
+            self.trace.records.append(record)
+        self.trace.bytes_needed = sum(collector.nbytes for collector in call.collectors.values())
+
+    def _layer(self, call: Call, site: Site, positions: int, **kept: Any) -> Layer:
+        grid = self._reader.grid(call.latent, positions)
+        return Layer(site.name, grid, site.heads, site.scale, call.keys[site.name], **kept)
+
+    def abandon(self) -> None:
+        """Drop the call under way."""
+        self.trace.unfinished += self._call is not None
+        self._call = self._pass = None
+        self._in_pipeline = False
+        self.trace.bytes_needed = 0
+
+    def _warn_of_unfinished(self) -> None:
+        """A loop of one's own is finished by what comes after it; a pipeline's call, or a failed pass, is not."""
+        if self._call is None:
+            self._pass = None
+        elif self._call.by_pipeline or self._pass is not None:
+            self.abandon()
+            warnings.warn("an earlier call inside this trace did not end: it left no record", stacklevel=2)
+        else:
+            self._finish()
+
+    def close(self) -> None:
+        """The end of the `with`."""
+        self._warn_of_unfinished()
+        self._encodings.clear()
+
+
+def _level(timestep: Any) -> float:
+    """The noise level of a pass, which all rows of a batch share."""
+    return float(timestep.flatten()[0] if isinstance(timestep, torch.Tensor) else timestep)
+
+
+def _of_others(prompts: Sequence[str | None], call: Sequence[str | None]) -> bool:
+    """Whether a loop of one's own goes on with other images."""
+    return len(prompts) != len(call) or (None not in (*prompts, *call) and tuple(prompts) != tuple(call))
+
+
+@contextmanager
+def _watch(pipe, method: str, after: Callable[[dict, Any], None]) -> Iterator[None]:
+    """Call `after` with the arguments and the result of every `pipe.method(...)`, on this instance alone."""
+    original = getattr(pipe, method, None)
+    if original is None:
+        yield
+        return
+    signature, shadowed = inspect.signature(original), vars(pipe).get(method)
+
+    def watched(*args, **kwargs):
+        result = original(*args, **kwargs)
+        after(signature.bind(*args, **kwargs).arguments, result)
+        return result
+
+    watched.__signature__ = signature  # for a trace inside this one
+    vars(pipe)[method] = watched
+    try:
+        yield
+    finally:
+        vars(pipe).pop(method, None)
+        if shadowed is not None:
+            vars(pipe)[method] = shadowed

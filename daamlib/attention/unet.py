@@ -1,0 +1,191 @@
+"""The reader of U-Nets: which of their attentions can be read, and what a call of the denoiser means.
+
+A reader is the one place that knows a model family (Stable Diffusion 1.x, 2.x and XL here). It offers
+
+- `denoiser`: the module whose calls are the denoising passes;
+- `sites`: its attentions that can be read;
+- `read`: the latents, the noise level and the text of one pass;
+- `grid`: the (h, w) of a site's positions;
+- `encode` and `name_tokens`: a text as this family embeds it;
+- `denoise`: one pass on latents of our own.
+"""
+
+import functools
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..pipeline import unet_of
+from .fingerprint import Fingerprint
+from .text import TokenEmbeddings, embed_prompt, encode, name_tokens
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One attention that can be read.
+
+    Attributes:
+        name: its module path in the denoiser.
+        module: the attention, whose `to_k` makes keys of text embeddings.
+        to_q: the module whose output the queries are, (batch, h*w, heads * d_head).
+        heads: number of heads.
+        scale: d_head ** -0.5.
+        d_text: the width of the text embeddings.
+    """
+
+    name: str
+    module: torch.nn.Module
+    to_q: torch.nn.Module
+    heads: int
+    scale: float
+    d_text: int
+
+    def key_weight(self, like: torch.Tensor) -> torch.Tensor:
+        """(heads * d_head, d_text): W_k as it acts now, in the type of `like` and where it lies.
+
+        Asked of the layer itself, so that a LoRA, its scale and off-loading count.
+        """
+        return self.module.to_k(torch.eye(self.d_text, dtype=like.dtype, device=like.device)).T.contiguous()
+
+
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """What one call of the denoiser says: sample (batch, channel, h, w), timestep, text (batch, token, d_text)."""
+
+    sample: torch.Tensor
+    timestep: Any
+    text: torch.Tensor
+
+
+class UNetReader:
+    """Reads the cross-attention (`attn2`) of a diffusers pipeline's U-Net.
+
+    Args:
+        pipe: the pipeline.
+        middle: whether the middle block takes part, which DAAM leaves out.
+
+    Raises:
+        TypeError: the pipeline has no U-Net.
+        ValueError: its U-Net has no cross-attention that DAAM can read.
+    """
+
+    def __init__(self, pipe, *, middle: bool = False):
+        self.pipe = pipe
+        self.denoiser = unet_of(pipe)
+        self.sites = tuple(_sites(self.denoiser, middle=middle))
+        self._signature = inspect.signature(self.denoiser.forward)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether any of the U-Net is, by `torch.compile(unet)` or, in place, by a module's own `compile()`."""
+        parts = self.pipe.unet.modules()
+        return any(hasattr(part, "_orig_mod") or part._compiled_call_impl is not None for part in parts)
+
+    def read(self, args: tuple, kwargs: Mapping[str, Any]) -> Pass:
+        """The latents, noise level and text that the U-Net is called with. ValueError if they are not of images."""
+        arguments = self._signature.bind_partial(*args, **kwargs).arguments
+        sample, text = arguments["sample"], arguments["encoder_hidden_states"]
+        text = text[0] if isinstance(text, tuple) else text  # an IP-Adapter gives image embeddings beside the text
+        if sample.ndim != 4 or len(text) != len(sample):
+            raise ValueError(
+                f"the U-Net was called with latents of shape {tuple(sample.shape)} and a text of shape "
+                f"{tuple(text.shape)}: expected (batch, channel, height, width) and (batch, token, width); videos "
+                "cannot be traced"
+            )
+        return Pass(sample, arguments["timestep"], text)
+
+    @staticmethod
+    def grid(latent: tuple[int, int], positions: int) -> tuple[int, int]:
+        """(h, w) of a site with `positions` = h * w: the latent's, halved (rounding up) as often as it takes."""
+        h, w = latent
+        while h * w > positions and h * w > 1:
+            h, w = (h + 1) // 2, (w + 1) // 2
+        if h * w != positions:
+            raise ValueError(f"{positions} positions are no halving of the {latent[0]} x {latent[1]} latent")
+        return h, w
+
+    def encode(self, text: str, *, padding: bool = False, options: Mapping[str, Any] | None = None) -> TokenEmbeddings:
+        """Embed any text, see `daamlib.attention.text.encode`."""
+        return encode(self.pipe, text, padding=padding, options=options)
+
+    def embed(self, prompt: str, options: Mapping[str, Any]) -> torch.Tensor:
+        """(context, d_text) of a prompt, by `encode_prompt` with these options."""
+        return embed_prompt(self.pipe, prompt, options)[0][0]
+
+    def text_state(self) -> tuple:
+        """Something that changes when the text encoders' weights do, or a LoRA is loaded into them."""
+        encoders = [getattr(self.pipe, name, None) for name in ("text_encoder", "text_encoder_2")]
+        weights = [weight for encoder in encoders if encoder is not None for weight in encoder.parameters()]
+        return tuple((id(weight), 0 if weight.is_inference() else weight._version) for weight in weights)
+
+    def name_tokens(self, prompt: str | None, values: torch.Tensor) -> TokenEmbeddings:
+        """The (context, d_text) embeddings of a prompt with its tokens and words."""
+        return name_tokens(self.pipe, prompt, values)
+
+    def denoise(
+        self, prompt: str, timesteps: Sequence[int], noisy: Sequence[torch.Tensor], size: tuple[int, int]
+    ) -> None:
+        """One pass of the U-Net for each timestep and its (1, channel, h, w) noisy latents, conditioned on `prompt`.
+
+        size: (height, width) of the image in pixels, which SDXL's U-Net is told.
+        """
+        encoded = embed_prompt(self.pipe, prompt)
+        dtype, conditions = self.denoiser.dtype, None
+        if getattr(self.denoiser.config, "addition_embed_type", None) == "text_time":  # SDXL
+            pooled = encoded[2].to(dtype)
+            sizes = torch.tensor([[*size, 0, 0, *size]], dtype=dtype, device=pooled.device)
+            conditions = {"text_embeds": pooled, "time_ids": sizes}
+        for timestep, latents in zip(timesteps, noisy, strict=True):
+            self.denoiser(
+                latents.to(dtype),
+                torch.tensor(timestep, device=latents.device),
+                encoder_hidden_states=encoded[0].to(dtype),
+                added_cond_kwargs=conditions,
+            )
+
+    def fingerprint(self) -> Fingerprint:
+        """What tells the model from others as it is now, with the LoRA it holds."""
+
+        def project(to_k: torch.nn.Module, embeddings: torch.Tensor) -> torch.Tensor:
+            device = next(to_k.parameters()).device
+            # off-loaded layer by layer, weights are on `meta` and come to where the pipeline computes
+            device = self.pipe._execution_device if device.type == "meta" else device
+            return to_k(embeddings.to(device, self.denoiser.dtype))
+
+        keys = {site.name: functools.partial(project, site.module.to_k) for site in self.sites}
+        return Fingerprint.of_keys(keys, self.sites[0].d_text)
+
+
+def _sites(unet: torch.nn.Module, *, middle: bool) -> Iterator[Site]:
+    found = {
+        name.replace("_orig_mod.", ""): module  # of a block that is compiled by itself
+        for name, module in unet.named_modules()
+        if name.endswith("attn2")
+        and getattr(module, "is_cross_attention", False)
+        and (middle or not name.startswith("mid_block"))
+    }
+    if not found:
+        raise ValueError(
+            f"the {type(unet).__name__} of this pipeline has no cross-attention (`attn2`) in its down and up blocks: "
+            "only text-conditional U-Nets with CrossAttn blocks can be traced"
+        )
+    for name, module in found.items():
+        odd = [part for part in ("norm_q", "norm_k", "norm_cross") if getattr(module, part, None)]
+        if odd or getattr(module.to_k, "bias", None) is not None:
+            raise ValueError(f"{name} normalises or shifts its keys ({odd or 'bias'}): its maps are not DAAM's")
+        if hasattr(module.processor, "to_k_custom_diffusion"):
+            raise ValueError(f"the processor of {name} has keys of its own (Custom Diffusion): its maps are not DAAM's")
+        yield Site(name, module, module.to_q, module.heads, float(module.scale), module.cross_attention_dim)
+
+
+def reader_of(pipe, *, middle: bool = False) -> UNetReader:
+    """The reader of a pipeline's model family. TypeError or ValueError for a pipeline that cannot be read."""
+    return UNetReader(pipe, middle=middle)
+
+
+def fingerprint_of(pipe, *, middle: bool = False) -> Fingerprint:
+    """The fingerprint of a pipeline as it is now. TypeError or ValueError for a pipeline that cannot be read."""
+    return reader_of(pipe, middle=middle).fingerprint()

@@ -1,0 +1,412 @@
+"""What a call is, in every situation that people generate in: one table, situations x pipelines.
+
+Of each situation the table says which records a trace must hold; the maps are compared with the explicit probabilities
+of the running model.
+"""
+
+import contextlib
+import types
+
+import numpy as np
+import pytest
+import torch
+from conftest import BLOCKS
+from diffusers import (
+    ControlNetModel,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    UNetMotionModel,
+)
+from helpers import assert_close, capture, generate, naive_maps
+from peft import LoraConfig
+
+import daamlib
+from daamlib import AttentionRecord
+
+GRIDS = [(16, 24), (8, 12)]
+GUIDED, UNGUIDED = {"guidance_scale": 5.0}, {"guidance_scale": 1.0}
+
+
+def latents(images=1, seed=0):
+    return torch.randn(images, 4, 16, 24, generator=torch.Generator().manual_seed(seed))
+
+
+def conditions(pipe, images):
+    """What SDXL's U-Net wants besides the text."""
+    if not hasattr(pipe, "tokenizer_2"):
+        return None
+    return {"text_embeds": torch.zeros(images, 16), "time_ids": torch.zeros(images, 6)}
+
+
+def denoise(pipe, text, sample, *, negative=None, apart=False, steps=2):
+    """A denoising loop by hand; with `negative` under guidance: both halves in one pass, or `apart`, a pass each."""
+
+    def predict(sample, t, text):
+        with torch.no_grad():
+            extra = conditions(pipe, len(sample))
+            return pipe.unet(sample, t, encoder_hidden_states=text, added_cond_kwargs=extra).sample
+
+    pipe.scheduler.set_timesteps(steps)
+    for t in pipe.scheduler.timesteps:
+        if negative is None:
+            noise = predict(sample, t, text)
+        else:
+            if apart:
+                one, other = predict(sample, t, negative), predict(sample, t, text)
+            else:
+                one, other = predict(torch.cat([sample] * 2), t, torch.cat([negative, text])).chunk(2)
+            noise = one + 5 * (other - one)
+        sample = pipe.scheduler.step(noise, t, sample).prev_sample
+
+
+def own_loop(pipe, prompt="a car", images=1, *, guided=True, **options):
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    text, negative, *_ = pipe.encode_prompt(
+        prompts, device="cpu", num_images_per_prompt=images, do_classifier_free_guidance=guided
+    )
+    denoise(pipe, text, latents(len(text)), negative=negative if guided else None, **options)
+
+
+def after_a_pipeline_call(pipe):
+    generate(pipe, "a tree", **GUIDED)
+    own_loop(pipe)
+
+
+def after_an_aborted_call(pipe):
+    def stop(*_):
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        generate(pipe, "a tree", callback_on_step_end=stop, num_inference_steps=4)
+    own_loop(pipe)
+
+
+def a_real_image_after_a_guided_call(pipe):
+    generate(pipe, "a tree", **GUIDED)
+    image = np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8)
+    daamlib.trace_image(pipe, image, prompt="a car", timesteps=(20, 300, 500))
+
+
+def a_text_read_in_a_callback(pipe):
+    with daamlib.trace(pipe) as earlier:
+        generate(pipe, "a tree")
+
+    def read(pipe, number, timestep, tensors):
+        earlier[0].daam("a bicycle")
+        return {}
+
+    generate(pipe, ["a car", "a tree"], callback_on_step_end=read)
+
+
+def another_prompt_in_a_callback(pipe):
+    """As people who mix prompts do; the record keeps the text of the first pass."""
+
+    def swap(pipe, number, timestep, tensors):
+        return {"prompt_embeds": tensors["prompt_embeds"].flip(0)}
+
+    generate(pipe, "a car", callback_on_step_end=swap, callback_on_step_end_tensor_inputs=["prompt_embeds"])
+
+
+def apart_encodings(pipe):
+    """Both texts by calls of their own, side by side in one pass."""
+    text, negative = (pipe.encode_prompt(prompt, "cpu", 1, False)[0] for prompt in ("a car", ""))
+    denoise(pipe, text, latents(), negative=negative)
+
+
+BATCH = [("a car", 2), ("a car", 2), ("a tree", 2), ("a tree", 2)]
+# situation -> (what is done, the (prompt, passes) of every record)
+ANY_PIPELINE = {
+    "one image": (lambda pipe: generate(pipe, "a car"), [("a car", 2)]),
+    "no guidance": (lambda pipe: generate(pipe, "a car", **UNGUIDED), [("a car", 2)]),
+    "a batch": (lambda pipe: generate(pipe, ["a car", "a tree"]), [("a car", 2), ("a tree", 2)]),
+    "several images of a prompt": (lambda pipe: generate(pipe, "a car", num_images_per_prompt=2), [("a car", 2)] * 2),
+    "an empty prompt": (lambda pipe: generate(pipe, ""), [("", 2)]),
+    "a negative prompt": (lambda pipe: generate(pipe, "a car", negative_prompt="a tree"), [("a car", 2)]),
+    "own loop": (own_loop, [("a car", 2)]),
+    "own loop, no guidance": (lambda pipe: own_loop(pipe, guided=False), [("a car", 2)]),
+    "own loop, halves apart": (lambda pipe: own_loop(pipe, apart=True), [("a car", 2)]),
+    "own loop, a batch": (lambda pipe: own_loop(pipe, ["a car", "a tree"], images=2), BATCH),
+    "own loop, empty prompt": (lambda pipe: own_loop(pipe, ""), [("", 2)]),
+    "own loops": (lambda pipe: (own_loop(pipe), own_loop(pipe, steps=3)), [("a car", 2), ("a car", 3)]),
+    "own loop after a call": (after_a_pipeline_call, [("a tree", 2), ("a car", 2)]),
+    "a real image": (a_real_image_after_a_guided_call, [("a tree", 2), ("a car", 3)]),
+    "a text read in a callback": (a_text_read_in_a_callback, [("a tree", 2), ("a car", 2), ("a tree", 2)]),
+    "another prompt in a callback": (another_prompt_in_a_callback, [("a car", 2)]),
+}  # fmt: skip
+
+
+def of_passes(captures, passes):
+    """What was captured in some passes of the U-Net."""
+    return {name: types.SimpleNamespace(probabilities=each.probabilities[passes]) for name, each in captures.items()}
+
+
+def expected_of(trace):
+    return [(record.prompt, len(record.timesteps)) for record in trace]
+
+
+@pytest.mark.parametrize("store", ["queries", "linear", "maps"])
+@pytest.mark.parametrize("situation", ANY_PIPELINE)
+def test_any_pipeline(pipe, situation, store):
+    act, expected = ANY_PIPELINE[situation]
+    with daamlib.trace(pipe, store=store) as trace:
+        act(pipe)
+    assert expected_of(trace) == expected
+    assert all(record.branch == "conditional" for record in trace)
+
+
+@pytest.mark.parametrize("situation", ["own loop", "own loop, halves apart", "own loop, a batch"])
+def test_the_conditional_half_of_own_loops(sd1_pipe, situation):
+    """The maps are those of the rows whose text is the prompt's."""
+    with daamlib.trace(sd1_pipe) as trace, daamlib.trace(sd1_pipe, branch="unconditional") as other:
+        with capture(sd1_pipe.unet) as captures:
+            ANY_PIPELINE[situation][0](sd1_pipe)
+    apart = situation.endswith("apart")
+    for number, (record, negative) in enumerate(zip(trace, other, strict=True)):
+        row, passes = (number, slice(1, None, 2)) if apart else (number + len(trace), slice(None))
+        expected = naive_maps(of_passes(captures, passes), GRIDS, image=row)
+        assert_close(record.daam().values, expected[: len(record.daam())])
+        assert negative.prompt_embeddings.tokens == record.prompt_embeddings.tokens
+        assert not torch.equal(negative.layers[-1].queries, record.layers[-1].queries)
+
+
+def test_both_texts_embedded_apart_in_one_pass(sd1_pipe):
+    with daamlib.trace(sd1_pipe) as trace, capture(sd1_pipe.unet) as captures:
+        apart_encodings(sd1_pipe)
+    assert expected_of(trace) == [("a car", 2)]
+    assert_close(trace[0].daam().values, naive_maps(captures, GRIDS, image=1)[:4])
+
+
+def test_texts_that_nothing_tells_apart(sd1_pipe):
+    """Embedded before the trace, denoised apart: which of them is the prompt?"""
+    text, negative = (sd1_pipe.encode_prompt(prompt, "cpu", 1, False)[0] for prompt in ("a car", ""))
+    with daamlib.trace(sd1_pipe) as trace, pytest.raises(ValueError, match="two texts"):
+        denoise(sd1_pipe, text, latents(), apart=True, negative=negative)
+    assert len(trace) == 0
+
+
+def test_texts_embedded_before_the_trace(sd1_pipe):
+    text, negative = (sd1_pipe.encode_prompt(prompt, "cpu", 1, False)[0] for prompt in ("a car", ""))
+    with daamlib.trace(sd1_pipe) as trace, capture(sd1_pipe.unet) as captures:
+        denoise(sd1_pipe, text, latents(), negative=negative)
+    assert expected_of(trace) == [(None, 2)]
+    assert_close(trace[0].daam().values, naive_maps(captures, GRIDS, image=1))
+
+
+def test_an_own_loop_that_ignores_the_scheduler(sd1_pipe):
+    """Its end is the end of the `with`, or where the noise levels begin again."""
+    sd1_pipe.scheduler.set_timesteps(7)
+    with daamlib.trace(sd1_pipe) as trace:
+        text = sd1_pipe.encode_prompt("a car", "cpu", 1, False)[0]
+        for t in (800, 500, 100, 700, 300):
+            with torch.no_grad():
+                sd1_pipe.unet(latents(seed=t), t, encoder_hidden_states=text)
+    assert [record.timesteps for record in trace] == [[800, 500, 100], [700, 300]]
+    assert all(len(layer.queries) == 3 for layer in trace[0].layers)
+
+
+def test_an_aborted_call_is_told_of(sd1_pipe):
+    with daamlib.trace(sd1_pipe) as trace, pytest.warns(UserWarning, match="did not end"):
+        after_an_aborted_call(sd1_pipe)
+    assert expected_of(trace) == [("a car", 2)]
+    with pytest.raises(IndexError, match="1 calls did not end"):
+        trace[1]
+
+
+def test_a_with_that_ends_on_an_unfinished_call(sd1_pipe):
+    def stop(*_):
+        raise RuntimeError("stop")
+
+    with pytest.warns(UserWarning, match="did not end"), daamlib.trace(sd1_pipe) as trace:
+        with contextlib.suppress(RuntimeError):
+            generate(sd1_pipe, callback_on_step_end=stop)
+    with pytest.raises(IndexError, match="1 calls did not end"):
+        trace[0]
+
+
+# -- other pipelines on the same U-Net --------------------------------------------------------------------------------
+
+IMAGE = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+MASK = torch.zeros(1, 1, 32, 48).index_fill(3, torch.arange(24), 1.0)
+
+
+def of_components(kind, pipe, **more):
+    other = kind(**pipe.components, **more, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    return other
+
+
+def controlnet(pipe):
+    net = ControlNetModel(
+        **{name: value for name, value in BLOCKS.items() if name != "up_block_types"},
+        cross_attention_dim=24,
+        attention_head_dim=4,
+        conditioning_embedding_out_channels=(4, 8),
+    )
+    return of_components(StableDiffusionControlNetPipeline, pipe, controlnet=net.eval())
+
+
+OTHERS = {
+    "img2img": (lambda pipe: of_components(StableDiffusionImg2ImgPipeline, pipe), {"image": IMAGE, "strength": 0.5}, 2),
+    "inpaint": (
+        lambda pipe: of_components(StableDiffusionInpaintPipeline, pipe),
+        {"image": IMAGE, "mask_image": MASK, "strength": 0.5, "height": 32, "width": 48},
+        2,
+    ),
+    "ControlNet": (controlnet, {"image": IMAGE}, 4),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_pipelines_of_the_same_parts(sd1_pipe, name):
+    make, options, passes = OTHERS[name]
+    other = make(sd1_pipe)
+    with daamlib.trace(other) as trace, capture(other.unet) as captures:
+        generate(other, "a car", num_inference_steps=4, **options)
+    assert expected_of(trace) == [("a car", passes)]
+    first = of_passes(captures, slice(passes))
+    assert_close(trace[0].daam().values, naive_maps(first, GRIDS, image=1)[:4])
+
+
+def test_another_pipeline_on_the_traced_unet(sd1_pipe):
+    """The trace is that of one pipeline; of another one on its U-Net it knows the passes, not the prompt."""
+    other = of_components(StableDiffusionImg2ImgPipeline, sd1_pipe)
+    with daamlib.trace(sd1_pipe) as trace, capture(sd1_pipe.unet) as captures:
+        for _ in range(2):
+            generate(other, "a car", image=IMAGE, strength=0.5, num_inference_steps=4)
+        generate(sd1_pipe, "a tree")
+    assert expected_of(trace) == [(None, 2), (None, 2), ("a tree", 2)]
+    first = of_passes(captures, slice(2))
+    assert_close(trace[0].daam().values, naive_maps(first, GRIDS, image=1))
+    assert_close(trace[0].daam("a car").values, trace[0].daam().values[:4])
+
+
+def test_videos_are_refused():
+    unet = UNetMotionModel(
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=24,
+        num_attention_heads=2,
+        motion_num_attention_heads=2,
+        down_block_types=("CrossAttnDownBlockMotion", "CrossAttnDownBlockMotion"),
+        up_block_types=("CrossAttnUpBlockMotion", "CrossAttnUpBlockMotion"),
+    )
+    pipe = types.SimpleNamespace(unet=unet, scheduler=types.SimpleNamespace(timesteps=torch.arange(3)))
+    with daamlib.trace(pipe) as trace, pytest.raises(ValueError, match="videos"), torch.no_grad():
+        unet(torch.zeros(1, 4, 3, 16, 16), 1, encoder_hidden_states=torch.zeros(1, 77, 24))
+    assert len(trace) == 0
+
+
+def test_keys_of_a_processors_own_are_refused(fresh):
+    pipe = fresh("sd1")
+    attention = pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2
+    attention.processor.to_k_custom_diffusion = torch.nn.Linear(24, 8)
+    with pytest.raises(ValueError, match="Custom Diffusion"), daamlib.trace(pipe):
+        pass
+
+
+# -- how a text is embedded later -------------------------------------------------------------------------------------
+
+
+def test_a_later_text_is_embedded_as_the_prompt_was(sd1_pipe, tmp_path):
+    with daamlib.trace(sd1_pipe) as trace:
+        try:
+            generate(sd1_pipe, "a car and a tree", clip_skip=1)
+        except (AttributeError, TypeError) as error:
+            pytest.skip(f"this diffusers cannot skip CLIP's layers with this transformers: {error}")
+    record = trace[0]
+    assert record.embedded_with == {"clip_skip": 1}
+    skipped, plain = record.encode("a car and a tree"), sd1_pipe.encode_prompt("a car and a tree", "cpu", 1, False)[0]
+    assert_close(skipped.values, record.prompt_embeddings.values[: len(skipped.values)])
+    assert (skipped.values - plain[0, : len(skipped.values)]).norm() > 0.01 * plain.norm()
+    record.save(tmp_path / "a.safetensors")
+    assert AttentionRecord.load(tmp_path / "a.safetensors", pipe=sd1_pipe).embedded_with == {"clip_skip": 1}
+
+
+def test_the_prompts_own_words_are_the_prompt(sdxl_pipe):
+    with daamlib.trace(sdxl_pipe) as trace:
+        generate(sdxl_pipe, "a car", prompt_2="a tree")
+    record = trace[0]
+    assert torch.equal(record.daam("a car").values, record.daam().values)
+    assert record.embedded_with == {"prompt_2": "a tree"}
+    assert record.daam("a bicycle")["bicycle"].max() > 0
+
+
+def test_a_text_encoder_that_is_not_as_it_was(fresh, tmp_path):
+    pipe = fresh("sd1")
+    torch.manual_seed(0)
+    pipe.text_encoder.add_adapter(
+        LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    )
+    with daamlib.trace(pipe) as trace:
+        generate(pipe, "a car")
+    before = trace[0].daam("a tree").values
+    trace[0].save(tmp_path / "a.safetensors")
+    pipe.text_encoder.delete_adapter("default") if hasattr(
+        pipe.text_encoder, "delete_adapter"
+    ) else pipe.unload_lora_weights()
+    with pytest.raises(ValueError, match="LoRA"):
+        trace[0].daam("a tree")
+    with pytest.raises(ValueError, match="LoRA"):
+        AttentionRecord.load(tmp_path / "a.safetensors", pipe=pipe).ldaam("a tree")
+    assert trace[0].daam().values.shape[0] == 4  # the prompt's own map needs no encoder
+    assert before.max() > 0
+
+
+# -- what is kept -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("guidance", [GUIDED, UNGUIDED], ids=["guided", "unguided"])
+def test_maps_kept_online_are_those_read_afterwards(pipe, guidance, tmp_path):
+    texts = ["a tree", "a bicycle, a car"]
+    with daamlib.trace(pipe) as later, daamlib.trace(pipe, store="maps", texts=texts) as online:
+        generate(pipe, ["a car", "a car and a tree"], **guidance)
+    for expected, record in zip(later, online, strict=True):
+        assert all(layer.queries is None for layer in record.layers)
+        for text in (None, record.prompt, *texts):
+            assert_close(record.daam(text).values, expected.daam(text).values)
+            assert record.daam(text).words == expected.daam(text).words
+        assert_close(record.ldaam("a dog").values, expected.ldaam("a dog").values)
+        with pytest.raises(ValueError, match="texts="):
+            record.daam("a dog")
+        with pytest.raises(ValueError, match="padding"):
+            record.daam(padding=False)
+        record.save(tmp_path / "a.safetensors")
+        back = AttentionRecord.load(tmp_path / "a.safetensors")  # which needs no pipeline
+        assert torch.equal(back.daam("a tree")["tree"].cpu(), record.daam("a tree")["tree"].cpu())
+
+
+def test_maps_kept_online_take_the_same_bytes_at_any_number_of_steps(sd1_pipe):
+    with daamlib.trace(sd1_pipe, store="maps", texts=["a tree"]) as trace:
+        generate(sd1_pipe, num_inference_steps=2)
+        generate(sd1_pipe, num_inference_steps=9)
+    assert trace[0].nbytes == trace[1].nbytes
+
+
+@pytest.mark.parametrize("options", [{"texts": ["a tree"]}, {"store": "maps", "texts": "a tree"}])
+def test_texts_need_maps(sd1_pipe, options):
+    with pytest.raises(ValueError, match="texts"), daamlib.trace(sd1_pipe, **options):
+        pass
+
+
+@pytest.mark.parametrize("store", ["queries", "linear", "maps"])
+def test_what_is_kept_lies_on_the_store_device(sd1_pipe, store):
+    with daamlib.trace(sd1_pipe, store=store, store_device="cpu") as trace, daamlib.trace(sd1_pipe) as plain:
+        generate(sd1_pipe, ["a car", "a tree"])
+    for record, expected in zip(trace, plain, strict=True):
+        assert record.device.type == "cpu"
+        kept = [layer.queries if store == "queries" else layer.query_sum for layer in record.layers]
+        assert {tensor.device.type for tensor in kept} == {"cpu"}
+        assert_close(record.ldaam("a bicycle").values, expected.ldaam("a bicycle").values.cpu())
+    assert trace[0].layers[0].key_weight is trace[1].layers[0].key_weight
+
+
+@pytest.mark.parametrize("number", [1, np.int64(1), torch.tensor(1)])
+def test_maps_are_found_by_any_whole_number(sd1_pipe, number):
+    with daamlib.trace(sd1_pipe) as trace:
+        generate(sd1_pipe, "a car")
+    maps = trace[0].daam()
+    assert torch.equal(maps[number], maps.values[1])
+    with pytest.raises(TypeError, match="float"):
+        maps[1.5]
