@@ -39,18 +39,16 @@ class Queries:
 
     def add(self, queries: torch.Tensor) -> None:
         """Take one pass: (image, h*w, heads * d_head)."""
-        buffer = self._buffer
-        if buffer is None or self._done == buffer.shape[1]:
-            room = self._passes if buffer is None else 2 * buffer.shape[1]
-            grown = queries.new_empty((len(queries), room, *queries.shape[1:]), device=self._device)
-            if buffer is not None:
-                grown[:, : self._done] = buffer
-            self._buffer = buffer = grown
-        buffer[:, self._done] = queries
+        if self._buffer is None:
+            self._buffer = queries.new_empty((len(queries), self._passes, *queries.shape[1:]), device=self._device)
+        if self._done == self._buffer.shape[1]:
+            self._buffer = torch.cat([self._buffer, torch.empty_like(self._buffer)], dim=1)
+        self._buffer[:, self._done] = queries
         self._done += 1
 
     def kept(self, image: int) -> dict[str, Any]:
         """(step, h*w, heads * d_head)."""
+        assert self._buffer is not None  # there was a pass
         if self._done < self._buffer.shape[1]:  # the room of steps that did not come
             self._buffer = self._buffer[:, : self._done].clone()
         return {"queries": self._buffer[image]}
@@ -76,6 +74,7 @@ class QuerySum:
 
     def kept(self, image: int) -> dict[str, Any]:
         """(h*w, heads * d_head) float32."""
+        assert self._sum is not None  # there was a pass
         return {"query_sum": self._sum[image]}
 
     @property

@@ -8,6 +8,7 @@ text (thesis, slides "DAAM" and "Open-Vocabulary DAAM"; Tang et al. 2022, equati
 With the prompt's own keys this is DAAM, with those of any other text OV-DAAM (thesis: X').
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -31,11 +32,12 @@ def daam(
     Returns:
         (m, H, W) sums over steps, layers and heads, in the type of the embeddings.
     """
-    total: torch.Tensor | float = 0.0
+    maps = []
     for layer in layers:
+        assert layer.queries is not None
         summed = summed_probabilities(layer.queries, layer.keys(embeddings), max_bytes)
-        total = total + upsample(summed.unflatten(1, layer.grid), grid)
-    return total
+        maps.append(upsample(summed.unflatten(1, layer.grid), grid))
+    return functools.reduce(torch.add, maps)
 
 
 def summed_probabilities_plainly(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:

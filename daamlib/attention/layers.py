@@ -42,7 +42,10 @@ class Layer:
 
     def summed_queries(self) -> torch.Tensor:
         """(h*w, heads * d_head) float32: sum over the steps, accumulated in float32."""
-        return self.query_sum if self.queries is None else self.queries.sum(dim=0, dtype=torch.float32)
+        if self.queries is not None:
+            return self.queries.sum(dim=0, dtype=torch.float32)
+        assert self.query_sum is not None  # one of the two is kept
+        return self.query_sum
 
     @property
     def nbytes(self) -> int:
@@ -59,7 +62,7 @@ class Layer:
     def select(self, steps: Sequence[int] | None, heads: Sequence[int] | None) -> "Layer":
         """The layer with only some steps and heads (by number); kept maps, which are sums over both, are left out."""
         layer = self
-        if steps is not None:
+        if steps is not None and layer.queries is not None:
             layer = replace(layer, queries=layer.queries[list(steps)], maps={})
         if heads is not None:
             columns = torch.arange(len(layer.key_weight)).view(layer.heads, -1)[list(heads)].flatten()

@@ -11,7 +11,6 @@ While generating this costs one addition per layer and step, its memory does not
 map is one matrix product afterwards.
 """
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -45,9 +44,10 @@ class LinearMap:
 
 def collapse(layers: Sequence[Layer], grid: tuple[int, int]) -> LinearMap:
     """A of the module's derivation: layers of one grid are summed before they are up-sampled, once, to `grid`."""
-    by_grid: dict[tuple[int, int], torch.Tensor | float] = defaultdict(float)
+    by_grid: dict[tuple[int, int], torch.Tensor] = {}
     for layer in layers:
-        by_grid[layer.grid] = by_grid[layer.grid] + layer.summed_queries() @ (layer.key_weight.float() * layer.scale)
+        weight = layer.summed_queries() @ (layer.key_weight.float() * layer.scale)
+        by_grid[layer.grid] = by_grid[layer.grid] + weight if layer.grid in by_grid else weight
     # (h*w, d_text) -> (d_text, h, w) for the interpolation
     maps = [upsample(weight.T.unflatten(1, (h, w)), grid) for (h, w), weight in by_grid.items()]
     return LinearMap(torch.stack(maps).sum(dim=0).permute(1, 2, 0).contiguous())

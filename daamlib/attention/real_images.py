@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from diffusers.image_processor import VaeImageProcessor
@@ -13,7 +14,7 @@ from .unet import reader_of
 
 @torch.no_grad()
 def trace_image(
-    pipe, image, *, prompt: str = "", timesteps: Sequence[int] = (100, 300, 500), seed: int = 0
+    pipe: Any, image: Any, *, prompt: str = "", timesteps: Sequence[int] = (100, 300, 500), seed: int = 0
 ) -> AttentionRecord:
     """The record of a REAL image: encode it, add noise at each timestep, one pass of the denoiser each.
 
@@ -49,7 +50,7 @@ def trace_image(
         noise = torch.randn(latents.shape, generator=generator).to(device)
         noisy.append(alphas[step].sqrt() * latents + (1 - alphas[step]).sqrt() * noise)
     with trace(pipe) as tracer:
-        reader.denoise(prompt, steps, noisy, tuple(pixels.shape[-2:]))
+        reader.denoise(prompt, steps, noisy, (pixels.shape[-2], pixels.shape[-1]))
     pipe.maybe_free_model_hooks()  # as at the end of the pipeline's own call: off-loaded models go back
     (record,) = tracer
     return record

@@ -148,7 +148,7 @@ class AttentionRecord:
                 'store="queries"'
             )
         embeddings = self.prompt_embeddings if key is None else self.texts[key]
-        maps = sum(upsample(layer.maps[key], self.grid) for layer in self.layers)
+        maps = functools.reduce(torch.add, [upsample(layer.maps[key], self.grid) for layer in self.layers])
         return _without_padding(_named(maps, embeddings), embeddings)
 
     def ldaam(self, text: str | None = None) -> HeatMaps:
@@ -284,11 +284,11 @@ class AttentionRecord:
             }
             layers = []
             for number, fields in enumerate(header["layers"]):
-                found = {name: tensors.get(f"{number}.{name}") for name in TENSORS}
-                maps = {text: tensors.get(f"{number}.maps.{key}") for key, text in enumerate([None, *texts])}
-                maps = {text: kept for text, kept in maps.items() if kept is not None}
+                found: dict[str, Any] = {name: tensors.get(f"{number}.{name}") for name in TENSORS}
+                kept = [(text, f"{number}.maps.{key}") for key, text in enumerate([None, *texts])]
+                found["maps"] = {text: tensors[name] for text, name in kept if name in tensors}
                 grid, heads, scale = tuple(fields["grid"]), int(fields["heads"]), float(fields["scale"])
-                layers.append(Layer(fields["name"], grid, heads, scale, **found, maps=maps))
+                layers.append(Layer(fields["name"], grid, heads, scale, **found))
             record = cls(
                 prompt=header["prompt"],
                 prompt_embeddings=_named_embeddings(tensors["prompt_embeddings"], header["tokens"], header["words"]),
@@ -342,13 +342,15 @@ def _check(record: AttentionRecord) -> None:
         raise ValueError(f"it has {len(prompt.tokens)} tokens and embeddings of shape {tuple(prompt.values.shape)}")
     for layer in record.layers:
         kept = layer.query_sum if layer.queries is None else layer.queries
-        expected = (layer.grid[0] * layer.grid[1], len(layer.key_weight))
+        expected: tuple[int, ...] = (layer.grid[0] * layer.grid[1], len(layer.key_weight))
         if layer.queries is not None:
             expected = (len(record.timesteps), *expected)
         fits = layer.key_weight.ndim == 2 and layer.key_weight.shape[1] == d_text
         if not fits or layer.heads < 1 or len(layer.key_weight) % layer.heads:
-            got = tuple(layer.key_weight.shape)
-            raise ValueError(f"the keys of {layer.name} have shape {got}, not {layer.heads} heads of width {d_text}")
+            raise ValueError(
+                f"the keys of {layer.name} have shape {tuple(layer.key_weight.shape)}, not {layer.heads} heads of "
+                f"width {d_text}"
+            )
         if kept is None or tuple(kept.shape) != expected:
             got = None if kept is None else tuple(kept.shape)
             raise ValueError(f"the queries of {layer.name} have shape {got}, expected {expected}")

@@ -88,7 +88,7 @@ class Call:
 class Recorder:
     """The hooks of one `trace`, and the call that they are told of."""
 
-    def __init__(self, pipe, branch: Branch, keep: Keep, middle: bool):
+    def __init__(self, pipe: Any, branch: Branch, keep: Keep, middle: bool):
         self.trace = Trace()
         self._pipe, self._branch, self._keep = pipe, branch, keep
         self._reader = reader_of(pipe, middle=middle)
@@ -228,13 +228,14 @@ class Recorder:
         self._broken_plan = None
         if any(site.module.to_q is not site.to_q for site in self._reader.sites):
             raise ValueError("layers of the denoiser were replaced inside the `with`, as a LoRA does: load it before")
-        text = batch.encoding.positive if batch.conditional is None else told.text[batch.conditional]
+        known = batch.encoding if batch.conditional is None else None  # the negative text is denoised by itself
+        text = known.positive if known is not None else told.text[batch.conditional]
         expected = getattr(self._pipe, "num_timesteps", None) if self._in_pipeline else len(plan)
         return Call(
             by_pipeline=self._in_pipeline,
             batch=batch,
             embeddings=text.detach().clone(),
-            latent=tuple(told.sample.shape[-2:]),
+            latent=(told.sample.shape[-2], told.sample.shape[-1]),
             plan=plan,
             expected=expected,
             text=told.text,
@@ -291,15 +292,13 @@ class Recorder:
         if self._keep.store == "linear":
             return QuerySum(device)
         layer = self._layer(call, site, queries.shape[1])
-        texts = {text: embeddings.values for text, embeddings in call.texts.items()}
-        keys = [
-            {
-                text: layer.keys(values.to(layer.key_weight.device, torch.float32)).to(queries.device)
-                for text, values in {None: own, **texts}.items()
-            }
-            for own in call.embeddings
-        ]
-        return OnlineMaps(keys, layer.grid, device)
+
+        def keys(values: torch.Tensor) -> torch.Tensor:
+            return layer.keys(values.to(layer.key_weight.device, torch.float32)).to(queries.device)
+
+        known: dict[str | None, torch.Tensor] = {text: keys(each.values) for text, each in call.texts.items()}
+        by_image = [{None: keys(own), **known} for own in call.embeddings]
+        return OnlineMaps(by_image, layer.grid, device)
 
     def _after_pass(self) -> None:
         call, under_way, self._pass = self._call, self._pass, None
@@ -391,7 +390,7 @@ def _of_others(prompts: Sequence[str | None], call: Sequence[str | None]) -> boo
 
 
 @contextmanager
-def _watch(pipe, method: str, after: Callable[[dict, Any], None]) -> Iterator[None]:
+def _watch(pipe: Any, method: str, after: Callable[[dict, Any], None]) -> Iterator[None]:
     """Call `after` with the arguments and the result of every `pipe.method(...)`, on this instance alone."""
     original = getattr(pipe, method, None)
     if original is None:
@@ -404,7 +403,7 @@ def _watch(pipe, method: str, after: Callable[[dict, Any], None]) -> Iterator[No
         after(signature.bind(*args, **kwargs).arguments, result)
         return result
 
-    watched.__signature__ = signature  # for a trace inside this one
+    vars(watched)["__signature__"] = signature  # for a trace inside this one
     vars(pipe)[method] = watched
     try:
         yield

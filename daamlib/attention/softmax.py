@@ -35,7 +35,7 @@ def summed_probabilities(queries: torch.Tensor, keys: torch.Tensor, max_bytes: i
     steps = max(1, size // (row_bytes * positions))
     maps = []
     for start in range(0, positions, rows):
-        total: torch.Tensor | float = 0.0
+        total = keys.new_zeros(())
         for part in queries[:, start : start + rows].split(steps):
             if differentiable:
                 total = total + checkpoint(_attend, part, keys, use_reentrant=False)

@@ -97,7 +97,7 @@ def find_word(word: str, words: Sequence[Word], tokens: Sequence[str]) -> list[i
     return rows
 
 
-def _tokenizer_of(pipe) -> tuple:
+def _tokenizer_of(pipe: Any) -> tuple:
     """The tokenizer whose tokens are shown, and its context length: the first of SDXL's two, its refiner's only one."""
     second = pipe.tokenizer is None
     tokenizer = pipe.tokenizer_2 if second else pipe.tokenizer
@@ -106,19 +106,19 @@ def _tokenizer_of(pipe) -> tuple:
     return tokenizer, min(tokenizer.model_max_length, limit or tokenizer.model_max_length)
 
 
-def _converted(pipe, tokenizer, text: str) -> str:
+def _converted(pipe: Any, tokenizer, text: str) -> str:
     """With textual inversion, one name may stand for several vectors."""
     return pipe.maybe_convert_prompt(text, tokenizer) if hasattr(pipe, "maybe_convert_prompt") else text
 
 
-def prompt_tokens(pipe, prompt: str) -> tuple[tuple[str, ...], tuple[Word, ...]]:
+def prompt_tokens(pipe: Any, prompt: str) -> tuple[tuple[str, ...], tuple[Word, ...]]:
     """Tokens and words of a prompt as the pipeline reads it: cut at the context length, never padded."""
     tokenizer, context = _tokenizer_of(pipe)
     ids = tokenizer(_converted(pipe, tokenizer, prompt), truncation=True, max_length=context).input_ids
     return read_tokens(tokenizer, ids)
 
 
-def embed_prompt(pipe, prompt: str, options: Mapping[str, Any] = {}) -> tuple:
+def embed_prompt(pipe: Any, prompt: str, options: Mapping[str, Any] = {}) -> tuple:
     """What `pipe.encode_prompt` returns for one prompt without guidance; options: such as `clip_skip`."""
     device = pipe._execution_device
     return pipe.encode_prompt(
@@ -127,7 +127,7 @@ def embed_prompt(pipe, prompt: str, options: Mapping[str, Any] = {}) -> tuple:
 
 
 @torch.no_grad()
-def encode(pipe, text: str, *, padding: bool = False, options: Mapping[str, Any] | None = None) -> TokenEmbeddings:
+def encode(pipe: Any, text: str, *, padding: bool = False, options: Mapping[str, Any] | None = None) -> TokenEmbeddings:
     """Embed `text` with the pipeline's own text encoder(s), as for a prompt.
 
     CLIP's attention is causal, so the values of a token do not depend on the padding after it.
@@ -159,7 +159,7 @@ def encode(pipe, text: str, *, padding: bool = False, options: Mapping[str, Any]
     return embeddings if padding else embeddings.without_padding()
 
 
-def name_tokens(pipe, prompt: str | None, values: torch.Tensor) -> TokenEmbeddings:
+def name_tokens(pipe: Any, prompt: str | None, values: torch.Tensor) -> TokenEmbeddings:
     """The (context, d_text) embeddings of a prompt with the names of their tokens; numbers without a prompt."""
     if prompt is None:
         return TokenEmbeddings.unnamed(values)

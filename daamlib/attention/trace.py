@@ -10,6 +10,7 @@ What a pass is, is read from what is passed, never from attributes that an earli
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any, get_args
 
 import torch
 
@@ -18,7 +19,7 @@ from .recorder import Branch, Keep, Recorder, Store, Trace
 
 @contextmanager
 def trace(
-    pipe,
+    pipe: Any,
     *,
     branch: Branch = "conditional",
     store: Store = "queries",
@@ -57,8 +58,8 @@ def trace(
         ValueError: its U-Net has no cross-attention, or an option is unknown.
     """
     for name, value, known in (("branch", branch, Branch), ("store", store, Store)):
-        if value not in known.__args__:
-            raise ValueError(f"{name} must be one of {known.__args__}, got {value!r}")
+        if value not in get_args(known):
+            raise ValueError(f"{name} must be one of {get_args(known)}, got {value!r}")
     if isinstance(texts, str) or (texts and store != "maps"):
         raise ValueError(f'texts is a list of strings and needs store="maps", got {texts!r} with store={store!r}')
     device = None if store_device is None else torch.device(store_device)

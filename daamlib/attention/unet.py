@@ -37,7 +37,7 @@ class Site:
     """
 
     name: str
-    module: torch.nn.Module
+    module: Any
     to_q: torch.nn.Module
     heads: int
     scale: float
@@ -72,9 +72,9 @@ class UNetReader:
         ValueError: its U-Net has no cross-attention that DAAM can read.
     """
 
-    def __init__(self, pipe, *, middle: bool = False):
+    def __init__(self, pipe: Any, *, middle: bool = False):
         self.pipe = pipe
-        self.denoiser = unet_of(pipe)
+        self.denoiser: Any = unet_of(pipe)
         self.sites = tuple(_sites(self.denoiser, middle=middle))
         self._signature = inspect.signature(self.denoiser.forward)
 
@@ -181,11 +181,11 @@ def _sites(unet: torch.nn.Module, *, middle: bool) -> Iterator[Site]:
         yield Site(name, module, module.to_q, module.heads, float(module.scale), module.cross_attention_dim)
 
 
-def reader_of(pipe, *, middle: bool = False) -> UNetReader:
+def reader_of(pipe: Any, *, middle: bool = False) -> UNetReader:
     """The reader of a pipeline's model family. TypeError or ValueError for a pipeline that cannot be read."""
     return UNetReader(pipe, middle=middle)
 
 
-def fingerprint_of(pipe, *, middle: bool = False) -> Fingerprint:
+def fingerprint_of(pipe: Any, *, middle: bool = False) -> Fingerprint:
     """The fingerprint of a pipeline as it is now. TypeError or ValueError for a pipeline that cannot be read."""
     return reader_of(pipe, middle=middle).fingerprint()
