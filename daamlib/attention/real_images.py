@@ -14,7 +14,13 @@ from .unet import reader_of
 
 @torch.no_grad()
 def trace_image(
-    pipe: Any, image: Any, *, prompt: str = "", timesteps: Sequence[int] = (100, 300, 500), seed: int = 0
+    pipe: Any,
+    image: Any,
+    *,
+    prompt: str = "",
+    timesteps: Sequence[int] = (100, 300, 500),
+    seed: int = 0,
+    self_attention: bool = False,
 ) -> AttentionRecord:
     """The record of a REAL image: encode it, add noise at each timestep, one pass of the denoiser each.
 
@@ -27,6 +33,7 @@ def trace_image(
         prompt: what the passes are conditioned on.
         timesteps: of the training schedule, 0 ... 999 for Stable Diffusion.
         seed: of the noise, drawn anew for each timestep.
+        self_attention: as for `trace`.
 
     Returns:
         The record, as that of a generated image of so many steps.
@@ -49,7 +56,7 @@ def trace_image(
     for step in steps:
         noise = torch.randn(latents.shape, generator=generator).to(device)
         noisy.append(alphas[step].sqrt() * latents + (1 - alphas[step]).sqrt() * noise)
-    with trace(pipe) as tracer:
+    with trace(pipe, self_attention=self_attention) as tracer:
         reader.denoise(prompt, steps, noisy, (pixels.shape[-2], pixels.shape[-1]))
     pipe.maybe_free_model_hooks()  # as at the end of the pipeline's own call: off-loaded models go back
     (record,) = tracer

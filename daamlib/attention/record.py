@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from ..io import load_tensors, save_tensors
 from .daam import daam
@@ -14,6 +15,7 @@ from .fingerprint import Fingerprint
 from .heatmaps import HeatMaps, upsample
 from .layers import Layer
 from .ldaam import LinearMap, collapse
+from .self_attention import SelfAttention
 from .softmax import MAX_BYTES
 from .text import TokenEmbeddings, Word, check_embeddings
 from .unet import fingerprint_of, reader_of
@@ -34,6 +36,7 @@ class AttentionRecord:
         layers: see `Layer`.
         branch: the half of classifier-free guidance that was read.
         texts: the further texts whose DAAM is kept in `Layer.maps`.
+        self_attention: what `refine` propagates maps along, if the trace was asked to keep it.
         embedded_with: the arguments of `encode_prompt` that the prompt was embedded with, such as `clip_skip`.
         pipe: embeds further texts; None for a record that was loaded without one.
     """
@@ -44,6 +47,7 @@ class AttentionRecord:
     layers: tuple[Layer, ...]
     branch: str = "conditional"
     texts: Mapping[str, TokenEmbeddings] = field(default_factory=dict)
+    self_attention: SelfAttention | None = None
     embedded_with: Mapping[str, Any] = field(default_factory=dict)
     pipe: Any = field(default=None, repr=False)
 
@@ -70,7 +74,8 @@ class AttentionRecord:
     @property
     def nbytes(self) -> int:
         """Bytes of what is kept (the key weights, shared by the records of a trace, come on top)."""
-        return sum(layer.nbytes for layer in self.layers)
+        beside = 0 if self.self_attention is None else self.self_attention.nbytes
+        return sum(layer.nbytes for layer in self.layers) + beside
 
     def encode(self, text: str, *, padding: bool = False) -> TokenEmbeddings:
         """Embed any text with the model's own text encoder, as the prompt was (`embedded_with`).
@@ -182,6 +187,34 @@ class AttentionRecord:
     def _linear_map(self) -> LinearMap:
         return collapse(self.layers, self.grid)
 
+    def refine(self, heat_maps: HeatMaps, *, iterations: int = 1) -> HeatMaps:
+        """Propagate maps along the image's self-attention, so that the parts of an object share their values.
+
+        M <- A M, `iterations` times, on the self-attention's grid (`daamlib.attention.self_attention`). A map keeps its
+        range, and a constant map stays constant. Differentiable in the maps.
+
+        Args:
+            heat_maps: (m, H, W) on the record's grid, such as `daam`'s, or probabilities as HeatMaps.
+            iterations: how often; one is mostly best (notebook 08).
+
+        Returns:
+            New maps of the same tokens, (m, H, W).
+
+        Raises:
+            ValueError: the record holds no self-attention, the maps are of another grid, or iterations is below 1.
+        """
+        attention = self.self_attention
+        if attention is None:
+            raise ValueError("this record holds no self-attention: trace with self_attention=True")
+        if tuple(heat_maps.values.shape[1:]) != self.grid:
+            raise ValueError(f"expected maps of the record's grid {self.grid}, got {tuple(heat_maps.values.shape[1:])}")
+        if iterations < 1:
+            raise ValueError(f"iterations must be 1 or more, got {iterations}")
+        maps = F.adaptive_avg_pool2d(heat_maps.values[None], attention.grid)[0].flatten(1)
+        for _ in range(iterations):
+            maps = attention.propagate(maps)
+        return replace(heat_maps, values=upsample(maps.unflatten(1, attention.grid), self.grid))
+
     def select(
         self,
         *,
@@ -229,6 +262,7 @@ class AttentionRecord:
             prompt_embeddings=self.prompt_embeddings.to(device),
             layers=tuple(layer.to(device) for layer in self.layers),
             texts={text: embeddings.to(device) for text, embeddings in self.texts.items()},
+            self_attention=None if self.self_attention is None else self.self_attention.to(device),
         )
 
     def text_embeddings(self, text: str | None = None, *, padding: bool = True) -> TokenEmbeddings:
@@ -244,7 +278,11 @@ class AttentionRecord:
             tensors |= {f"{number}.{name}": getattr(layer, name) for name in TENSORS}
             tensors |= {f"{number}.maps.{key}": values for key, values in enumerate(layer.maps.values())}
         tensors |= {f"texts.{key}": text.values for key, text in enumerate(self.texts.values())}
+        beside = self.self_attention
+        if beside is not None:
+            tensors |= {f"self.{name}": getattr(beside, name) for name in ("queries", "keys", "mean")}
         header = {
+            "self_attention": beside and {"grid": beside.grid, "heads": beside.heads, "scale": beside.scale},
             "prompt": self.prompt,
             "tokens": self.prompt_embeddings.tokens,
             "words": self.prompt_embeddings.words,
@@ -289,7 +327,12 @@ class AttentionRecord:
                 found["maps"] = {text: tensors[name] for text, name in kept if name in tensors}
                 grid, heads, scale = tuple(fields["grid"]), int(fields["heads"]), float(fields["scale"])
                 layers.append(Layer(fields["name"], grid, heads, scale, **found))
+            beside = header["self_attention"]
+            if beside is not None:
+                held = {name: tensors.get(f"self.{name}") for name in ("queries", "keys", "mean")}
+                beside = SelfAttention(tuple(beside["grid"]), int(beside["heads"]), float(beside["scale"]), **held)
             record = cls(
+                self_attention=beside,
                 prompt=header["prompt"],
                 prompt_embeddings=_named_embeddings(tensors["prompt_embeddings"], header["tokens"], header["words"]),
                 timesteps=[int(t) for t in header["timesteps"]],

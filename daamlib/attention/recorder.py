@@ -14,6 +14,7 @@ from .batches import Batch, Encoding, halves, known_batch, own_batch
 from .collectors import Collector, OnlineMaps, Queries, QuerySum
 from .layers import Layer
 from .record import AttentionRecord
+from .self_attention import LARGEST, LATE, SelfAttention, SelfAttentionCollector, together
 from .text import TokenEmbeddings
 from .unet import Pass, Site, reader_of
 
@@ -63,6 +64,7 @@ class Keep:
     store: Store
     texts: tuple[str, ...]
     device: torch.device | None
+    self_attention: bool
 
 
 @dataclass(eq=False)
@@ -81,8 +83,16 @@ class Call:
     texts: Mapping[str, TokenEmbeddings]  # to keep maps of
     collectors: dict[str, Collector] = field(default_factory=dict)
     keys: dict[str, torch.Tensor] = field(default_factory=dict)
+    self_attention: dict[str, SelfAttentionCollector] = field(default_factory=dict)
+    self_positions: dict[str, int] = field(default_factory=dict)  # of each of these
     timesteps: list[Any] = field(default_factory=list)
     previous: Pass | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that is kept of the call's images."""
+        beside = sum(collector.nbytes for collector in self.self_attention.values())
+        return beside + sum(collector.nbytes for collector in self.collectors.values())
 
 
 class Recorder:
@@ -98,6 +108,7 @@ class Recorder:
         self._call: Call | None = None
         self._pass: tuple[Pass, slice | None] | None = None  # under way, and its rows to keep
         self._broken_plan: Any = None  # of a loop of one's own that did not end
+        self._self_queries: dict[str, torch.Tensor] = {}  # whose keys are about to come
         self._keys: dict[str, torch.Tensor] = {}  # the latest key weights, shared by the records
 
     def attach(self, stack: ExitStack) -> None:
@@ -111,6 +122,12 @@ class Recorder:
         for site in self._reader.sites:
             hook = lambda module, args, output, site=site: self._after_queries(site, output)  # noqa: E731
             stack.callback(site.to_q.register_forward_hook(hook).remove)
+        if self._keep.self_attention:
+            for site in self._reader.self_sites:
+                hook = lambda module, args, output, site=site: self._after_self_queries(site, output)  # noqa: E731
+                stack.callback(site.to_q.register_forward_hook(hook).remove)
+                hook = lambda module, args, output, site=site: self._after_self_keys(site, output)  # noqa: E731
+                stack.callback(site.module.to_k.register_forward_hook(hook).remove)
         denoiser = self._reader.denoiser
         stack.callback(denoiser.register_forward_pre_hook(self._before_pass, with_kwargs=True).remove)
         stack.callback(denoiser.register_forward_hook(lambda *_: self._after_pass()).remove)
@@ -300,6 +317,26 @@ class Recorder:
         by_image = [{None: keys(own), **known} for own in call.embeddings]
         return OnlineMaps(by_image, layer.grid, device)
 
+    def _after_self_queries(self, site: Site, output: torch.Tensor) -> None:
+        self._self_queries[site.name] = output
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _after_self_keys(self, site: Site, output: torch.Tensor) -> None:
+        call, under_way, positions = self._call, self._pass, output.shape[1]
+        queries = self._self_queries.pop(site.name, None)
+        if queries is None or call is None or under_way is None or under_way[1] is None or positions > LARGEST:
+            return
+        if call.timesteps and positions != max(call.self_positions.values()):
+            return  # of a smaller grid than is read
+        told, rows = under_way
+        if site.name not in call.self_attention:
+            mean = self._keep.store != "queries"
+            collector = SelfAttentionCollector(site.heads, site.scale, mean=mean, device=self._keep.device)
+            call.self_attention[site.name], call.self_positions[site.name] = collector, positions
+        late = _level(told.timestep) <= LATE * self._pipe.scheduler.config.num_train_timesteps
+        call.self_attention[site.name].add(queries.detach()[rows].clone(), output.detach()[rows].clone(), late=late)
+
     def _after_pass(self) -> None:
         call, under_way, self._pass = self._call, self._pass, None
         if call is None or under_way is None or under_way[1] is None:
@@ -313,10 +350,15 @@ class Recorder:
 
     def _check_first_pass(self, call: Call) -> None:
         missing = [site.name for site in self._reader.sites if site.name not in call.collectors]
+        if self._keep.self_attention and not call.self_attention:
+            raise ValueError(
+                f"self_attention=True needs a self-attention in the up blocks with at most {LARGEST} positions, of "
+                f"which this model has none at latents of {call.latent}"
+            )
         if missing:
             self.abandon()
             raise ValueError(f"these layers made no queries through `to_q`, their processors skip it: {missing}")
-        self.trace.bytes_needed = sum(collector.nbytes for collector in call.collectors.values())
+        self.trace.bytes_needed = call.nbytes
         if self._keep.store == "queries":
             log.info("queries of %d images: %.1f MiB", len(call.embeddings), self.trace.bytes_needed / 2**20)
 
@@ -346,11 +388,21 @@ class Recorder:
                 layers=tuple(layers),
                 branch=self._branch,
                 texts=texts,
+                self_attention=self._self_attention(call, image),
                 embedded_with=options,
                 pipe=self._pipe,
             )
             self.trace.records.append(record)
-        self.trace.bytes_needed = sum(collector.nbytes for collector in call.collectors.values())
+        self.trace.bytes_needed = call.nbytes
+
+    def _self_attention(self, call: Call, image: int) -> SelfAttention | None:
+        if not call.self_attention:
+            return None
+        positions = max(call.self_positions.values())
+        names = [name for name, found in call.self_positions.items() if found == positions]
+        site = next(site for site in self._reader.self_sites if site.name == names[0])
+        grid = self._reader.grid(call.latent, positions)
+        return together([call.self_attention[name] for name in names], grid, site.heads, site.scale, image)
 
     def _layer(self, call: Call, site: Site, positions: int, **kept: Any) -> Layer:
         grid = self._reader.grid(call.latent, positions)

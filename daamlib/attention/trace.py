@@ -25,6 +25,7 @@ def trace(
     store: Store = "queries",
     texts: Sequence[str] = (),
     store_device: str | torch.device | None = None,
+    self_attention: bool = False,
     middle: bool = False,
 ) -> Iterator[Trace]:
     """Collect the cross-attention of every image that `pipe` generates inside the `with`.
@@ -48,6 +49,9 @@ def trace(
             float32 sums over the steps, enough for LDAAM. "maps" keeps those and DAAM of the prompt and of `texts`.
         texts: with `store="maps"`, what `record.daam` can be asked for besides the prompt.
         store_device: where it is kept, such as "cpu" to spare a GPU's memory; None: where the pipeline computes.
+        self_attention: whether to keep what `record.refine` needs: of the largest grid with at most 32 x 32 positions,
+            and of the less noisy half of the passes, the queries and keys of up to eight passes of each layer; with
+            "linear" and "maps", which hold no queries, the running mean of the attention, 4.2 MB at 32 x 32.
         middle: whether to read the middle block too, which DAAM leaves out.
 
     Yields:
@@ -63,7 +67,7 @@ def trace(
     if isinstance(texts, str) or (texts and store != "maps"):
         raise ValueError(f'texts is a list of strings and needs store="maps", got {texts!r} with store={store!r}')
     device = None if store_device is None else torch.device(store_device)
-    recorder = Recorder(pipe, branch, Keep(store, tuple(texts), device), middle)
+    recorder = Recorder(pipe, branch, Keep(store, tuple(texts), device, self_attention), middle)
     with ExitStack() as stack:
         recorder.attach(stack)
         try:

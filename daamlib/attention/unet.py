@@ -3,7 +3,7 @@
 A reader is the one place that knows a model family (Stable Diffusion 1.x, 2.x and XL here). It offers
 
 - `denoiser`: the module whose calls are the denoising passes;
-- `sites`: its attentions that can be read;
+- `sites`: its cross-attentions that can be read, and `self_sites`: self-attentions whose mean refines maps;
 - `read`: the latents, the noise level and the text of one pass;
 - `grid`: the (h, w) of a site's positions;
 - `encode` and `name_tokens`: a text as this family embeds it;
@@ -76,6 +76,7 @@ class UNetReader:
         self.pipe = pipe
         self.denoiser: Any = unet_of(pipe)
         self.sites = tuple(_sites(self.denoiser, middle=middle))
+        self.self_sites = tuple(_self_sites(self.denoiser))
         self._signature = inspect.signature(self.denoiser.forward)
 
     @property
@@ -179,6 +180,18 @@ def _sites(unet: torch.nn.Module, *, middle: bool) -> Iterator[Site]:
         if hasattr(module.processor, "to_k_custom_diffusion"):
             raise ValueError(f"the processor of {name} has keys of its own (Custom Diffusion): its maps are not DAAM's")
         yield Site(name, module, module.to_q, module.heads, float(module.scale), module.cross_attention_dim)
+
+
+def _self_sites(unet: torch.nn.Module) -> Iterator[Site]:
+    """The last self-attention (`attn1`) of each transformer in the up blocks, where objects are told apart best."""
+    for name, module in unet.named_modules():
+        if name.startswith("up_blocks") and hasattr(module, "transformer_blocks"):
+            last = len(module.transformer_blocks) - 1
+            attention = module.transformer_blocks[last].attn1
+            if attention is not None and not attention.is_cross_attention:
+                name = f"{name}.transformer_blocks.{last}.attn1".replace("_orig_mod.", "")
+                width = attention.to_k.in_features
+                yield Site(name, attention, attention.to_q, attention.heads, float(attention.scale), width)
 
 
 def reader_of(pipe: Any, *, middle: bool = False) -> UNetReader:

@@ -1,0 +1,130 @@
+"""The image's self-attention, and the propagation of maps along it.
+
+In self-attention layer i, head l and step t the image's positions attend to one another. With its queries q and keys k,
+
+    A = mean over i, l, t of softmax(q k^T / sqrt(d_head)),        (n, n), every row sums to one
+
+and A M averages a map M over what each position attends to: parts of one object share their values (DiffSegmenter,
+Wang et al. 2023; Dataset Diffusion, Nguyen et al. 2023). The matrix of a head is never kept: M is the VALUE of an
+attention with these queries and keys, or A is accumulated as one running mean.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+LARGEST = 32 * 32  # positions of the grid that is read: the largest one of the model with no more
+LATE = 0.5  # part of the noise schedule: self-attention follows the objects' outlines in the later half of denoising
+KEPT_PASSES = 8  # whose queries and keys are kept, evenly spaced
+
+
+@dataclass(frozen=True, eq=False)
+class SelfAttention:
+    """One image's self-attention, of the layers of one grid.
+
+    Attributes:
+        grid: (h, w), n positions.
+        heads: number of heads.
+        scale: d_head ** -0.5.
+        queries: (layer and step, n, heads * d_head), or None where the mean is kept.
+        keys: likewise.
+        mean: A itself, (n, n) float32, or None where queries and keys are kept.
+    """
+
+    grid: tuple[int, int]
+    heads: int
+    scale: float
+    queries: torch.Tensor | None = None
+    keys: torch.Tensor | None = None
+    mean: torch.Tensor | None = None
+
+    def propagate(self, maps: torch.Tensor) -> torch.Tensor:
+        """A M for each map M: (m, n) -> (m, n), differentiable in the maps."""
+        if self.mean is not None:
+            return maps @ self.mean.to(maps).T
+        assert self.queries is not None and self.keys is not None
+        values = maps.T.expand(self.heads, -1, -1)  # (head, n, m)
+        means = []
+        for queries, keys in zip(self.queries, self.keys, strict=True):
+            q, k = (part.to(maps.dtype).unflatten(1, (self.heads, -1)).transpose(0, 1) for part in (queries, keys))
+            means.append(F.scaled_dot_product_attention(q, k, values, scale=self.scale).mean(dim=0))
+        return (functools.reduce(torch.add, means) / len(means)).T
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the queries and keys, or of the mean."""
+        kept = (self.queries, self.keys, self.mean)
+        return sum(tensor.numel() * tensor.element_size() for tensor in kept if tensor is not None)
+
+    def to(self, device: torch.device) -> "SelfAttention":
+        """The same with its tensors on `device`."""
+        tensors = {name: getattr(self, name) for name in ("queries", "keys", "mean")}
+        return replace(self, **{name: each.to(device) for name, each in tensors.items() if each is not None})
+
+
+class SelfAttentionCollector:
+    """Collects what `SelfAttention` holds of one layer while a call runs.
+
+    Passes of the noisier half are passed over, unless there are no others: then the last one counts.
+
+    Args:
+        heads: number of heads.
+        scale: d_head ** -0.5.
+        mean: whether to keep the running mean of A, or the queries and keys of some passes.
+        device: where it is kept; None: where it is made.
+    """
+
+    def __init__(self, heads: int, scale: float, *, mean: bool, device: torch.device | None = None):
+        self._heads, self._scale, self._mean, self._device = heads, scale, mean, device
+        self._kept: list[Any] = []  # of each pass (image, n, n), or the pair of (image, n, heads * d_head)
+        self._late, self._stride = 0, 1
+
+    def add(self, queries: torch.Tensor, keys: torch.Tensor, *, late: bool) -> None:
+        """Take one pass: both (image, n, heads * d_head); late: of the less noisy half."""
+        if late and not self._late:
+            self._kept = []
+        self._late += late
+        if not late and self._late:
+            return
+        if not late:
+            self._kept = [self._of_pass(queries, keys)]
+        elif self._mean:
+            before = self._kept[0] * ((self._late - 1) / self._late) if self._kept else 0.0
+            self._kept = [before + self._of_pass(queries, keys) / self._late]
+        elif (self._late - 1) % self._stride == 0:
+            self._kept.append(self._of_pass(queries, keys))
+            if len(self._kept) > KEPT_PASSES:
+                self._kept, self._stride = self._kept[::2], 2 * self._stride
+
+    def _of_pass(self, queries: torch.Tensor, keys: torch.Tensor) -> Any:
+        device = self._device or queries.device
+        if not self._mean:
+            return torch.stack([queries, keys]).to(device)
+        total = queries.new_zeros(len(queries), queries.shape[1], queries.shape[1], dtype=torch.float32)
+        by_head = [part.unflatten(2, (self._heads, -1)).unbind(dim=2) for part in (queries, keys)]
+        for q, k in zip(*by_head, strict=True):  # one head at a time
+            total += torch.softmax((q @ k.transpose(1, 2)).float() * self._scale, dim=-1)
+        return (total / self._heads).to(device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(each.numel() * each.element_size() for each in self._kept)
+
+    def kept(self, image: int) -> torch.Tensor:
+        """(1, n, n) of the image, or its (pass, 2, n, heads * d_head) queries and keys."""
+        return self._kept[0][image, None] if self._mean else torch.stack([each[:, image] for each in self._kept])
+
+
+def together(
+    collectors: Sequence[SelfAttentionCollector], grid: tuple[int, int], heads: int, scale: float, image: int
+) -> SelfAttention:
+    """One image's self-attention of all layers of a grid."""
+    kept = torch.cat([collector.kept(image) for collector in collectors])
+    if kept.ndim == 3:
+        return SelfAttention(grid, heads, scale, mean=kept.mean(dim=0))
+    return SelfAttention(grid, heads, scale, queries=kept[:, 0], keys=kept[:, 1])

@@ -1,0 +1,151 @@
+"""Propagation along the image's self-attention, against the explicit matrix."""
+
+import dataclasses
+
+import pytest
+import torch
+from helpers import assert_close, generate
+
+import daamlib
+from daamlib import AttentionRecord, HeatMaps
+
+
+class Explicit:
+    """An attention processor that keeps the explicit probabilities (batch, head, n, n) of every pass."""
+
+    def __init__(self):
+        self.passes = []
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **_):
+        query, key, value = (attn.head_to_batch_dim(each(hidden_states)) for each in (attn.to_q, attn.to_k, attn.to_v))
+        probabilities = attn.get_attention_scores(query, key, attention_mask)
+        self.passes.append(probabilities.unflatten(0, (-1, attn.heads)))
+        return attn.to_out[1](attn.to_out[0](attn.batch_to_head_dim(probabilities @ value)))
+
+
+def last_of_up_blocks(pipe):
+    """The self-attentions that are read: the last one of each up transformer."""
+    names = [name for name in pipe.unet.attn_processors if name.startswith("up_blocks") and "attn1" in name]
+    last = {name.split(".transformer_blocks")[0]: name for name in names}
+    return list(last.values())
+
+
+def traced(pipe, store="queries", steps=4, **options):
+    """A record of the second image of a batch, and the explicit mean matrix A (n, n) of it."""
+    names, before = last_of_up_blocks(pipe), pipe.unet.attn_processors
+    explicit = {name: Explicit() for name in names}
+    pipe.unet.set_attn_processor({**before, **explicit})
+    try:
+        with daamlib.trace(pipe, store=store, self_attention=True) as trace:
+            generate(pipe, ["a car", "a tree"], num_inference_steps=steps, **options)
+    finally:
+        pipe.unet.set_attn_processor(before)
+    record = trace[1]
+    positions = record.self_attention.grid[0] * record.self_attention.grid[1]
+    late = [i for i, t in enumerate(record.timesteps) if t <= 500] or [len(record.timesteps) - 1]
+    matrices = [
+        each.passes[i][3].mean(dim=0)  # of the conditional half the second image
+        for each in explicit.values()
+        if each.passes[0].shape[-1] == positions
+        for i in late
+    ]
+    return record, torch.stack(matrices).mean(dim=0)
+
+
+@pytest.fixture(scope="module", params=["queries", "linear", "maps"])
+def of_image(request, sd1_pipe):
+    return traced(sd1_pipe, request.param)
+
+
+def test_refined_maps_are_those_of_the_explicit_matrix(of_image):
+    record, matrix = of_image
+    assert_close(matrix.sum(dim=1), torch.ones(len(matrix), device=matrix.device), 1e-5)
+    maps = record.ldaam("a car and a tree")
+    expected = maps.values
+    for iterations in (1, 2, 5):
+        expected = maps.values.flatten(1)
+        for _ in range(iterations):
+            expected = expected @ matrix.T
+        refined = record.refine(maps, iterations=iterations)
+        assert refined.tokens == maps.tokens and refined.words == maps.words
+        assert_close(refined.values.flatten(1), expected, 1e-5)
+
+
+@pytest.mark.parametrize("family", ["sd2", "sdxl"])
+@pytest.mark.parametrize("store", ["queries", "linear"])
+def test_other_families(request, family, store):
+    record, matrix = traced(request.getfixturevalue(f"{family}_pipe"), store)
+    maps = record.ldaam("a tree")
+    assert record.self_attention.grid == record.grid
+    assert_close(record.refine(maps).values.flatten(1), maps.values.flatten(1) @ matrix.T, 1e-5)
+
+
+def test_a_pass_without_a_late_one_is_better_than_none(sd1_pipe):
+    image = torch.rand(3, 32, 48, generator=torch.Generator().manual_seed(0))
+    noisy = daamlib.trace_image(sd1_pipe, image, timesteps=(900, 700), self_attention=True)
+    names, before = last_of_up_blocks(sd1_pipe), sd1_pipe.unet.attn_processors
+    explicit = {name: Explicit() for name in names}
+    sd1_pipe.unet.set_attn_processor({**before, **explicit})
+    try:
+        daamlib.trace_image(sd1_pipe, image, timesteps=(900, 700))
+    finally:
+        sd1_pipe.unet.set_attn_processor(before)
+    last = [each.passes[1][0].mean(dim=0) for each in explicit.values() if each.passes[1].shape[-1] == 384]
+    maps = noisy.ldaam("a tree")
+    expected = maps.values.flatten(1) @ torch.stack(last).mean(dim=0).T
+    assert_close(noisy.refine(maps).values.flatten(1), expected, 1e-5)
+
+
+def test_many_passes_are_thinned(sd1_pipe):
+    with daamlib.trace(sd1_pipe, self_attention=True) as few:
+        with daamlib.trace(sd1_pipe, store="linear", self_attention=True) as sums:
+            generate(sd1_pipe, num_inference_steps=40)
+    assert len(few[0].self_attention.queries) == 2 * 5  # layers, and every fourth of 20 late passes
+    assert sums[0].self_attention.mean.shape == (384, 384)
+
+
+def test_constant_maps_stay_and_values_keep_their_range(of_image):
+    record, _ = of_image
+    values = torch.stack([torch.full(record.grid, 3.0), torch.rand(record.grid)]).to(record.device)
+    refined = record.refine(HeatMaps.unnamed(values)).values
+    assert_close(refined[0], values[0], 1e-5)
+    assert values[1].min() <= refined[1].min() and refined[1].max() <= values[1].max()
+
+
+def test_refining_is_differentiable(of_image):
+    record, _ = of_image
+    embeddings = record.text_embeddings("a tree", padding=False).values.clone().requires_grad_()
+    record.refine(record.ldaam_from(embeddings)).values.sum().backward()
+    assert embeddings.grad.abs().max() > 0
+
+
+def test_the_image_is_the_same_bit_for_bit(pipe):
+    plain = generate(pipe, output_type="np")
+    with daamlib.trace(pipe, self_attention=True):
+        assert plain.tobytes() == generate(pipe, output_type="np").tobytes()
+
+
+def test_it_is_saved_with_the_record(of_image, tmp_path):
+    record, _ = of_image
+    record.save(tmp_path / "a.safetensors")
+    back = AttentionRecord.load(tmp_path / "a.safetensors", device=record.device)
+    maps = record.daam() if record.layers[0].queries is not None else record.ldaam()
+    assert back.nbytes == record.nbytes > dataclasses.replace(record, self_attention=None).nbytes
+    assert torch.equal(back.refine(maps).values, record.refine(maps).values)
+
+
+def test_real_images(sd1_pipe):
+    image = torch.rand(3, 32, 48, generator=torch.Generator().manual_seed(0))
+    record = daamlib.trace_image(sd1_pipe, image, prompt="a car", timesteps=(20, 300, 700), self_attention=True)
+    assert record.refine(record.daam())["car"].shape == (16, 24)
+
+
+def test_wrong_input(of_image, sd1_pipe):
+    record, _ = of_image
+    maps = record.ldaam("a tree")
+    with pytest.raises(ValueError, match="grid"):
+        record.refine(maps.resize(8, 12))
+    with pytest.raises(ValueError, match="iterations"):
+        record.refine(maps, iterations=0)
+    with pytest.raises(ValueError, match="self_attention=True"):
+        dataclasses.replace(record, self_attention=None).refine(maps)
