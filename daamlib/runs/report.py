@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import torch
 
 from ..resources import CLONE
 
@@ -38,8 +39,6 @@ class Result:
 
 def environment() -> dict[str, Any]:
     """Return the versions, the machine and the commit (None outside a git clone) that a run depends on."""
-    import torch  # only here: nothing else in this module needs it, and it is slow to import
-
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
