@@ -198,5 +198,5 @@ def pipe(request):
 
 @pytest.fixture
 def fresh(device):
-    """fresh("sd1"): a pipeline of this test alone, which may change it."""
+    """A function of a family's name, "sd1", that builds a pipeline of this test alone, which may change it."""
     return functools.partial(build, device=device)
