@@ -44,16 +44,9 @@ def write_metrics(
 
 
 def read_metrics(output_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read what a notebook wrote, by `write_metrics` or by other means.
+    """What a notebook wrote: its metrics, and its headline, {} where it wrote metrics by other means.
 
-    Args:
-        output_dir: of the notebook.
-
-    Returns:
-        Its metrics, and the headline, {"metrics": ..., "tables": ...}, {} where it wrote none.
-
-    Raises:
-        ValueError: where there are no metrics, or something else than `write_metrics` accepts.
+    Raises ValueError where there are no metrics, or something else than `write_metrics` accepts.
     """
     metrics, headline = output_dir / "metrics.json", output_dir / "headline.json"
     if not metrics.is_file():
@@ -63,15 +56,7 @@ def read_metrics(output_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The leaves of nested dicts.
-
-    Args:
-        tree: dicts in dicts.
-        prefix: what all names begin with.
-
-    Returns:
-        {dotted name: value}.
-    """
+    """{dotted name: value} of the leaves of nested dicts; `prefix` is what all names begin with."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
         found |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}

@@ -82,14 +82,7 @@ def _git(*arguments: str) -> str | None:
 def write_reports(
     run_dir: Path, parameters: Mapping[str, Any], results: Sequence[Result], machine: Mapping[str, Any]
 ) -> None:
-    """Write metrics.json, environment.json and summary.md of a run.
-
-    Args:
-        run_dir: the run's folder, with the executed notebooks.
-        parameters: what was given instead of the notebooks' own values.
-        results: of all notebooks, in order.
-        machine: what `environment` found.
-    """
+    """Write metrics.json, environment.json and summary.md; `machine` is what `environment` found."""
     metrics = {result.name: result.metrics for result in results if result.metrics}
     for name, content in {"environment": machine, "metrics": metrics}.items():
         (run_dir / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -125,15 +118,7 @@ def _page(executed: Path) -> str:
 
 
 def ending(run_dir: Path, results: Sequence[Result]) -> str:
-    """What a run prints last: a line for each notebook, their tables, and where everything else is.
-
-    Args:
-        run_dir: the run's folder.
-        results: of all notebooks, in order.
-
-    Returns:
-        Lines of text.
-    """
+    """What a run prints last: a line for each notebook, their tables, and where everything else is."""
     width = max(len(result.name) for result in results)
     lines = [f"{r.name:{width}}  {r.state:11}  {r.seconds:7.1f} s  {r.outcome}".rstrip() for r in results]
     for title, table in [item for result in results for item in result.tables.items()]:
