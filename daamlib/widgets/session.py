@@ -70,7 +70,7 @@ class AnnotationSession:
     @property
     def done(self) -> int:
         """How many images have a label map on disk."""
-        return sum(self._path(number).is_file() for number in self.numbers)
+        return len(self.numbers) - len(files.missing(self.folder, "labels", self.numbers))
 
     @property
     def saved(self) -> str:

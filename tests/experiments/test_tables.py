@@ -53,7 +53,7 @@ def test_training_and_test_images_are_apart_and_the_same_for_every_method(exampl
     assert [id(e) for e in train] == [id(e) for e in experiments.split(examples, "tree", 2, seed=3)[0]]
     orders = {tuple(id(e) for e in experiments.split(examples, "tree", 2, seed=seed)[0]) for seed in range(8)}
     assert len(orders) > 1
-    with pytest.raises(ValueError, match="tree"):
+    with pytest.raises(ValueError, match="5 images show a tree; 5 to train on and one or more to test on"):
         experiments.split(examples, "tree", 5)
 
 
