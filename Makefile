@@ -1,5 +1,5 @@
 # make reproduce    run the notebooks headless and print their results
-# make test         lint, unit tests, golden tests, and the notebooks under nbval
+# make test         lint, types, unit tests, golden tests, and the notebooks under nbval
 # make test-portable   the notebooks under nbval, computed as on other processors; PORTABLE=avx2 or plain chooses one
 # make lab          open the notebooks in JupyterLab
 # make notebooks    run the notebooks in place, to store new outputs
@@ -50,6 +50,8 @@ reproduce: $(STAMP)
 test: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(VENV)/bin/pydoclint --quiet daamlib
+	$(PY) -m mypy daamlib
 	$(OFFLINE) $(PY) -m pytest
 	$(COPY_NOTEBOOKS)
 	$(OFFLINE) $(PY) -m pytest $(NBVAL_FLAGS) nbval_run
@@ -97,5 +99,5 @@ constraints:
 	rm -rf .venv-pins
 
 clean:
-	rm -rf $(VENV) .venv-pins .venv-peers nbval_run .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf $(VENV) .venv-pins .venv-peers nbval_run .pytest_cache .ruff_cache .mypy_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

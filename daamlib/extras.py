@@ -6,10 +6,18 @@ from contextlib import contextmanager
 
 @contextmanager
 def needs(extra: str) -> Iterator[None]:
-    """Around the imports of packages that only `extra` brings.
+    """A context for the imports of packages that only an extra brings.
 
-    Raises ModuleNotFoundError, which says what to install, where one of them is missing. Of two nested calls the outer
-    one, that of the module which was asked for, has the word.
+    Of two nested ones the outer, that of the module which was asked for, says what to install.
+
+    Args:
+        extra: its name in pyproject.toml.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ModuleNotFoundError: with what to install, where one of the packages is missing.
     """
     try:
         yield

@@ -16,13 +16,24 @@ from .resources import bundled
 BUNDLED = bundled("urban-tiny")
 
 
-def load_pipeline(model: str | Path | None = None, *, device: str | None = None, dtype: torch.dtype | None = None):
+def load_pipeline(
+    model: str | Path | None = None, *, device: str | None = None, dtype: torch.dtype | None = None
+) -> Any:  # type checkers do not know a pipeline's parts
     """Load a diffusers text-to-image pipeline for tracing.
 
-    model: None for the bundled `urban-tiny`, a folder, or a model id of the hub. device: "cuda" if there is one, else
-    "cpu". dtype: float16 on a GPU, float32 on a CPU. Of the progress bars only those of downloads show; that of the
-    steps comes on with `pipe.set_progress_bar_config(disable=False)`. Raises FileNotFoundError if the bundled model is
-    not there, and whatever diffusers raises for a model it cannot load.
+    Of the progress bars only those of downloads show; that of the steps comes on with
+    `pipe.set_progress_bar_config(disable=False)`.
+
+    Args:
+        model: a folder or a model id of the hub; None for the bundled `urban-tiny`.
+        device: such as "cpu" or "cuda:1"; None for "cuda" if there is one, else "cpu".
+        dtype: None for float16 on a GPU, float32 on a CPU.
+
+    Returns:
+        The pipeline, on its device.
+
+    Raises:
+        FileNotFoundError: if the bundled model is not there. diffusers raises what it finds wrong with another.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.float16)
@@ -39,22 +50,38 @@ def load_pipeline(model: str | Path | None = None, *, device: str | None = None,
     return pipe.to(device)
 
 
-def image_size(pipe) -> tuple[int, int]:
-    """(height, width) in pixels of the images that the pipeline makes unless it is told another size.
+def image_size(pipe: Any) -> tuple[int, int]:
+    """The size of the images that a pipeline makes unless it is told another.
 
-    Raises TypeError for a pipeline without a U-Net, ValueError for a U-Net whose config does not say it.
+    Args:
+        pipe: a diffusers pipeline with a U-Net.
+
+    Returns:
+        Height and width in pixels.
+
+    Raises:
+        TypeError: for a pipeline without a U-Net.
+        ValueError: for a U-Net whose config does not say it.
     """
-    cells = unet_of(pipe).config.sample_size
+    unet: Any = unet_of(pipe)
+    cells = unet.config.sample_size
     height, width = cells if isinstance(cells, list | tuple) else (cells, cells)
     if not height or not width:
         raise ValueError(f"the U-Net's config has the sample_size {cells!r}: expected the cells of a latent's side")
     return height * pipe.vae_scale_factor, width * pipe.vae_scale_factor
 
 
-def unet_of(pipe) -> torch.nn.Module:
-    """The pipeline's U-Net itself; `torch.compile` returns a wrapper with another signature and other layer names.
+def unet_of(pipe: Any) -> torch.nn.Module:
+    """The pipeline's U-Net itself, not the wrapper of `torch.compile`, whose signature and layer names are others.
 
-    Raises TypeError for a pipeline without one.
+    Args:
+        pipe: a diffusers pipeline.
+
+    Returns:
+        The U-Net.
+
+    Raises:
+        TypeError: for a pipeline without one.
     """
     unet = getattr(pipe, "unet", None)
     if not isinstance(unet, torch.nn.Module):

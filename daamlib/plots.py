@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from PIL import Image
 
 from .attention.heatmaps import HeatMaps
 from .extras import needs
@@ -12,88 +13,125 @@ with needs("notebooks"):
     import matplotlib.pyplot as plt
     from matplotlib.figure import Figure
 
+Picture = Image.Image | np.ndarray
 COLOUR_MAP = "magma"  # perceptually uniform
 
 
-def show_images(images: Sequence, titles: Sequence[str] = (), *, columns: int = 6, size: float = 2.0) -> Figure:
-    """A grid of PIL images or (H, W[, 3]) arrays; `size` is the width of one in inches."""
+def _grid(rows: int, columns: int, width: float, height: float, layout: str) -> tuple[Figure, np.ndarray]:
+    """A figure of that many bare axes; width and height in inches."""
+    figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False, layout=layout)
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[], frame_on=False)
+    return figure, axes
+
+
+def _array(values) -> np.ndarray:
+    """A map from any device, or an array, in float32."""
+    return torch.as_tensor(values).detach().float().cpu().numpy()
+
+
+def _draw_over(ax, heat: np.ndarray, pixels: np.ndarray, **options):
+    """Draw an (h, w) map up-sampled to the size of the (H, W, 3) pixels."""
+    extent = (-0.5, pixels.shape[1] - 0.5, pixels.shape[0] - 0.5, -0.5)
+    return ax.imshow(heat, cmap=COLOUR_MAP, extent=extent, interpolation="bilinear", **options)
+
+
+def _outline(ax, mask: np.ndarray) -> None:
+    if mask.any() and not mask.all():
+        ax.contour(mask, levels=[0.5], colors="cyan", linewidths=0.8)
+
+
+def show_images(
+    images: Sequence[Picture], titles: Sequence[str] = (), *, columns: int = 6, size: float = 2.0
+) -> Figure:
+    """Show images in a grid.
+
+    Args:
+        images: PIL images or (H, W[, 3]) arrays.
+        titles: of the first images, as many as there are.
+        columns: how many images stand in a row at most.
+        size: width of an image in inches.
+
+    Returns:
+        The figure.
+    """
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(size * columns, (size + 0.25) * rows), squeeze=False)
-    for ax in axes.flat:
-        ax.axis("off")
+    figure, axes = _grid(rows, columns, size * columns, (size + 0.25) * rows, "tight")
     for ax, image in zip(axes.flat, images, strict=False):
         ax.imshow(image)
     for ax, title in zip(axes.flat, titles, strict=False):
         ax.set_title(title, fontsize=9)
-    figure.tight_layout()
     return figure
 
 
 def show_maps(
-    image, maps: Mapping[str, torch.Tensor], *, alpha: float = 0.65, columns: int = 6, size: float = 2.0
+    image: Picture,
+    maps: Mapping[str, torch.Tensor],
+    *,
+    alpha: float = 0.65,
+    columns: int = 6,
+    size: float = 2.0,
 ) -> Figure:
-    """The image, then each (h, w) map over it, up-sampled to the image and min-max normalised by itself.
+    """Show an image, then each map over it, up-sampled to the image and min-max normalised by itself.
 
-    maps: title -> map. The values behind the colours stand under each picture as its minimum and maximum.
+    Args:
+        image: PIL image or (H, W, 3) array.
+        maps: title -> (h, w) map. Its minimum and maximum, before normalisation, stand under the picture.
+        alpha: opacity of the maps, in [0, 1].
+        columns: how many pictures stand in a row at most.
+        size: width of a picture in inches.
+
+    Returns:
+        The figure.
     """
     pixels = np.asarray(image)
     columns = min(columns, len(maps) + 1)
     rows = -(-(len(maps) + 1) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(size * columns, (size + 0.45) * rows), squeeze=False)
-    for ax in axes.flat:
-        ax.set_xticks([])
-        ax.set_yticks([])
-        ax.set_frame_on(False)
+    figure, axes = _grid(rows, columns, size * columns, (size + 0.45) * rows, "tight")
     axes.flat[0].imshow(pixels)
     axes.flat[0].set_title("image", fontsize=9)
-    extent = (-0.5, pixels.shape[1] - 0.5, pixels.shape[0] - 0.5, -0.5)
     for ax, (title, values) in zip(axes.flat[1:], maps.items(), strict=False):
-        heat = values.detach().float().cpu().numpy()
+        heat = _array(values)
         ax.imshow(pixels)
-        ax.imshow(heat, cmap=COLOUR_MAP, alpha=alpha, extent=extent, interpolation="bilinear")
+        _draw_over(ax, heat, pixels, alpha=alpha)
         ax.set_title(title, fontsize=9)
         ax.set_xlabel(f"{heat.min():.3g} ... {heat.max():.3g}", fontsize=7)
-    figure.tight_layout()
     return figure
 
 
 def show_map_rows(
-    images: Sequence,
+    images: Sequence[Picture],
     maps: Mapping[str, Sequence[torch.Tensor]],
     *,
     masks: Mapping[str, Sequence] | None = None,
     row_titles: Sequence[str] = (),
     size: float = 1.6,
 ) -> Figure:
-    """One row for each image: the image, then its maps in plain colours, each scaled to its own [0, 1].
+    """Show one row for each image: the image, then its maps in plain colours, each scaled to its own [0, 1].
 
-    maps: title -> one (h, w) map for each image. masks: title -> one (H, W) boolean mask for each image, drawn as
-    an outline. row_titles: written beside the images.
+    Args:
+        images: PIL images or (H, W, 3) arrays.
+        maps: title -> one (h, w) map for each image.
+        masks: title -> one (H, W) boolean mask for each image, drawn as an outline.
+        row_titles: written beside the images.
+        size: width of a picture in inches.
+
+    Returns:
+        The figure.
     """
     rows, columns = len(images), len(maps) + 1
     lines = 1 + max(title.count("\n") for title in maps)
-    figure, axes = plt.subplots(
-        rows,
-        columns,
-        figsize=(size * columns + 0.9, (size + 0.03) * rows + 0.35 + 0.17 * lines),
-        squeeze=False,
-        layout="constrained",
-    )
-    for ax in axes.flat:
-        ax.set(xticks=[], yticks=[], frame_on=False)
+    height = (size + 0.03) * rows + 0.35 + 0.17 * lines
+    figure, axes = _grid(rows, columns, size * columns + 0.9, height, "constrained")
     for row, image in enumerate(images):
         pixels = np.asarray(image)
-        height, width = pixels.shape[:2]
         axes[row, 0].imshow(pixels)
         for ax, (title, values) in zip(axes[row, 1:], maps.items(), strict=True):
             heat = HeatMaps(values[row][None].detach().float().cpu(), (title,)).normalized()[0]
-            extent = (-0.5, width - 0.5, height - 0.5, -0.5)
-            drawn = ax.imshow(heat, cmap=COLOUR_MAP, vmin=0, vmax=1, extent=extent, interpolation="bilinear")
-            mask = masks[title][row] if masks else np.zeros(0)
-            mask = np.asarray(mask.cpu() if isinstance(mask, torch.Tensor) else mask)
-            if mask.any() and not mask.all():
-                ax.contour(mask, levels=[0.5], colors="cyan", linewidths=0.8)
+            drawn = _draw_over(ax, heat.numpy(), pixels, vmin=0, vmax=1)
+            if masks:
+                _outline(ax, _array(masks[title][row]) > 0)
     for ax, title in zip(axes[0], ("image", *maps), strict=True):
         ax.set_title(title, fontsize=9)
     for ax, title in zip(axes[:, 0], row_titles, strict=False):
@@ -114,24 +152,29 @@ def show_values(
     columns: int = 6,
     size: float = 1.7,
 ) -> Figure:
-    """Numbers as colours: title -> (h, w) array or tensor, all on one scale, cells shown as they are.
+    """Show numbers as colours, all on one scale, cells as they are.
 
-    label: what the colour bar says. outline: a boolean (h, w) mask whose outline is drawn on each. limits: the values
-    at the ends of the colour bar; None takes the smallest and the largest of all.
+    Args:
+        values: title -> (h, w) array or tensor.
+        label: what the colour bar says.
+        outline: (h, w) boolean mask, whose outline is drawn on each.
+        limits: the values at the ends of the colour bar; None for the smallest and the largest of all.
+        colour_map: one of matplotlib's.
+        columns: how many pictures stand in a row at most.
+        size: width of a picture in inches.
+
+    Returns:
+        The figure.
     """
-    arrays = [np.asarray(torch.as_tensor(value).detach().float().cpu()) for value in values.values()]
+    arrays = [_array(value) for value in values.values()]
     low, high = limits or (min(array.min() for array in arrays), max(array.max() for array in arrays))
     columns = min(columns, len(arrays))
     rows = -(-len(arrays) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(size * columns + 1.1, (size + 0.3) * rows + 0.2), squeeze=False, layout="constrained"
-    )
-    for ax in axes.flat:
-        ax.set(xticks=[], yticks=[], frame_on=False)
+    figure, axes = _grid(rows, columns, size * columns + 1.1, (size + 0.3) * rows + 0.2, "constrained")
     for ax, title, array in zip(axes.flat, values, arrays, strict=False):
         drawn = ax.imshow(array, cmap=colour_map, vmin=low, vmax=high)
         if outline is not None:
-            ax.contour(outline, levels=[0.5], colors="cyan", linewidths=0.8)
+            _outline(ax, np.asarray(outline))
         ax.set_title(title, fontsize=9)
     figure.colorbar(drawn, ax=axes, label=label, fraction=0.04, aspect=12 * rows, pad=0.01)
     return figure

@@ -12,5 +12,12 @@ CLONE = None if _PACKAGED.is_dir() else Path(__file__).resolve().parents[1]
 
 
 def bundled(name: str) -> Path:
-    """The file or folder `name` of `data`, such as "urban-tiny"; not all of `data` is in a wheel."""
+    """The place of something that comes with the package.
+
+    Args:
+        name: of a file or folder in `data`, such as "urban-tiny"; not all of `data` is in a wheel.
+
+    Returns:
+        Its path, whether it is there or not.
+    """
     return (CLONE / "data" if CLONE else _PACKAGED) / name

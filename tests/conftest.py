@@ -65,13 +65,13 @@ def pytest_configure(config):
         mode.__enter__()
         config.add_cleanup(lambda: mode.__exit__(None, None, None))
     elif name != "cpu":
-        _prepare(name)
+        prepare_device(name)
     torch.set_num_threads(min(2, torch.get_num_threads()))
     # it advises on batch sizes and the like, through warnings that would be errors here
     logging.getLogger("diffusers").setLevel(logging.ERROR)
 
 
-def _prepare(name):
+def prepare_device(name):
     """Kernels as exact and repeatable as the CPU's; a usage error for a device that is not there."""
     try:
         torch.empty(0, device=name)
@@ -198,5 +198,5 @@ def pipe(request):
 
 @pytest.fixture
 def fresh(device):
-    """fresh("sd1"): a pipeline of this test alone, which may change it."""
+    """A function of a family's name, "sd1", that builds a pipeline of this test alone, which may change it."""
     return functools.partial(build, device=device)

@@ -79,7 +79,7 @@ def test_tensors_of_two_devices_that_meet_raise(gpu, mix):
     near, far = torch.ones(2, 2), torch.ones(2, 2).to(gpu)
     if mix in (MIXED["autograd"], MIXED[".grad"]):
         far.requires_grad_()
-    with pytest.raises(RuntimeError, match="Expected all tensors to be on the same device"):
+    with pytest.raises(RuntimeError, match="device"):
         mix(far, near)
     if mix is not MIXED["a layer"]:
         mix(near.clone().requires_grad_(far.requires_grad), torch.ones(2, 2))
@@ -88,10 +88,10 @@ def test_tensors_of_two_devices_that_meet_raise(gpu, mix):
 def test_numpy_and_generators_of_another_device_raise(gpu):
     far = torch.ones(2, device=gpu)
     for ask in (far.numpy, lambda: np.asarray(far), lambda: np.array([far[0], far[1]])):
-        with pytest.raises(TypeError, match=f"can't convert {gpu} device type tensor to numpy"):
+        with pytest.raises(TypeError, match="numpy"):
             ask()
     assert far.numpy(force=True).tolist() == far.cpu().numpy().tolist() == far.tolist() == [1, 1]
-    with pytest.raises(RuntimeError, match="device type for generator but found 'cpu'"):
+    with pytest.raises(RuntimeError, match="generator"):
         torch.randn(2, device=gpu, generator=torch.Generator())
 
 
@@ -124,7 +124,7 @@ def test_tensors_are_followed(gpu):
 def test_apples_gpus_have_no_float64():
     with Pretended("mps") as gpu:
         for make in (lambda: torch.ones(2).to(gpu).double(), lambda: torch.ones(2, device=gpu, dtype=torch.float64)):
-            with pytest.raises(TypeError, match="no float64"):
+            with pytest.raises(TypeError, match="float64"):
                 make()
         assert torch.ones(2, device=gpu).cpu().double().dtype == torch.float64
 
@@ -137,8 +137,8 @@ def test_nothing_is_pretended_afterwards():
 
 
 def test_a_device_that_is_not_there_is_a_usage_error():
-    with pytest.raises(pytest.UsageError, match="--device nowhere: PyTorch .* has no such device here"):
-        conftest._prepare("nowhere")
+    with pytest.raises(pytest.UsageError, match="nowhere"):
+        conftest.prepare_device("nowhere")
 
 
 # -- records -------------------------------------------------------------------------------------------------------

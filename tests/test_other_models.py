@@ -79,16 +79,16 @@ def test_the_size_of_images_follows_the_model(pipe, fresh):
     image = pipe("a car", num_inference_steps=1).images[0]
     assert image.size == expected[::-1]
     for function in (image_size, is_bundled):
-        with pytest.raises(TypeError, match="expected a diffusers pipeline with a U-Net .* got str"):
+        with pytest.raises(TypeError, match="U-Net"):
             function("a model")
     unknown = fresh("sd1")
     unknown.unet.register_to_config(sample_size=None)
-    with pytest.raises(ValueError, match="the U-Net's config has the sample_size None"):
+    with pytest.raises(ValueError, match="sample_size"):
         image_size(unknown)
 
 
 def test_the_annotator_labels_images_of_the_bundled_model_only(pipe):
-    with pytest.raises(ValueError, match="not the images of .*tiny-sd.*widgets.annotate.*import_masks.*MASKS="):
+    with pytest.raises(ValueError, match="MASKS="):
         labels_for(pipe)
     images = np.zeros((1, 48, 64, 3), np.uint8)
     assert labels_for(pipe, any_model=True)(images).shape == (1, 48, 64)
@@ -100,11 +100,11 @@ def test_the_annotator_labels_images_of_the_bundled_model_only(pipe):
 
 
 def test_masks_are_checked_before_there_are_images(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no masks at .*masks: expected a folder of PNG files or a COCO"):
+    with pytest.raises(FileNotFoundError, match="masks"):
         datasets.check_masks(tmp_path / "masks", 2)
     Image.fromarray(np.full((8, 8), BY_NAME["car"].id, np.uint8)).save(tmp_path / "00001.png")
     datasets.check_masks(tmp_path, 2)
-    with pytest.raises(ValueError, match="'00001.png' is not an image of this dataset"):
+    with pytest.raises(ValueError, match="00001.png"):
         datasets.check_masks(tmp_path, 1)
 
 

@@ -90,4 +90,4 @@ print(len(datasets.urban_prompts(3)), len(experiments.thesis_values()), type(loa
 def test_the_runner_says_where_notebooks_come_from(python):
     done = python("-m", "daamlib.runs")
     assert (done.returncode, done.stdout) == (2, "")
-    assert "clone its repository and give its folder, --notebooks-dir CLONE/notebooks" in done.stderr
+    assert "--notebooks-dir CLONE/notebooks" in done.stderr

@@ -1,3 +1,5 @@
+"""The command line, see `daamlib.runs.run`."""
+
 import sys
 
 from .run import main

@@ -5,52 +5,31 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .report import leaves
+from .metrics import flatten
 
 # (pattern, relative tolerance): the first pattern found in a metric's name counts
 TOLERANCES = ((r"second|speedup|time", math.inf), (r"", 0.01))  # durations differ on every machine
 
 
-@dataclass(frozen=True)
-class Difference:
-    """A metric that is not the same in both runs; None where a run does not have it."""
+def _differences(
+    first: Mapping[str, Any], second: Mapping[str, Any], tolerances: Sequence[tuple[str, float]]
+) -> list[str]:
+    """A line for each metric that one run lacks, or that differs by more than its limit.
 
-    name: str
-    first: Any
-    second: Any
-    relative: float  # |a - b| / max(|a|, |b|, 1e-6); infinite where that means nothing
-    tolerance: float
-
-    def __str__(self) -> str:
-        a, b = ("nothing" if value is None else f"{value!r}" for value in (self.first, self.second))
-        percent = "" if math.isinf(self.relative) else f", {self.relative:.2%} apart (tolerance {self.tolerance:.2%})"
-        return f"{self.name}: {a} and {b}{percent}"
-
-
-def read_metrics(run: Path) -> dict[str, Any]:
-    """The metrics of a run by dotted name. Raises ValueError where the folder holds none."""
-    path = run / "metrics.json"
-    try:
-        return dict(leaves(json.loads(path.read_text(encoding="utf-8"))))
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"no metrics of a run in {path}: expected a folder of papermill_runs ({error})") from error
-
-
-def differences(
-    first: Mapping[str, Any], second: Mapping[str, Any], tolerances: Sequence[tuple[str, float]] = TOLERANCES
-) -> list[Difference]:
-    """The metrics that differ by more than their tolerance, or that only one of the runs has."""
+    The limit is one of |a - b| / max(|a|, |b|, 1e-6). What is no number has to be equal, unless its limit is infinite.
+    """
     found = []
-    for name in [*first, *(name for name in second if name not in first)]:
+    for name in {**first, **second}:
         a, b = first.get(name), second.get(name)
-        tolerance = next(limit for pattern, limit in tolerances if re.search(pattern, name))
-        relative = _relative(a, b)
-        if relative > tolerance or (math.isinf(relative) and not math.isinf(tolerance)):
-            found.append(Difference(name, a, b, relative, tolerance))
+        limit = next(limit for pattern, limit in tolerances if re.search(pattern, name))
+        apart = _relative(a, b)
+        if apart > limit:
+            values = " and ".join("nothing" if value is None else repr(value) for value in (a, b))
+            percent = "" if math.isinf(apart) else f", {apart:.2%} apart (tolerance {limit:.2%})"
+            found.append(f"{name}: {values}{percent}")
     return found
 
 
@@ -59,6 +38,16 @@ def _relative(a: Any, b: Any) -> float:
         return 0.0
     numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in (a, b))
     return abs(a - b) / max(abs(a), abs(b), 1e-6) if numbers else math.inf
+
+
+def _metrics(run: str) -> dict[str, Any]:
+    path = Path(run) / "metrics.json"
+    try:
+        return flatten(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, AttributeError) as error:
+        raise argparse.ArgumentTypeError(
+            f"no metrics in {path}: expected a folder of papermill_runs ({error})"
+        ) from error
 
 
 def _tolerance(text: str) -> tuple[str, float]:
@@ -74,25 +63,27 @@ def _tolerance(text: str) -> tuple[str, float]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the differences; return 0 where there are none, 1 where there are some, 2 for a wrong choice."""
+    """Print the differences of two runs.
+
+    Args:
+        argv: what follows `compare` on the command line.
+
+    Returns:
+        0 where there are none, 1 where there are some. A wrong choice ends the program with 2.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m daamlib.runs compare",
         description="Print which metrics of two runs differ by more than their tolerance. Durations never do, all "
         "others by default where they are 1 percent apart; what is no number has to be equal.",
     )
-    parser.add_argument("first", type=Path, help="a folder of papermill_runs")
-    parser.add_argument("second", type=Path, help="another one")
+    parser.add_argument("first", type=_metrics, help="a folder of papermill_runs")
+    parser.add_argument("second", type=_metrics, help="another one")
     parser.add_argument(
         "-t", "--tolerance", type=_tolerance, action="append", default=[], metavar="PATTERN=NUMBER",
         help="relative tolerance of the metrics whose name the regular expression finds; may be given several times",
     )  # fmt: skip
-    arguments = parser.parse_args(argv)
-    try:
-        first, second = read_metrics(arguments.first), read_metrics(arguments.second)
-    except ValueError as error:
-        parser.error(str(error))
-    found = differences(first, second, (*arguments.tolerance, *TOLERANCES))
-    for difference in found:
-        print(difference)
-    print(f"{len(found)} of {len(first.keys() | second.keys())} metrics differ by more than their tolerance")
+    chosen = parser.parse_args(argv)
+    found = _differences(chosen.first, chosen.second, (*chosen.tolerance, *TOLERANCES))
+    total = len(chosen.first | chosen.second)
+    print(*found, f"{len(found)} of {total} metrics differ by more than their tolerance", sep="\n")
     return 1 if found else 0

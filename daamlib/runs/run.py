@@ -8,10 +8,6 @@ outputs for each with its ``metrics.json``, the metrics of all of them, the envi
 
 import argparse
 import ast
-import json
-import math
-import numbers
-import os
 import re
 import sys
 import time
@@ -20,71 +16,30 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ..extras import needs
-from ..io import atomic_write
+import nbformat
+import papermill
+from jupyter_client.kernelspec import NATIVE_KERNEL_NAME, KernelSpecManager
+from jupyter_client.manager import AsyncKernelManager
+from papermill.exceptions import PapermillException, PapermillExecutionError
+
 from ..resources import CLONE
-
-with needs("notebooks"):
-    import nbformat
-    import papermill
-    from jupyter_client.kernelspec import NATIVE_KERNEL_NAME, KernelSpecManager
-    from jupyter_client.manager import AsyncKernelManager
-    from papermill.exceptions import PapermillException, PapermillExecutionError
-
-    from . import compare as _compare
-    from .report import Result, ending, environment, leaves, write_reports
-
-
-def write_metrics(
-    output_dir: str | os.PathLike,
-    metrics: Mapping[str, Any],
-    *,
-    headline: Sequence[str] = (),
-    tables: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None,
-) -> None:
-    """Write ``metrics`` to ``output_dir/metrics.json``, and what a run ends with to ``output_dir/headline.json``.
-
-    headline: dotted names of the metrics that a reader wants first, as ``"miou.car"`` for ``{"miou": {"car": ...}}``.
-    tables: {title: {row: {column: number or string}}}, which may hold what is no metric, such as others' numbers.
-
-    Raises ValueError where ``metrics`` is empty, where ``metrics`` or ``tables`` hold anything but finite numbers,
-    strings and dicts of those, or where a headline is no metric; nothing is written then.
-    """
-    metrics = _plain(metrics)
-    known = dict(leaves(metrics))
-    unknown = [name for name in headline if name not in known]
-    if unknown:
-        raise ValueError(f"no metrics are named {', '.join(unknown)}, as headline says; there are {', '.join(known)}")
-    first = {"metrics": {name: known[name] for name in headline}, "tables": _plain(tables, "tables") if tables else {}}
-    for name, content in {"metrics": metrics, "headline": first}.items():
-        path = Path(output_dir) / f"{name}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _plain(value: Any, name: str = "metrics") -> Any:
-    """Return ``value`` in JSON's own types. Raises ValueError for what ``write_metrics`` does not accept."""
-    if isinstance(value, Mapping) and value:
-        if not all(isinstance(key, str) for key in value):
-            raise ValueError(f"{name} has keys that are not strings: {list(value)}")
-        return {key: _plain(item, f"{name}[{key!r}]") for key, item in value.items()}
-    if isinstance(value, str | bool):
-        return value
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    if isinstance(value, numbers.Real) and math.isfinite(value):
-        return float(value)
-    raise ValueError(
-        f"{name} is {value!r} ({type(value).__name__}); expected a finite number, a string or a dict of "
-        "those that is not empty. Turn tensors and arrays into numbers first, with .item() or float()."
-    )
+from . import compare
+from .metrics import read_metrics
+from .report import Result, ending, environment, write_reports
 
 
 def find_notebooks(folder: Path, chosen: Sequence[str] = ()) -> list[Path]:
-    """Return the notebooks ``NN_*.ipynb`` of ``folder`` in order: all, or those with the ``chosen`` numbers.
+    """Find the notebooks `NN_*.ipynb` of a folder.
 
-    Raises ValueError where there are none, two with one number, or none with a chosen number.
+    Args:
+        folder: where they are.
+        chosen: numbers, such as "06" or "6"; none for all.
+
+    Returns:
+        Their paths in order.
+
+    Raises:
+        ValueError: where there are none, two with one number, or none with a chosen number.
     """
     paths = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
     found = {path.name[:2]: path for path in paths}
@@ -99,7 +54,7 @@ def find_notebooks(folder: Path, chosen: Sequence[str] = ()) -> list[Path]:
     return [path for number, path in found.items() if number in wanted]
 
 
-def check_parameters(notebooks: Sequence[Path], parameters: Mapping[str, Any]) -> None:
+def _check_parameters(notebooks: Sequence[Path], parameters: Mapping[str, Any]) -> None:
     """Raise ValueError, naming all cases, where a parameter is not in the `parameters` cell of a notebook.
 
     Papermill itself only warns, and a mistyped name would silently run with the default.
@@ -122,8 +77,8 @@ class _CurrentKernelManager(AsyncKernelManager):
         super().__init__(kernel_spec_manager=KernelSpecManager(kernel_dirs=[]), **kwargs)
 
 
-def run_notebook(notebook: Path, run_dir: Path, parameters: Mapping[str, Any], result: Result) -> None:
-    """Execute ``notebook`` into ``run_dir`` and fill in ``result``. A failure is recorded, not raised."""
+def _run_notebook(notebook: Path, run_dir: Path, parameters: Mapping[str, Any], result: Result) -> None:
+    """Execute a notebook into `run_dir` and fill in the result. A failure is recorded there, not raised."""
     executed, output_dir = run_dir / notebook.name, run_dir / notebook.stem
     output_dir.mkdir()
     start = time.monotonic()
@@ -139,8 +94,8 @@ def run_notebook(notebook: Path, run_dir: Path, parameters: Mapping[str, Any], r
             cwd=notebook.parent,
             progress_bar=sys.stderr.isatty(),
         )
-        result.metrics = _read_metrics(output_dir / "metrics.json")
-        result.headline, result.tables = _read_headline(output_dir / "headline.json")
+        result.metrics, first = read_metrics(output_dir)
+        result.headline, result.tables = first.get("metrics", {}), first.get("tables", {})
         result.state = "passed"
     except PapermillExecutionError as error:
         print(error, file=sys.stderr)  # the cell's traceback
@@ -152,27 +107,15 @@ def run_notebook(notebook: Path, run_dir: Path, parameters: Mapping[str, Any], r
     result.state = "failed" if result.error else result.state
 
 
-def _read_metrics(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError("no metrics.json in OUTPUT_DIR; a notebook's last cell has to call write_metrics")
-    return _plain(json.loads(path.read_text(encoding="utf-8")))
-
-
-def _read_headline(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the headline metrics and the tables; nothing where a notebook wrote its metrics by other means."""
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return found.get("metrics", {}), found.get("tables", {})
-
-
 def _last_started_cell(executed: Path) -> str:
-    """Return the first line of the last code cell that papermill began, "" where there is none."""
+    """The first line of the last code cell that papermill began, "" where there is none."""
     cells = nbformat.read(executed, as_version=4).cells if executed.is_file() else []
     code = [cell for cell in cells if cell.cell_type == "code"]
     started = [cell for cell in code if cell.metadata.get("papermill", {}).get("start_time")]
     return started[-1].source.split("\n")[0] if started else ""
 
 
-def run(notebooks: Sequence[Path], parameters: Mapping[str, Any], run_dir: Path) -> list[Result]:
+def _run(notebooks: Sequence[Path], parameters: Mapping[str, Any], run_dir: Path) -> list[Result]:
     """Run the notebooks one after the other, up to the first that fails, and write the reports."""
     results = [Result(path.stem) for path in notebooks]
     machine = environment()  # first, so that a broken installation shows before hours of work
@@ -180,7 +123,7 @@ def run(notebooks: Sequence[Path], parameters: Mapping[str, Any], run_dir: Path)
         for i, (path, result) in enumerate(zip(notebooks, results, strict=True), start=1):
             progress = f"[{i}/{len(notebooks)}] {path.name}"
             print(f"{progress} ...", flush=True)
-            run_notebook(path, run_dir, parameters, result)
+            _run_notebook(path, run_dir, parameters, result)
             print(f"{progress} {result.state} after {result.seconds:.1f} s", flush=True)
             if result.error:
                 print(f"{path.name}: {result.error}\nIt is kept: {run_dir / path.name}", file=sys.stderr)
@@ -190,11 +133,8 @@ def run(notebooks: Sequence[Path], parameters: Mapping[str, Any], run_dir: Path)
     return results
 
 
-_FLAGS = ("model", "device", "steps", "n_images", "seed")
-
-
 def _value(text: str) -> Any:
-    """Read a parameter as a Python literal where it is one, else as the text itself."""
+    """A parameter as a Python literal where it is one, else the text itself."""
     try:
         return ast.literal_eval(text)
     except (ValueError, TypeError, SyntaxError):
@@ -214,22 +154,22 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int)
     parser.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     parser.add_argument(
-        "--notebooks-dir", type=Path, default=CLONE and CLONE / "notebooks", help="(default: the clone's)"
+        "--notebooks-dir", type=Path, default=CLONE and CLONE / "notebooks", help="default: the clone's"
     )
     parser.add_argument(
-        "--runs-dir", type=Path, default=(CLONE or Path()) / "papermill_runs", help="(default: %(default)s)"
+        "--runs-dir", type=Path, default=(CLONE or Path()) / "papermill_runs", help="default: %(default)s"
     )
     return parser
 
 
-def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the notebook parameters that the command line gives, and only those.
+def _parameters(chosen: argparse.Namespace) -> dict[str, Any]:
+    """The notebook parameters that the command line gives, and only those.
 
     Raises ValueError where one is given twice, and for OUTPUT_DIR, which the runner gives.
     """
-    flags = {name.upper(): getattr(arguments, name) for name in _FLAGS}
-    pairs = [(name, value) for name, value in flags.items() if value is not None]
-    pairs += [(name, _value(text)) for name, text in arguments.parameter]
+    pairs = [(name, getattr(chosen, name.lower())) for name in ("MODEL", "DEVICE", "STEPS", "N_IMAGES", "SEED")]
+    pairs = [(name, value) for name, value in pairs if value is not None]
+    pairs += [(name, _value(text)) for name, text in chosen.parameter]
     parameters = dict(pairs)
     if len(parameters) < len(pairs):
         raise ValueError(f"a parameter is given twice: {', '.join(name for name, _ in pairs)}")
@@ -242,38 +182,36 @@ def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
     return parameters
 
 
-def _new_run_dir(runs_dir: Path, model: str | None) -> Path:
-    name = re.sub(r"[^\w.-]+", "-", Path(str(model)).name) if model else "urban-tiny"
-    run_dir = runs_dir.resolve() / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{name}"
-    run_dir.mkdir(parents=True)
-    return run_dir
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return 0 where all notebooks passed, 1 where one failed, 2 for a wrong choice."""
+    """Run the command line.
+
+    Args:
+        argv: the arguments; None for those that the program was called with.
+
+    Returns:
+        0 where all notebooks passed, 1 where one failed. A wrong choice ends the program with 2, before anything runs.
+    """
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["compare"]:
-        return _compare.main(argv[1:])
-    arguments = _parser().parse_args(argv)
+        return compare.main(argv[1:])
+    parser = _parser()
+    chosen = parser.parse_args(argv)
+    if chosen.notebooks_dir is None:
+        parser.error(
+            "an installed daamlib has no notebooks: clone its repository and give its folder, "
+            "--notebooks-dir CLONE/notebooks"
+        )
     try:
-        parameters = _parameters(arguments)
-        if arguments.notebooks_dir is None:
-            raise ValueError(
-                "an installed daamlib has no notebooks: clone its repository and give its folder, "
-                "--notebooks-dir CLONE/notebooks"
-            )
-        notebooks = find_notebooks(arguments.notebooks_dir.resolve(), arguments.notebooks)
-        check_parameters(notebooks, {**parameters, "OUTPUT_DIR": ""})
+        parameters = _parameters(chosen)
+        notebooks = find_notebooks(chosen.notebooks_dir.resolve(), chosen.notebooks)
+        _check_parameters(notebooks, {**parameters, "OUTPUT_DIR": ""})
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    run_dir = _new_run_dir(arguments.runs_dir, parameters.get("MODEL"))
+        parser.error(str(error))
+    model = re.sub(r"[^\w.-]+", "-", Path(str(parameters.get("MODEL") or "urban-tiny")).name)
+    run_dir = chosen.runs_dir.resolve() / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{model}"
+    run_dir.mkdir(parents=True)
     given = parameters or "as in the notebooks"
     print(f"{len(notebooks)} notebooks, parameters {given}, into {run_dir}", flush=True)
-    results = run(notebooks, parameters, run_dir)
+    results = _run(notebooks, parameters, run_dir)
     print("", ending(run_dir, results), sep="\n")
     return 0 if all(result.state == "passed" for result in results) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

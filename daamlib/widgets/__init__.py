@@ -5,7 +5,7 @@
     annotate(images, ["car", "person"], "masks")                      # draw ...
     datasets.import_masks(dataset, "masks/labels")                    # ... and use the masks as labels
 
-Each is a view of a model without any view (`_reading`, `_session`), which tests and scripts can use alone.
+Each is a view of a model without any view (`explorer_model`, `session`), which scripts can use alone.
 """
 
 from ..extras import needs

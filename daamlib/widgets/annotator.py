@@ -1,7 +1,8 @@
 """The annotator: draw masks with brush, polygon, fill and scribbles that grow; every stroke is on disk at once."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import anywidget
 import numpy as np
@@ -10,7 +11,6 @@ import traitlets
 from ..cityscapes import BY_ID
 from ..datasets.dataset import Dataset
 from .pictures import png
-from .reading import EXPECTED
 from .session import AnnotationSession
 
 HERE = Path(__file__).parent
@@ -20,19 +20,22 @@ class Annotator(anywidget.AnyWidget):
     """What `annotate` returns: a view of an `AnnotationSession`, which holds all that is drawn.
 
     The browser sends each stroke as a message and shows the label map that comes back.
+
+    Args:
+        session: what it is a view of.
     """
 
     _esm = HERE / "annotator.js"
     _css = HERE / "annotator.css"
 
     # what the browser shows; it writes none of it
-    classes = traitlets.List().tag(sync=True)  # {"id", "name", "color": [r, g, b]}
+    classes: Any = traitlets.List().tag(sync=True)  # {"id", "name", "color": [r, g, b]}
     palette = traitlets.Dict().tag(sync=True)  # id -> [r, g, b] of every label that may be on the map
     height = traitlets.Int().tag(sync=True)
     width = traitlets.Int().tag(sync=True)
     picture = traitlets.Bytes().tag(sync=True)  # PNG of the open image
     labels = traitlets.Bytes().tag(sync=True)  # height * width ids, row by row
-    position = traitlets.Int().tag(sync=True)
+    position = traitlets.Int(-1).tag(sync=True)  # of the open image; -1 before the first
     count = traitlets.Int().tag(sync=True)
     done = traitlets.Int().tag(sync=True)
     can_undo = traitlets.Bool().tag(sync=True)
@@ -47,9 +50,8 @@ class Annotator(anywidget.AnyWidget):
             palette={str(number): list(label.color) for number, label in BY_ID.items()},
             count=len(session.numbers),
         )
-        self._shown = None
         self._show("")
-        self.on_msg(self._received)
+        self.on_msg(lambda _widget, action, _buffers: self.act(action))
 
     @property
     def folder(self) -> Path:
@@ -61,11 +63,16 @@ class Annotator(anywidget.AnyWidget):
         """(H, W) uint8 Cityscapes ids of the image that is shown, a copy."""
         return self.session.labels
 
-    def _received(self, _widget, action, _buffers) -> None:
+    def act(self, action: Mapping[str, Any]) -> None:
+        """Do what the browser asks for; what is wrong with it is shown, never raised.
+
+        Args:
+            action: as of `AnnotationSession.apply`.
+        """
         message = ""
         try:
             self.session.apply(action)
-        except EXPECTED as error:
+        except (ValueError, TypeError, LookupError, OSError, RuntimeError) as error:
             message = str(error) or type(error).__name__
         self._show(message)
 
@@ -73,8 +80,7 @@ class Annotator(anywidget.AnyWidget):
         """Send all that changed in one message."""
         session = self.session
         with self.hold_sync():
-            if self._shown != session.position:
-                self._shown = session.position
+            if self.position != session.position:
                 self.height, self.width = session.image.shape[:2]
                 self.picture = png(session.image)
                 self.position = session.position
@@ -89,11 +95,19 @@ class Annotator(anywidget.AnyWidget):
 def annotate(images: Sequence | Dataset, classes: Iterable[str], folder: str | Path) -> Annotator:
     """Draw masks of some images by hand: the last line of a notebook's cell.
 
-    images: PIL images or (H, W, 3) uint8 arrays, or a `Dataset`. classes: names of `daamlib.cityscapes`, such as
-    ["car", "traffic light"]. folder: gets images/00000.png and labels/00000.png (Cityscapes ids) after every stroke,
-    and where it has some, one goes on with them. `datasets.import_masks(dataset, folder / "labels")` makes them the
-    labels of the dataset whose images they are.
+    `datasets.import_masks(dataset, folder / "labels")` makes them the labels of the dataset whose images they are.
 
-    Raises TypeError or ValueError for unknown classes, no images, and a folder of other images or of a dataset.
+    Args:
+        images: PIL images or (H, W, 3) uint8 arrays, or a `Dataset`.
+        classes: names of `daamlib.cityscapes`, such as ["car", "traffic light"].
+        folder: gets images/00000.png and labels/00000.png (Cityscapes ids) after every stroke, and where it has some,
+            one goes on with them.
+
+    Returns:
+        The widget.
+
+    Raises:
+        TypeError: for images or classes of another type.
+        ValueError: for unknown classes, no images, and a folder of other images or of a dataset.
     """
     return Annotator(AnnotationSession(images, classes, folder))

@@ -7,6 +7,7 @@ corner, so that the first pixel's centre is (0.5, 0.5).
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import ArrayLike
 from skimage.draw import disk
 from skimage.draw import polygon as polygon_pixels
 from skimage.measure import block_reduce
@@ -17,8 +18,20 @@ WALK_SIDE = 256  # pixels; the random walker solves a linear system in all of th
 EDGE = 200  # beta of the random walker: the larger, the harder it is to cross an edge of the image
 
 
-def stroke(points, radius: float, shape: tuple[int, int]) -> np.ndarray:
-    """(H, W) bool: the pixels under a round brush drawn along the points. Raises ValueError for bad ones."""
+def stroke(points: ArrayLike, radius: float, shape: tuple[int, int]) -> np.ndarray:
+    """The pixels under a round brush drawn along some points.
+
+    Args:
+        points: [[x, y], ...], one or more.
+        radius: of the brush, in pixels.
+        shape: (H, W) of the image.
+
+    Returns:
+        (H, W) bool.
+
+    Raises:
+        ValueError: for points or a radius that cannot be.
+    """
     y, x = _points(points, 1, shape)
     if not 0 < radius <= max(shape):
         raise ValueError(f"the brush's radius must be in (0, {max(shape)}] pixels, got {radius!r}")
@@ -32,28 +45,58 @@ def stroke(points, radius: float, shape: tuple[int, int]) -> np.ndarray:
     return under
 
 
-def inside(points, shape: tuple[int, int]) -> np.ndarray:
-    """(H, W) bool: the pixels inside a polygon. Raises ValueError for fewer than three points."""
+def inside(points: ArrayLike, shape: tuple[int, int]) -> np.ndarray:
+    """The pixels inside a polygon.
+
+    Args:
+        points: [[x, y], ...], three or more.
+        shape: (H, W) of the image.
+
+    Returns:
+        (H, W) bool.
+
+    Raises:
+        ValueError: for points that cannot be.
+    """
     y, x = _points(points, 3, shape)
     where = np.zeros(shape, bool)
     where[polygon_pixels(y, x, shape)] = True
     return where
 
 
-def region(labels: np.ndarray, points) -> np.ndarray:
-    """(H, W) bool: the pixels of the first point's label that hang together with it, side by side."""
+def region(labels: np.ndarray, points: ArrayLike) -> np.ndarray:
+    """The pixels of the first point's label that hang together with it, side by side.
+
+    Args:
+        labels: (H, W) ids.
+        points: [[x, y], ...], of which the first counts.
+
+    Returns:
+        (H, W) bool.
+
+    Raises:
+        ValueError: for points that cannot be, or a first one outside of the image.
+    """
     y, x = (int(np.floor(value[0] + 0.5)) for value in _points(points, 1, labels.shape))
     if not (0 <= y < labels.shape[0] and 0 <= x < labels.shape[1]):
-        raise ValueError(f"the point ({points[0]}) lies outside of the image of {labels.shape} pixels")
+        raise ValueError(f"the point ({x}, {y}) lies outside of the image of {labels.shape} pixels")
     return flood(labels, (y, x), connectivity=1)
 
 
 def grow(image: np.ndarray, seeds: np.ndarray) -> np.ndarray:
-    """(H, W): each pixel gets the seed that a random walker from there meets first; it hardly crosses edges.
+    """Give each pixel the seed that a random walker from there meets first; it hardly crosses edges (Grady 2006).
 
-    image: (H, W, 3) uint8. seeds: (H, W) int, 0 where there is none, of two kinds or more. Grady 2006, as in
-    scikit-image; images larger than `WALK_SIDE` are walked in blocks of pixels. Raises ValueError for less than two
-    kinds, or an image of one flat colour.
+    Images larger than `WALK_SIDE` are walked in blocks of pixels.
+
+    Args:
+        image: (H, W, 3) uint8.
+        seeds: (H, W) int, 0 where there is none, of two kinds or more.
+
+    Returns:
+        (H, W), one of the seeds everywhere.
+
+    Raises:
+        ValueError: for less than two kinds, seeds too close to each other, or an image of one flat colour.
     """
     kinds = np.unique(seeds[seeds > 0])
     if len(kinds) < 2:
@@ -73,7 +116,7 @@ def grow(image: np.ndarray, seeds: np.ndarray) -> np.ndarray:
     return np.where(seeds > 0, seeds, kinds[walked - 1])
 
 
-def _points(points, least: int, shape: tuple[int, int]) -> np.ndarray:
+def _points(points: ArrayLike, least: int, shape: tuple[int, int]) -> np.ndarray:
     """(2, n): y and x of the points, in scikit-image's coordinates, where a pixel's centre is a whole number."""
     try:
         array = np.asarray(points, float)
@@ -97,10 +140,17 @@ class _Step:
 
 
 class LabelEditor:
-    """One image and its label map, changed by tools, each of which can be undone."""
+    """One image and its label map, changed by tools, each of which can be undone.
+
+    Args:
+        image: (H, W, 3) uint8.
+        labels: (H, W) uint8 ids to begin with, None for all 0. Neither array is changed.
+
+    Raises:
+        ValueError: for labels of another shape or type.
+    """
 
     def __init__(self, image: np.ndarray, labels: np.ndarray | None = None) -> None:
-        """image: (H, W, 3) uint8. labels: (H, W) uint8 ids, None for all 0. Neither is changed."""
         shape = image.shape[:2]
         labels = np.zeros(shape, np.uint8) if labels is None else labels
         if labels.shape != shape or labels.dtype != np.uint8:
@@ -118,20 +168,20 @@ class LabelEditor:
         """How many steps can be taken back."""
         return len(self._steps) - 1
 
-    def brush(self, points, radius: float, value: int) -> None:
+    def brush(self, points: ArrayLike, radius: float, value: int) -> None:
         """Paint along the points; `value` 0 erases."""
         self._set(stroke(points, radius, self.image.shape[:2]), value)
 
-    def polygon(self, points, value: int) -> None:
+    def polygon(self, points: ArrayLike, value: int) -> None:
         """Paint the inside of a polygon."""
         self._set(inside(points, self.image.shape[:2]), value)
 
-    def fill(self, points, value: int) -> None:
+    def fill(self, points: ArrayLike, value: int) -> None:
         """Paint the whole region of one label that the first point is in."""
         self._set(region(self._steps[-1].labels, points), value)
 
-    def grow(self, points, radius: float, value: int) -> None:
-        """Scribble, and let the scribbles since the last other tool grow to the edges of the image (`grow`).
+    def grow(self, points: ArrayLike, radius: float, value: int) -> None:
+        """Scribble, and let the scribbles since the last other tool grow to the edges of the image.
 
         What grows from 0 (unlabeled) only bounds the others: there the labels stay as they were before the scribbles.
         Until there are two kinds of scribbles they are painted as they are.

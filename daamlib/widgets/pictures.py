@@ -4,7 +4,6 @@ HTML rather than ipywidgets' Image, which has no text for those who cannot see i
 """
 
 import base64
-import functools
 import html
 import io
 
@@ -15,13 +14,24 @@ from skimage.segmentation import find_boundaries
 
 # perceptually uniform, each of them; a rainbow shows edges where there are none
 COLOUR_MAPS = ("magma", "viridis", "inferno", "plasma", "cividis")
-TRUTH = (0, 255, 255)  # the outline of the true mask, as in daamlib.plots
+OUTLINE = (0, 255, 255)  # the outline of the true mask, as in daamlib.plots
 WIDTH = 220  # of a picture, in CSS pixels
 CAPTION = "line-height:1.4;padding-top:2px"
 
 
-def rgb(image) -> np.ndarray:
-    """(H, W, 3) uint8 of a PIL image or an array. Raises TypeError or ValueError for what is none."""
+def rgb(image: Image.Image | np.ndarray) -> np.ndarray:
+    """The pixels of an image.
+
+    Args:
+        image: PIL image or (H, W, 3) uint8 array.
+
+    Returns:
+        (H, W, 3) uint8, a copy.
+
+    Raises:
+        TypeError: for anything else.
+        ValueError: for an array of another shape or type.
+    """
     if isinstance(image, Image.Image):
         image = image.convert("RGB")
     elif not isinstance(image, np.ndarray):
@@ -32,23 +42,17 @@ def rgb(image) -> np.ndarray:
     return pixels
 
 
-@functools.cache
-def colours(name: str) -> np.ndarray:
-    """(256, 3) float32 in 0 ... 255: the colour map."""
-    return (255 * matplotlib.colormaps[name](np.linspace(0, 1, 256))[:, :3]).astype(np.float32)
-
-
 def overlay(image: np.ndarray, heat: np.ndarray, opacity: float, colour_map: str) -> np.ndarray:
     """(H, W, 3) uint8: the (H, W) map in [0, 1], in colours, over the image."""
-    coloured = colours(colour_map)[np.rint(255 * heat).astype(np.uint8)]
+    coloured = matplotlib.colormaps[colour_map](heat, bytes=True)[..., :3]
     return np.rint((1 - opacity) * image + opacity * coloured).astype(np.uint8)
 
 
-def cut_out(image: np.ndarray, mask: np.ndarray, truth: np.ndarray | None = None) -> np.ndarray:
+def cut_out(image: np.ndarray, mask: np.ndarray, true_mask: np.ndarray | None = None) -> np.ndarray:
     """(H, W, 3) uint8: the image inside the mask, nearly black outside, and the outline of the true mask."""
     pixels = np.where(mask[..., None], image, image // 6)
-    if truth is not None:
-        pixels[find_boundaries(truth, mode="inner")] = TRUTH
+    if true_mask is not None:
+        pixels[find_boundaries(true_mask, mode="inner")] = OUTLINE
     return pixels
 
 

@@ -28,8 +28,20 @@ TOOLS = ("brush", "polygon", "fill", "grow")
 class AnnotationSession:
     """The images, the folder, and the editor of the image that is open; `apply` does what a view asks for.
 
-    classes: `Label`s to choose from, "unlabeled" first. position: of the open image, from 0. The image at a position
-    has the same number in the file names, or a `Dataset`'s own.
+    The image at a position has the same number in the file names, or a `Dataset`'s own.
+
+    Args:
+        images: PIL images or (H, W, 3) uint8 arrays, or a `Dataset`.
+        classes: names of `daamlib.cityscapes`.
+        folder: where images and labels go; one goes on with those that are there.
+
+    Attributes:
+        classes: `Label`s to choose from, "unlabeled" first.
+        position: of the open image, from 0.
+
+    Raises:
+        TypeError: for images or classes of another type.
+        ValueError: for unknown classes, no images, and a folder of other images or of a dataset.
     """
 
     def __init__(self, images: Sequence | Dataset, classes: Iterable[str], folder: str | Path) -> None:
@@ -73,11 +85,17 @@ class AnnotationSession:
     # -- what a view asks for ------------------------------------------------------------------------------------
 
     def apply(self, action: Mapping[str, Any]) -> None:
-        """Carry out one action and save. Raises ValueError or TypeError for what is none, OSError if it cannot save.
+        """Carry out one action and save.
 
-        action: {"type": "brush" | "grow", "points": [[x, y], ...], "radius": r, "value": id}, "polygon" and "fill"
-        without a radius; {"type": "undo"}; {"type": "save"}, which also marks an image without anything on it as
-        done; {"type": "go", "position": k}. After an OSError the action is done but not on disk: the next saves both.
+        Args:
+            action: {"type": "brush" | "grow", "points": [[x, y], ...], "radius": r, "value": id}, "polygon" and "fill"
+                without a radius; {"type": "undo"}; {"type": "save"}, which also marks an image without anything on it
+                as done; {"type": "go", "position": k}.
+
+        Raises:
+            TypeError: for a radius that is no number.
+            ValueError: for what is no action.
+            OSError: if it cannot be saved. The action is done but not on disk: the next one saves both.
         """
         kind = action.get("type") if isinstance(action, Mapping) else None
         if kind in TOOLS:

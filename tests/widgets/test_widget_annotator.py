@@ -12,10 +12,10 @@ from PIL import Image
 
 from daamlib import datasets, metrics
 from daamlib.cityscapes import BY_ID, BY_NAME
-from daamlib.datasets import folder as _dataset_folder
+from daamlib.datasets import folder as files
 from daamlib.urban.scenes import HELD_OUT, render
 from daamlib.widgets import annotate
-from daamlib.widgets import session as _session
+from daamlib.widgets.annotator import HERE
 from daamlib.widgets.editor import UNDO, LabelEditor, grow, inside, region, stroke
 from daamlib.widgets.session import AnnotationSession
 
@@ -48,7 +48,7 @@ def brush(points=((10, 10),), radius=3, value=CAR):
 
 
 def on_disk(folder, number, part="labels"):
-    with Image.open(folder / _dataset_folder.file_name(part, number)) as image:
+    with Image.open(folder / files.file_name(part, number)) as image:
         assert image.mode == ("L" if part == "labels" else "RGB")
         return np.array(image)
 
@@ -97,18 +97,18 @@ def test_fill_takes_what_hangs_together(editor):
     corners = np.zeros((2, 2), np.uint8)
     corners[0, 0] = corners[1, 1] = 1
     assert region(corners, [[0.5, 0.5]]).sum() == 1  # not over a corner
-    with pytest.raises(ValueError, match="outside of the image"):
+    with pytest.raises(ValueError, match="outside"):
         editor.fill([[32.5, 3]], CAR)
 
 
 @pytest.mark.parametrize(
     ("points", "message"),
     [
-        ([], "points must be"),
-        ([[1, 2, 3]], "points must be"),
-        ([["a", "b"]], "points must be"),
-        ([[1, float("nan")]], "not finite"),
-        (None, "points must be"),
+        ([], "points"),
+        ([[1, 2, 3]], "points"),
+        ([["a", "b"]], "points"),
+        ([[1, float("nan")]], "finite"),
+        (None, "points"),
     ],
 )
 def test_bad_points(editor, points, message):
@@ -119,12 +119,12 @@ def test_bad_points(editor, points, message):
 
 def test_other_bad_strokes(editor):
     for radius in (0, -1, 1000, float("nan")):
-        with pytest.raises(ValueError, match="radius must be in"):
+        with pytest.raises(ValueError, match="radius"):
             editor.brush([[1, 2]], radius, CAR)
-    with pytest.raises(ValueError, match="expected 3 points or more, got 2"):
+    with pytest.raises(ValueError, match="points"):
         editor.polygon([[1, 2], [3, 4]], CAR)
     editor.brush([[1e300, 5], [5, 5]], 3, CAR)  # ends, and soon
-    with pytest.raises(ValueError, match=r"expected labels of \(24, 32\) uint8"):
+    with pytest.raises(ValueError, match="labels"):
         LabelEditor(pictures()[0], np.zeros((32, 24), np.uint8))
 
 
@@ -212,14 +212,14 @@ def test_large_images_are_walked_in_blocks(shape):
 def test_scribbles_that_cannot_grow_are_refused_and_change_nothing():
     flat = LabelEditor(np.full((*SHAPE, 3), 9, np.uint8))
     flat.grow([[25, 12]], 1, CAR)
-    with pytest.raises(ValueError, match="one flat colour"):
+    with pytest.raises(ValueError, match="flat"):
         flat.grow([[3, 12]], 1, 0)
     assert flat.can_undo == 1
-    with pytest.raises(ValueError, match="scribble on the object"):
+    with pytest.raises(ValueError, match="scribble"):
         grow(two_halves(), np.zeros(SHAPE, int))
     seeds = np.zeros((600, 600), int)
     seeds[0, 0], seeds[0, 1] = 1, 2
-    with pytest.raises(ValueError, match="too close"):
+    with pytest.raises(ValueError, match="close"):
         grow(np.random.default_rng(0).integers(0, 256, (600, 600, 3), np.uint8), seeds)
     everywhere = np.ones(SHAPE, int)
     everywhere[0] = 2
@@ -321,10 +321,10 @@ def test_a_full_disk_is_said_and_nothing_is_lost(session, folder, monkeypatch):
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(_session.files, "write_png", full)
-        with pytest.raises(OSError, match="no space left"):
+        patch.setattr(files, "write_png", full)
+        with pytest.raises(OSError, match="space"):
             session.apply(brush([[25, 10]]))
-        with pytest.raises(OSError, match="no space left"):
+        with pytest.raises(OSError, match="space"):
             session.apply({"type": "go", "position": 1})  # it does not leave what is not saved
         assert session.position == 0
     np.testing.assert_array_equal(on_disk(folder, 0), before)
@@ -342,20 +342,20 @@ def test_the_masks_become_labels_of_a_dataset(tmp_path, folder):
     datasets.import_masks(rendered, folder / "labels")
     np.testing.assert_array_equal(rendered.labels(2), session.labels)
     np.testing.assert_array_equal(rendered.labels(1), exact)
-    with pytest.raises(ValueError, match="is a dataset"):
+    with pytest.raises(ValueError, match="dataset"):
         AnnotationSession(rendered, CLASSES, rendered.folder)
 
 
 def test_folders_that_are_something_else(folder):
     (folder / "labels").mkdir(parents=True)
     (folder / "labels" / "00000.png").write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"holds files but no annotation.json"):
+    with pytest.raises(ValueError, match="annotation.json"):
         AnnotationSession(pictures(), CLASSES, folder)
     (folder / "annotation.json").write_text("{")
-    with pytest.raises(ValueError, match="is damaged"):
+    with pytest.raises(ValueError, match="damaged"):
         AnnotationSession(pictures(), CLASSES, folder)
     (folder / "annotation.json").write_text('{"format": "daamlib-annotation-9", "image": 0}')
-    with pytest.raises(ValueError, match="daamlib-annotation-9.*reads 'daamlib-annotation-1'"):
+    with pytest.raises(ValueError, match="annotation-9"):
         AnnotationSession(pictures(), CLASSES, folder)
 
 
@@ -363,13 +363,13 @@ def test_files_that_do_not_fit_the_images(session, folder):
     session.apply(brush())
     session.apply({"type": "go", "position": 1})
     other = pictures()[::-1]
-    with pytest.raises(ValueError, match="is another image than number 0"):
+    with pytest.raises(ValueError, match="another image"):
         AnnotationSession(other, CLASSES, folder).apply({"type": "go", "position": 0})
     for wrong, message in (
-        (np.zeros((4, 4), np.uint8), r"is \(4, 4\) uint8, its image"),
-        (np.full(SHAPE, 77, np.uint8), "which are no Cityscapes ids"),
+        (np.zeros((4, 4), np.uint8), "image"),
+        (np.full(SHAPE, 77, np.uint8), "Cityscapes"),
     ):
-        _dataset_folder.write_png(folder / "labels/00000.png", wrong)
+        files.write_png(folder / "labels/00000.png", wrong)
         with pytest.raises(ValueError, match=message):
             session.apply({"type": "go", "position": 0})
         assert session.position == 1  # and the session goes on
@@ -379,13 +379,13 @@ def test_files_that_do_not_fit_the_images(session, folder):
 @pytest.mark.parametrize(
     ("images", "classes", "error", "message"),
     [
-        ([], CLASSES, ValueError, "no images to annotate"),
-        (pictures(), "car", TypeError, r"write \['car'\]"),
-        (pictures(), ["tree"], ValueError, "'tree' is no Cityscapes label"),
-        (pictures(), ["license plate"], ValueError, "no Cityscapes label"),
-        (pictures(), ["unlabeled"], ValueError, "one class or more"),
-        ([pictures()[0][..., 0]], CLASSES, ValueError, r"expected an \(H, W, 3\) uint8 image"),
-        (["image.png"], CLASSES, TypeError, "expected a PIL image"),
+        ([], CLASSES, ValueError, "images"),
+        (pictures(), "car", TypeError, "car"),
+        (pictures(), ["tree"], ValueError, "tree"),
+        (pictures(), ["license plate"], ValueError, "license plate"),
+        (pictures(), ["unlabeled"], ValueError, "class"),
+        ([pictures()[0][..., 0]], CLASSES, ValueError, "uint8"),
+        (["image.png"], CLASSES, TypeError, "PIL"),
     ],
 )
 def test_bad_arguments(folder, images, classes, error, message):
@@ -397,18 +397,18 @@ def test_bad_arguments(folder, images, classes, error, message):
 # -- messages ----------------------------------------------------------------------------------------------------
 
 BAD = [
-    ({"type": "jump"}, "unknown action"),
-    (None, "unknown action"),
-    ([1], "unknown action"),
-    (brush(value=11), "no class has the id 11"),
-    (brush(value="car"), "no class has the id 'car'"),
-    (brush(points="x"), "points must be"),
-    (brush(radius="3"), "radius must be a number"),
-    (brush(radius=None), "radius must be a number"),
-    ({"type": "fill", "value": CAR}, "points must be"),
-    ({"type": "go", "position": 3}, "no image at position 3"),
-    ({"type": "go", "position": -1}, "no image at position -1"),
-    ({"type": "go"}, "no image at position None"),
+    ({"type": "jump"}, "action"),
+    (None, "action"),
+    ([1], "action"),
+    (brush(value=11), "11"),
+    (brush(value="car"), "id"),
+    (brush(points="x"), "points"),
+    (brush(radius="3"), "radius"),
+    (brush(radius=None), "radius"),
+    ({"type": "fill", "value": CAR}, "points"),
+    ({"type": "go", "position": 3}, "position"),
+    ({"type": "go", "position": -1}, "position"),
+    ({"type": "go"}, "position"),
 ]
 
 
@@ -416,10 +416,10 @@ BAD = [
 def test_a_bad_message_is_said_and_the_widget_lives_on(folder, action, message):
     widget = annotate(pictures(), CLASSES, folder)
     revision = widget.revision
-    widget._received(widget, action, [])
+    widget.act(action)
     assert widget.failed and message in widget.status and widget.revision == revision + 1
     assert contents(folder) == ["annotation.json"] and not widget.label_map.any()
-    widget._received(widget, brush(), [])
+    widget.act(brush())
     assert not widget.failed and widget.label_map.any() and widget.status == "saved as labels/00000.png"
 
 
@@ -433,20 +433,18 @@ def test_the_widget_shows_the_session(folder):
         number: label.color for number, label in BY_ID.items()
     }
     assert (widget.height, widget.width, widget.count, widget.done, widget.can_undo) == (*SHAPE, 3, 0, False)
-    widget._received(widget, brush(), [])
+    widget.act(brush())
     labels = np.frombuffer(widget.labels, np.uint8).reshape(SHAPE)
     np.testing.assert_array_equal(labels, widget.label_map)
     assert widget.done == 1 and widget.can_undo and widget.folder == folder
     first = widget.picture
-    widget._received(widget, {"type": "go", "position": 2}, [])
+    widget.act({"type": "go", "position": 2})
     assert widget.position == 2 and widget.picture != first and not widget.can_undo
     assert json.loads((folder / "annotation.json").read_text())["image"] == 2
 
 
 def test_the_view_is_in_the_package_and_needs_nothing_from_the_network():
-    from daamlib.widgets import annotator
-
-    script, style = ((annotator.HERE / name).read_text() for name in ("annotator.js", "annotator.css"))
+    script, style = ((HERE / name).read_text() for name in ("annotator.js", "annotator.css"))
     assert "export default" in script
     for text in (script, style):
         assert "http:" not in text and "https:" not in text and "import(" not in text and "@import" not in text

@@ -1,0 +1,234 @@
+"""The explorer without its view: a state goes in; a heat map, a mask and its IoU come out."""
+
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import traitlets
+from PIL import Image
+
+from .. import metrics
+from ..attention.heatmaps import HeatMaps
+from ..attention.record import AttentionRecord
+from ..datasets.dataset import CLASSES
+from ..tokens.token import OptimizedToken
+from .pictures import COLOUR_MAPS, rgb
+
+METHODS = {"ldaam": "LDAAM", "ov-daam": "OV-DAAM", "daam": "DAAM", "token": "optimised token"}
+
+
+@dataclass(frozen=True)
+class ExplorerState:
+    """All that can be chosen, in plain values.
+
+    Attributes:
+        word: whose map is shown.
+        text: in which the word is read (LDAAM, OV-DAAM), "" for the word alone; DAAM reads the prompt.
+        method: one of `METHODS`.
+        steps: (first, last), both included, numbered from 0 as in `record.select`.
+        grids: (h, w) of the layers that take part.
+        threshold: of the map scaled to its own [0, 1].
+        opacity: of the map over the image, in [0, 1].
+        colour_map: one of `COLOUR_MAPS`.
+        token_path: of the method "token".
+
+    Raises:
+        TypeError: for a word, text or path that is no string.
+        ValueError: for what no record could be read with.
+    """
+
+    word: str
+    text: str
+    method: str
+    steps: tuple[int, int]
+    grids: tuple[tuple[int, int], ...]
+    threshold: float = 0.5
+    opacity: float = 0.65
+    colour_map: str = COLOUR_MAPS[0]
+    token_path: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("word", "text", "token_path"):
+            if not isinstance(getattr(self, name), str):
+                raise TypeError(f"{name} must be a string, got {getattr(self, name)!r}")
+        for name, known in (("method", tuple(METHODS)), ("colour_map", COLOUR_MAPS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {getattr(self, name)!r}")
+        for name in ("threshold", "opacity"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)!r}")
+        # as lists they come back from JSON; as tuples they are keys of the caches
+        object.__setattr__(self, "steps", tuple(self.steps))
+        object.__setattr__(self, "grids", tuple(sorted((tuple(grid) for grid in self.grids), reverse=True)))
+        if len(self.steps) != 2 or not 0 <= self.steps[0] <= self.steps[1]:
+            raise ValueError(f"steps must be (first, last) with 0 <= first <= last, got {self.steps}")
+
+
+@dataclass(frozen=True, eq=False)
+class ExplorerResult:
+    """What a state shows of one image; all None but the message where it cannot be read.
+
+    Attributes:
+        heat: (H, W) float32, the map at the image's size, scaled to its own [0, 1].
+        mask: (H, W) bool, heat > threshold.
+        iou: of the mask with the true one; None without a true one.
+        thresholds: (101,) in [0, 1]; None without a true mask.
+        curve: (101,), the IoU at each threshold; None without a true mask.
+        message: what was wrong, "" if nothing.
+    """
+
+    heat: np.ndarray | None = None
+    mask: np.ndarray | None = None
+    iou: float | None = None
+    thresholds: np.ndarray | None = None
+    curve: np.ndarray | None = None
+    message: str = ""
+
+
+class ExplorerModel(traitlets.HasTraits):
+    """One image with its record; `change` makes a new `state`, and with it a new `result`.
+
+    Args:
+        record: of the image.
+        image: PIL image or (H, W, 3) uint8 array.
+        true_mask: (H, W) bool array or tensor, or None.
+
+    Raises:
+        TypeError: if they are not that.
+        ValueError: if they do not agree, or the mask is empty.
+    """
+
+    state = traitlets.Instance(ExplorerState)
+    result = traitlets.Instance(ExplorerResult)
+
+    def __init__(self, record: AttentionRecord, image: Image.Image | np.ndarray, true_mask: Any = None) -> None:
+        if not isinstance(record, AttentionRecord):
+            raise TypeError(f"expected an AttentionRecord, as trace[0], got {type(record).__name__}")
+        self.record = record
+        self.image = rgb(image)
+        self.true_mask: np.ndarray | None = None
+        if true_mask is not None:
+            metrics.iou(true_mask, true_mask)  # it says what is wrong with a mask
+            mask = np.array(torch.as_tensor(true_mask).cpu())
+            if mask.shape != self.image.shape[:2]:
+                raise ValueError(f"the mask is {mask.shape}, the image {self.image.shape[:2]}: they must agree")
+            self.true_mask = mask
+        self.grids = tuple(sorted({layer.grid for layer in record.layers}, reverse=True))
+        self.last_step = len(record.timesteps) - 1
+        # only the last of each is kept: queries can be large, and one hand turns one knob at a time
+        self._selected = lru_cache(maxsize=1)(self._select)
+        self._map = lru_cache(maxsize=1)(self._read_map)
+        self._token = lru_cache(maxsize=1)(_load_token)
+        words = [word.text for word in record.prompt_embeddings.words]
+        word = next((name for name in CLASSES if name in " ".join(words)), words[-1] if words else "")
+        method = "ldaam" if record.pipe is not None else "daam"  # no other text can be embedded
+        state = ExplorerState(word=word, text="", method=method, steps=(0, self.last_step), grids=self.grids)
+        super().__init__(state=state, result=self._read(state))
+
+    @property
+    def summed(self) -> bool:
+        """Whether the record holds only sums over the steps, which cannot be taken apart."""
+        return self.record.layers[0].queries is None
+
+    def change(self, **values: Any) -> None:
+        """Change some of the state; nothing, where that raises.
+
+        Args:
+            **values: of an `ExplorerState`, by name.
+
+        Raises:
+            TypeError: for a name that a state has not, or a value of another type.
+            ValueError: for a value that cannot be.
+        """
+        known = [part.name for part in fields(ExplorerState)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise TypeError(f"the explorer has no {', '.join(unknown)}: expected {', '.join(known)}")
+        state = replace(self.state, **values)
+        if (state.grids, state.steps) != (self.state.grids, self.state.steps):
+            self._selected.cache_clear()  # frees its queries before others are gathered
+        if state != self.state:
+            self.state = state  # observers of the result see the state it is of
+            self.result = self._read(state)
+
+    def select(self, state: ExplorerState) -> AttentionRecord:
+        """The record of a state's layers and steps alone.
+
+        Args:
+            state: of which `grids` and `steps` count.
+
+        Returns:
+            The whole record itself where nothing is left out.
+
+        Raises:
+            ValueError: if there are no such layers or steps.
+        """
+        if not state.grids or not set(state.grids) <= set(self.grids):
+            raise ValueError(f"no layers are left: choose among the grids {list(self.grids)}, got {list(state.grids)}")
+        if state.steps[1] > self.last_step:
+            raise ValueError(
+                f"the record has the steps 0 to {self.last_step}, got {state.steps[0]} to {state.steps[1]}"
+            )
+        if state.grids == self.grids and state.steps == (0, self.last_step):
+            return self.record  # no copy of its queries, and its own linear map
+        return self._selected(state.grids, state.steps)
+
+    def _select(self, grids: tuple, steps: tuple[int, int]) -> AttentionRecord:
+        numbers = None if steps == (0, self.last_step) else range(steps[0], steps[1] + 1)
+        return self.record.select(layers=lambda layer: layer.grid in grids, steps=numbers)
+
+    def _read(self, state: ExplorerState) -> ExplorerResult:
+        """What the state shows; what is wrong with it comes back as a message, never as an exception."""
+        # what a map depends on; not on the threshold or the colours
+        shown = replace(state, threshold=0.5, opacity=0.5, colour_map=COLOUR_MAPS[0])
+        try:
+            heat, thresholds, curve = self._map(shown, _written(state))
+        except (ValueError, TypeError, LookupError, OSError, RuntimeError) as error:  # also a GPU that is full
+            return ExplorerResult(message=str(error) or type(error).__name__)
+        mask = heat > state.threshold
+        iou = None if self.true_mask is None else metrics.iou(mask, self.true_mask)
+        return ExplorerResult(heat, mask, iou, thresholds, curve)
+
+    @torch.no_grad()
+    def _read_map(self, state: ExplorerState, stamp: int | None) -> tuple[np.ndarray, Any, Any]:
+        """The map, and its IoU over thresholds; `stamp` tells apart what was written to the token's file."""
+        values = self._raw_map(state).float().cpu()
+        if not values.isfinite().all():
+            raise ValueError("the map holds NaN or infinite values: look at the image that made it")
+        maps = HeatMaps(values[None], ("",)).resize(*self.image.shape[:2]).normalized()
+        thresholds = curve = None
+        if self.true_mask is not None:
+            thresholds, curve = metrics.miou_curve(values[None], self.true_mask[None])
+        return maps.values[0].numpy(), thresholds, curve
+
+    def _raw_map(self, state: ExplorerState) -> torch.Tensor:
+        """(h, w): the word's map, not normalised."""
+        selected, word = self.select(state), " ".join(state.word.split())
+        if state.method == "token":
+            token = self._token(state.token_path.strip(), _written(state))
+            token.require_model(self.record.fingerprint)
+            # a selection of layers is no other model, so the token was compared with the whole record
+            return replace(token, info={}).maps(selected)[word or token.words[0]]
+        if not word:
+            raise ValueError("type a word, such as car or traffic light")
+        if state.method == "daam":
+            return selected.daam()[word]
+        maps = selected.ldaam if state.method == "ldaam" else selected.daam
+        return maps(state.text if state.text.strip() else word)[word]
+
+
+def _load_token(path: str, stamp: int | None) -> OptimizedToken:
+    if not path:
+        raise ValueError("name the file of an optimised token, as written by OptimizedToken.save")
+    return OptimizedToken.load(Path(path).expanduser())
+
+
+def _written(state: ExplorerState) -> int | None:
+    """When the token's file was written: the same name may come to hold another token."""
+    try:
+        return Path(state.token_path.strip()).expanduser().stat().st_mtime_ns if state.method == "token" else None
+    except (OSError, ValueError, RuntimeError):  # what is wrong with it is said where it is read
+        return None
