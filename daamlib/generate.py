@@ -10,14 +10,18 @@ lie on a shared file system. daamlib is installed on all of them.
 
 import argparse
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .datasets.generation import GPU_BATCH
 from .datasets.labelling import Threshold
 from .datasets.urban import urban_prompts
-from .datasets.workers import SHARD, Job, WorkerError, hours, run_shards, seconds_per_image
+from .datasets.workers import SHARD, Job, WorkerError, run_shards
+from .pipeline import cpu_threads
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,10 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         job = _job(**arguments)
         if estimate:
-            seconds, n, workers = seconds_per_image(job), len(job.prompts), kind["workers"] or 1
+            seconds, n, workers = _seconds_per_image(job), len(job.prompts), kind["workers"] or 1
             print(f"{seconds:.3g} s an image, measured with one worker on this machine")
-            total = hours(n, seconds, workers)
-            print(f"{n} images on {workers} such: {n} * {seconds:.3g} / ({workers} * 3600) = {total:.3g} hours")
+            hours = n * seconds / (workers * 3600)  # of workers that do not slow each other down
+            print(f"{n} images on {workers} such: {n} * {seconds:.3g} / ({workers} * 3600) = {hours:.3g} hours")
             return 0
         before, start = len(job.missing()), time.perf_counter()
         dataset = run_shards(job, **kind)
@@ -44,27 +48,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     seconds = time.perf_counter() - start
     print(f"{before} images in {seconds:.1f} s, {before / seconds:.3g} images/s; {len(dataset)} in {dataset.folder}")
     return 0
-
-
-def read_prompts(path: Path, n: int | None) -> list[str]:
-    """Prompts of a text file, one a line, without the empty ones.
-
-    Args:
-        path: of the file.
-        n: how many, from the first again where there are fewer; None: all.
-
-    Returns:
-        The prompts.
-
-    Raises:
-        FileNotFoundError: without the file.
-        ValueError: for a file without a prompt.
-    """
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    prompts = [line for line in lines if line]
-    if not prompts:
-        raise ValueError(f"{path} has no prompts: expected one a line")
-    return [prompts[i % len(prompts)] for i in range(len(prompts) if n is None else n)]
 
 
 def _job(
@@ -85,13 +68,33 @@ def _job(
     if size is not None and len(size) > 2:
         raise ValueError(f"--size is a side, or height and width, got {size}")
     return Job(
-        prompts=read_prompts(prompts, n) if prompts else urban_prompts(n or 0, seed=same["seed"]),
+        prompts=_read_prompts(prompts, n) if prompts else urban_prompts(n or 0, seed=same["seed"]),
         size=None if size is None else (size[0], size[-1]),
         threshold=_threshold(threshold),
         ignore_from=_threshold(ignore_from),
         named_only=not all_classes,
         **same,
     )
+
+
+def _read_prompts(path: Path, n: int | None) -> list[str]:
+    """`n` prompts of a text file, one a line, from the first again where it has fewer; None: all."""
+    prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError(f"{path} has no prompts: expected one a line")
+    return [prompts[i % len(prompts)] for i in range(len(prompts) if n is None else n)]
+
+
+def _seconds_per_image(job: Job, batches: int = 3) -> float:
+    """The mean of some batches, label maps and files included, after one to warm up; in this process."""
+    with tempfile.TemporaryDirectory() as folder, cpu_threads(job.threads):
+        n = (batches + 1) * (job.batch_size or GPU_BATCH)
+        prompts = [job.prompts[i % len(job.prompts)] for i in range(n)]
+        generator = replace(job, folder=folder, prompts=prompts).open()
+        list(generator.make((0, n)))  # shards of one batch
+        start = time.perf_counter()
+        made = sum(1 for k in range(1, batches + 1) for _ in generator.make((k, n)))
+        return (time.perf_counter() - start) / made
 
 
 def _threshold(texts: Sequence[str]) -> Threshold:

@@ -70,7 +70,7 @@ def cityscapes(
         ValueError: for an image without a label map, a class that is no Cityscapes label or comes twice, names that
             cannot be in a file's name, and where the folders hold files of another export or other classes.
     """
-    folder, table = Path(folder), _train_ids(classes)
+    folder, (table, names) = Path(folder), _train_ids(classes)
     _check_names("_", split=split, city=city)  # "_" parts a file's name
     dataset.require_labels()
     stems = {i: f"{city}_000000_{i:06d}_" for i in dataset.indices}
@@ -78,7 +78,7 @@ def cityscapes(
     endings = ("gtFine_labelIds.png", "gtFine_labelTrainIds.png")
     _require_own(pictures, {stem + "leftImg8bit.png" for stem in stems.values()})
     _require_own(maps, {stem + ending for stem in stems.values() for ending in endings})
-    _write_classes(folder / CLASSES, _class_names(classes))
+    _write_classes(folder / CLASSES, names)
     for i in bar(dataset.indices, "Cityscapes"):
         ids = _checked(dataset, i)
         files.write_png(maps / (stems[i] + endings[0]), np.where(ids == IGNORED, np.uint8(0), ids))
@@ -205,28 +205,20 @@ def _instances(ids: np.ndarray, wanted: set[int] | None, min_pixels: int) -> Ite
                 yield {"category_id": category, "segmentation": mask, "area": area, "bbox": box, "iscrowd": 0}
 
 
-def _class_names(classes: Sequence[str] | None) -> dict[str, str]:
-    """{train id: class}, as JSON has it."""
-    if classes is None:
-        names = {label.train_id: label.name for label in BY_ID.values() if 0 <= label.train_id < IGNORED}
-    else:
-        names = {BACKGROUND: "background"} | dict(enumerate(classes, start=1))
-    return {str(i): names[i] for i in sorted(names)} | {str(IGNORED): "ignored"}
-
-
-def _train_ids(classes: Sequence[str] | None) -> np.ndarray:
-    """(256,) uint8: the train id of each value of a label map."""
-    table = np.full(256, IGNORED, np.uint8)
-    known = np.array([i for i in BY_ID if i >= 0])
+def _train_ids(classes: Sequence[str] | None) -> tuple[np.ndarray, dict[str, str]]:
+    """(256,) uint8, the train id of each value of a label map; and {train id: class} as JSON has it."""
+    table, known = np.full(256, IGNORED, np.uint8), np.array([i for i in BY_ID if i >= 0])
     if classes is None:
         table[known] = to_train_ids(known)
-        return table
-    if isinstance(classes, str) or not classes or len(set(classes)) < len(classes):
-        raise ValueError(f"classes are names, one or more, each once, got {classes!r}")
-    table[known] = BACKGROUND
-    for number, name in enumerate(classes, start=1):
-        table[label_id(name)] = number
-    return table
+        names = {label.train_id: label.name for label in BY_ID.values() if 0 <= label.train_id < IGNORED}
+    else:
+        if isinstance(classes, str) or not classes or len(set(classes)) < len(classes):
+            raise ValueError(f"classes are names, one or more, each once, got {classes!r}")
+        table[known] = BACKGROUND
+        names = {BACKGROUND: "background"} | dict(enumerate(classes, start=1))
+        for number, name in enumerate(classes, start=1):
+            table[label_id(name)] = number
+    return table, {str(i): names[i] for i in sorted(names)} | {str(IGNORED): "ignored"}
 
 
 def _write_classes(path: Path, classes: dict[str, str]) -> None:

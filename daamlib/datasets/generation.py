@@ -16,7 +16,7 @@ from ..attention.record import AttentionRecord
 from ..attention.trace import Store, trace
 from . import folder as files
 from .dataset import Dataset
-from .labelling import Labeller, full_name, label_image
+from .labelling import Labeller, label_image
 from .progress import bar
 
 GPU_BATCH = 4  # images; what fits beside their attention at 1024 px
@@ -123,7 +123,7 @@ class Generator:
                 labeller.require_model(pipe)
             if hasattr(labeller, "settings"):
                 settings["label_maps"] = labeller.settings
-            settings["labels"] = [getattr(labeller, "source", full_name(labeller))]
+            settings["labels"] = [_source(labeller)]
             parts = (*drawn, "labels")
             drawn = parts if getattr(labeller, "store", None) else drawn
         begun = cls(pipe, Path(folder), settings, labeller, parts, drawn)
@@ -190,6 +190,12 @@ def draw(
             generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
         ).images
     return [np.array(image) for image in images], [None] * len(images) if traced is None else list(traced)
+
+
+def _source(labeller: Labeller) -> str:
+    """The labeller's name in dataset.json."""
+    name = getattr(labeller, "__qualname__", type(labeller).__qualname__)
+    return str(getattr(labeller, "source", name))
 
 
 def _thinned(record: AttentionRecord, keep_steps: int) -> AttentionRecord:

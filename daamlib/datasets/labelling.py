@@ -5,7 +5,7 @@ prompt the (H, W) uint8 Cityscapes ids, 255 where they are to be ignored. It may
 
     store       what its record has to keep, "linear" or "queries" (see `daamlib.trace`); without it, record is None
     settings    JSON's own types: what its label maps depend on, which a dataset is resumed with alone
-    source      its name in dataset.json; without it, its module and name
+    source      its name in dataset.json; without it, that of the function or class
     require_model(pipe)   raises ValueError for a pipeline whose images it cannot label
 """
 
@@ -41,11 +41,7 @@ class AnnotatorLabeller:
     """
 
     annotate: Callable[[np.ndarray], np.ndarray]
-
-    @property
-    def source(self) -> str:
-        """Module and name of the function."""
-        return full_name(self.annotate)
+    source: ClassVar[str] = "daamlib.urban.annotator.annotate"
 
     def __call__(self, image: np.ndarray, record: AttentionRecord | None, prompt: str) -> np.ndarray:
         """The network's (H, W) uint8 ids of one image."""
@@ -94,7 +90,7 @@ class TokenLabeller:
             known = getattr(self, name)
             if isinstance(known, Mapping) and set(known) != set(self.classes):
                 raise ValueError(f"{name} has numbers for {sorted(known)}, the tokens read {sorted(self.classes)}")
-        self._label_map(np.zeros((len(self.classes), 1, 1)), named=None)  # checks the numbers
+        label_map(np.zeros((len(self.classes), 1, 1)), self._ids, *self._limits)  # checks the numbers
 
     @functools.cached_property
     def classes(self) -> tuple[str, ...]:
@@ -132,18 +128,17 @@ class TokenLabeller:
             if token.info.get("joint") and len(mine) < len(token.words) and mine != [BACKGROUND]:
                 found |= zip(mine, token.probabilities(record, mine), strict=True)
         maps = upsample(torch.stack([found[name] for name in self.classes]), image.shape[:2]).clamp(0, 1)
-        return self._label_map(maps, [name in named for name in self.classes])
+        return label_map(maps, self._ids, *self._limits, named=[name in named for name in self.classes])
 
-    def _label_map(self, probabilities: torch.Tensor | np.ndarray, named: Sequence[bool] | None) -> np.ndarray:
-        try:
-            ids = [label_id(name) for name in self.classes]
-        except ValueError as error:
-            raise ValueError(f"a token's word must name its class: {error}") from error
-        limits = [
-            [t[name] for name in self.classes] if isinstance(t, Mapping) else t
-            for t in (self.threshold, self.ignore_from)
-        ]
-        return label_map(probabilities, ids, *limits, named=named)
+    @functools.cached_property
+    def _ids(self) -> list[int]:
+        return [label_id(name) for name in self.classes]
+
+    @functools.cached_property
+    def _limits(self) -> list[Any]:
+        """The threshold and the ignore band's lower end, each one number or K."""
+        both = (self.threshold, self.ignore_from)
+        return [[t[name] for name in self.classes] if isinstance(t, Mapping) else t for t in both]
 
 
 def label_map(
@@ -202,14 +197,6 @@ def label_image(labeller: Labeller, image: np.ndarray, record: AttentionRecord |
         raise ValueError(f"a labeller must return an array of {image.shape[:2]} uint8 Cityscapes ids, got {got}")
     check_ids(ids[ids != IGNORED], "the result of the labeller")
     return ids
-
-
-def full_name(function: Callable) -> str:
-    """Module and name of a function, without the arguments that a partial adds; of another callable its class'."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    named = function if hasattr(function, "__qualname__") else type(function)
-    return f"{named.__module__}.{named.__qualname__}"
 
 
 def _hash(token: OptimizedToken) -> str:

@@ -8,13 +8,12 @@ another; what is there is never made twice.
 import logging
 import multiprocessing
 import os
-import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from ..pipeline import cpu_threads, load_pipeline
 from ..tokens.token import OptimizedToken
 from . import folder as files
 from .dataset import Dataset, load
-from .generation import GPU_BATCH, Generator, check_prompts
+from .generation import Generator, check_prompts
 from .labelling import Threshold, TokenLabeller
 from .progress import bar
 
@@ -294,33 +293,3 @@ def _with_ray(job: Job, count: int, workers: int | None, address: str | None) ->
             ray.kill(worker)
         if ours:
             ray.shutdown()
-
-
-# -- how long it takes -------------------------------------------------------------------------------------------
-
-
-def seconds_per_image(job: Job, batches: int = 3) -> float:
-    """Wall-clock seconds that this process takes for an image of the job, label map and files included.
-
-    Neither loading the model nor what other workers on the same machine take from one another is in it.
-
-    Args:
-        job: its first prompts are used, in a temporary folder.
-        batches: how many are timed, after one to warm up.
-
-    Returns:
-        The mean.
-    """
-    with tempfile.TemporaryDirectory() as folder, cpu_threads(job.threads):
-        n = (batches + 1) * (job.batch_size or GPU_BATCH)
-        prompts = [job.prompts[i % len(job.prompts)] for i in range(n)]
-        generator = replace(job, folder=folder, prompts=prompts).open()
-        list(generator.make((0, n)))  # shards of one batch
-        start = time.perf_counter()
-        made = sum(1 for k in range(1, batches + 1) for _ in generator.make((k, n)))
-        return (time.perf_counter() - start) / made
-
-
-def hours(images: int, seconds: float, workers: int) -> float:
-    """What `images` take at `seconds` an image on `workers` that do not slow each other down."""
-    return images * seconds / (workers * 3600)
