@@ -100,21 +100,11 @@ def required_parts(settings: dict[str, Any]) -> list[str]:
 
 
 def start(folder: Path, settings: dict[str, Any], drawn: Iterable[str], indices: Iterable[int]) -> dict[str, Any]:
-    """Make the folder, or go on in one with the same settings.
+    """Make the folder, or go on in one with the same settings, and return those of dataset.json.
 
-    Args:
-        folder: of the dataset.
-        settings: how it is made.
-        drawn: the parts that are made by drawing the image.
-        indices: of the images that are to be made.
-
-    Returns:
-        The settings that dataset.json has.
-
-    Raises:
-        ValueError: for other settings than those of the folder, naming the differences, and for a folder of files
-            that is no dataset. How an image is rounded matters only where one is still to be drawn: a finished dataset
-            opens under other versions too.
+    drawn: the parts that are made by drawing the images `indices`. How an image is rounded matters only where one is
+    still to be drawn: a finished dataset opens under other versions too. Raises ValueError, naming the differences, for
+    other settings, and for a folder of files that is no dataset.
     """
     # in this order: where another process has written an image, its settings were there before
     foreign = any(any((folder / part).glob("*")) for part in SUFFIX)
