@@ -193,9 +193,10 @@ def draw(
 
 
 def _source(labeller: Labeller) -> str:
-    """The labeller's name in dataset.json."""
-    name = getattr(labeller, "__qualname__", type(labeller).__qualname__)
-    return str(getattr(labeller, "source", name))
+    """What dataset.json says that label maps come from: the labeller's `source`, or its module and name."""
+    function = getattr(labeller, "func", labeller)  # of a partial
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return getattr(labeller, "source", f"{named.__module__}.{named.__qualname__}")
 
 
 def _thinned(record: AttentionRecord, keep_steps: int) -> AttentionRecord:

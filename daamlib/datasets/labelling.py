@@ -5,7 +5,7 @@ prompt the (H, W) uint8 Cityscapes ids, 255 where they are to be ignored. It may
 
     store       what its record has to keep, "linear" or "queries" (see `daamlib.trace`); without it, record is None
     settings    JSON's own types: what its label maps depend on, which a dataset is resumed with alone
-    source      its name in dataset.json; without it, that of the function or class
+    source      its name in dataset.json; without it, its module and name
     require_model(pipe)   raises ValueError for a pipeline whose images it cannot label
 """
 

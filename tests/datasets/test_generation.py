@@ -359,7 +359,7 @@ def test_manifest_and_settings(whole, sd1_pipe):
     pd.testing.assert_frame_equal(pd.read_csv(whole.folder / "manifest.csv"), back.manifest, check_dtype=False)
     settings = back.settings
     assert (settings["kind"], settings["images"], settings["prompts"]) == ("generated", 5, PROMPTS)
-    assert settings["labels"] == ["bright"]
+    assert settings["labels"] == ["small_sets.bright"]
     with Image.open(whole.folder / "labels" / "00000.png") as image:
         assert (image.mode, image.size) == ("L", (24, 16))
 

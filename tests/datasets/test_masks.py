@@ -32,7 +32,7 @@ def test_a_folder_of_masks(generated, sd1_pipe, tmp_path):
     assert np.array_equal(generated.labels(0), ids.repeat(2, 0).repeat(2, 1))  # nearest
     assert (generated.labels(2) == PERSON).all()
     assert np.array_equal(generated.labels(1), kept)
-    assert generated.settings["labels"] == ["bright", "masks of drawn"]
+    assert generated.settings["labels"] == ["small_sets.bright", "masks of drawn"]
     Image.fromarray(ids).save(source / "00001.png")
     datasets.import_masks(generated, str(source))
     assert generated.settings["labels"] == ["masks of drawn"]
