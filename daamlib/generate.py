@@ -1,8 +1,139 @@
-"""``python -m daamlib.generate``: datasets of any size from the command line, see `daamlib.datasets.cli`."""
+"""Generate datasets of any size, images with the label maps of optimised tokens: ``python -m daamlib.generate``.
 
+    python -m daamlib.generate dataset --n 1000 --tokens car.safetensors person.safetensors --workers 2
+    python -m daamlib.generate dataset --n 100000 --tokens *.safetensors --model MODEL --ray --address ADDRESS
+
+A run that is stopped or killed goes on by the same command: what is there is skipped. With Ray every worker, and this
+process, sees the folder, the tokens and a model's folder under the same paths: on a cluster of several machines they
+lie on a shared file system. daamlib is installed on all of them.
+"""
+
+import argparse
 import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
-from .datasets.cli import main
+from .datasets.generation import GPU_BATCH
+from .datasets.labelling import Threshold
+from .datasets.urban import urban_prompts
+from .datasets.workers import SHARD, Job, WorkerError, run_shards
+from .pipeline import cpu_threads
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return 0, 1 where workers died, 2 for a wrong choice."""
+    arguments = vars(_parser().parse_args(argv))
+    estimate = arguments.pop("estimate")
+    kind = {name: arguments.pop(name) for name in ("workers", "ray", "address", "shard_size")}
+    try:
+        job = _job(**arguments)
+        if estimate:
+            seconds, n, workers = _seconds_per_image(job), len(job.prompts), kind["workers"] or 1
+            print(f"{seconds:.3g} s an image, measured with one worker on this machine")
+            hours = n * seconds / (workers * 3600)  # of workers that do not slow each other down
+            print(f"{n} images on {workers} such: {n} * {seconds:.3g} / ({workers} * 3600) = {hours:.3g} hours")
+            return 0
+        before, start = len(job.missing()), time.perf_counter()
+        dataset = run_shards(job, **kind)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except WorkerError as error:
+        print(f"error: {error}\nThe same command goes on from here.", file=sys.stderr)
+        return 1
+    seconds = time.perf_counter() - start
+    print(f"{before} images in {seconds:.1f} s, {before / seconds:.3g} images/s; {len(dataset)} in {dataset.folder}")
+    return 0
+
+
+def _job(
+    *,
+    n: int | None,
+    prompts: Path | None,
+    size: list[int] | None,
+    threshold: list[str],
+    ignore_from: list[str],
+    all_classes: bool,
+    **same: Any,
+) -> Job:
+    """The job of the parsed arguments; `same` are those that have its own names."""
+    if n is None and prompts is None:
+        raise ValueError("say how many images: --n, or --prompts with one prompt for each")
+    if n is not None and n < 1:
+        raise ValueError(f"expected one image or more, got --n {n}")
+    if size is not None and len(size) > 2:
+        raise ValueError(f"--size is a side, or height and width, got {size}")
+    return Job(
+        prompts=_read_prompts(prompts, n) if prompts else urban_prompts(n or 0, seed=same["seed"]),
+        size=None if size is None else (size[0], size[-1]),
+        threshold=_threshold(threshold),
+        ignore_from=_threshold(ignore_from),
+        named_only=not all_classes,
+        **same,
+    )
+
+
+def _read_prompts(path: Path, n: int | None) -> list[str]:
+    """`n` prompts of a text file, one a line, from the first again where it has fewer; None: all."""
+    prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError(f"{path} has no prompts: expected one a line")
+    return [prompts[i % len(prompts)] for i in range(len(prompts) if n is None else n)]
+
+
+def _seconds_per_image(job: Job, batches: int = 3) -> float:
+    """The mean of some batches, label maps and files included, after one to warm up; in this process."""
+    with tempfile.TemporaryDirectory() as folder, cpu_threads(job.threads):
+        n = (batches + 1) * (job.batch_size or GPU_BATCH)
+        prompts = [job.prompts[i % len(job.prompts)] for i in range(n)]
+        generator = replace(job, folder=folder, prompts=prompts).open()
+        list(generator.make((0, n)))  # shards of one batch
+        start = time.perf_counter()
+        made = sum(1 for k in range(1, batches + 1) for _ in generator.make((k, n)))
+        return (time.perf_counter() - start) / made
+
+
+def _threshold(texts: Sequence[str]) -> Threshold:
+    """0.6, or car=0.6 person=0.5. Raises ValueError for anything else."""
+    try:
+        if len(texts) == 1 and "=" not in texts[0]:
+            return float(texts[0])
+        return {name: float(number) for name, number in (text.rsplit("=", 1) for text in texts)}
+    except ValueError as error:
+        raise ValueError(f"a threshold is a number, or CLASS=NUMBER for every class, got {' '.join(texts)}") from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m daamlib.generate", description="Generate images with the label maps of optimised tokens."
+    )
+    add = parser.add_argument
+    add("folder", type=Path, help="of the dataset; with Ray on several machines on a shared file system")
+    add("--n", type=int, help="images (default: one for each line of --prompts)")
+    add("--prompts", type=Path, metavar="FILE", help="one a line (default: of data/prompts/urban.json)")
+    add("--tokens", type=Path, nargs="+", default=[], metavar="FILE", help="optimised tokens (default: no label maps)")
+    add("--model", help="id or folder of a diffusers pipeline (default: the bundled model)")
+    add("--device", help="such as cpu, cuda, cuda:1 (default: a GPU if there is one)")
+    add("--seed", type=int, default=0)
+    add("--steps", type=int, default=25, help="denoising steps (default: 25)")
+    add("--guidance", type=float, default=5.0, help="default: 5.0")
+    add("--size", type=int, nargs="+", metavar="PIXELS", help="a side, or height and width (default: the model's)")
+    add("--batch-size", type=int, help="images denoised at once; the bytes depend on it (default: 1; on a GPU 4)")
+    add("--threshold", nargs="+", default=["0.6"], metavar="P", help="label from this probability on (default: 0.6)")
+    add("--ignore-from", nargs="+", default=["0.4"], metavar="P", help="255 from this one on, 0 below (default: 0.4)")
+    add("--all-classes", action="store_true", help="label also the classes that an image's prompt does not name")
+    add("--workers", type=int, help="processes or Ray actors (default: 1; with Ray as many as there is room for)")
+    add("--threads", type=int, default=1, help="of each worker on a CPU; the bytes depend on it (default: 1)")
+    add("--shard-size", type=int, default=SHARD, help=f"images handed to a worker at a time (default: {SHARD})")
+    add("--ray", action="store_true", help="on a Ray cluster of this machine, or of --address")
+    add("--address", help="of a Ray cluster, such as auto or HOST:PORT")
+    add("--estimate", action="store_true", help="measure a few images, say how long all of them take, make none")
+    return parser
+
 
 if __name__ == "__main__":
     sys.exit(main())

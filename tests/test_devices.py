@@ -21,7 +21,6 @@ from daamlib import AttentionRecord, OptimizedToken, datasets, experiments, opti
 from daamlib.attention.unet import fingerprint_of
 from daamlib.cityscapes import BY_NAME
 from daamlib.datasets import export
-from daamlib.datasets.cli import generate_labelled
 from daamlib.experiments import segmentation
 from daamlib.plots import show_map_rows, show_maps, show_values
 from daamlib.urban.annotator import annotate, load_annotator
@@ -51,6 +50,9 @@ def halves(images):
     third = images.shape[2] // 3
     ids[:, 8:, :third], ids[:, 8:, -third:] = CAR, PERSON
     return ids
+
+
+halved = datasets.AnnotatorLabeller(halves)
 
 
 # -- the pretended device would notice -----------------------------------------------------------------------------
@@ -293,7 +295,7 @@ def test_the_route_of_notebook_06(gpu, tmp_path):
     """Images and their records on disk, label maps, the comparison, its ablations and figures."""
     pipe = build("sd1", gpu)
     options = {"steps": 2, "size": SIZE, "keep_steps": 1}
-    dataset = datasets.generate(pipe, PROMPTS, tmp_path / "set", labels=halves, **options)
+    dataset = datasets.generate(pipe, PROMPTS, tmp_path / "set", labeller=halved, **options)
     examples = experiments.load_examples(dataset, pipe)
     assert [example.record.device for example in examples] == [gpu] * 4
     traced = experiments.load_examples(dataset, pipe, timesteps=(300,))
@@ -323,7 +325,7 @@ def test_the_route_of_notebook_06(gpu, tmp_path):
 def test_the_route_of_notebook_07(gpu, tmp_path):
     """Tokens of a few annotated images label new ones, which a network is trained on."""
     pipe = build("sd1", gpu)
-    annotated = datasets.generate(pipe, PROMPTS[:2], tmp_path / "a", labels=halves, steps=2, size=SIZE, keep_steps=2)
+    annotated = datasets.generate(pipe, PROMPTS[:2], tmp_path / "a", labeller=halved, steps=2, size=SIZE, keep_steps=2)
     records = [annotated.record(i, pipe) for i in range(2)]
     masks = [np.stack([annotated.mask(i, word) for word in ("car", "person")]) for i in range(2)]
     token = optimize_token(records, masks, word=("car", "person"), background=True)
@@ -331,7 +333,8 @@ def test_the_route_of_notebook_07(gpu, tmp_path):
     loaded = OptimizedToken.load(tmp_path / "token.safetensors")
     whole = optimize_token(records[:1], [masks[0][0]], method="daam", word="car", text="a car", iterations=2)
     for name, tokens in (("ldaam", [loaded]), ("daam", [whole])):
-        made = generate_labelled(pipe, PROMPTS, tmp_path / name, tokens, steps=2, size=SIZE, named_only=False)
+        labeller = datasets.TokenLabeller(tuple(tokens), named_only=False)
+        made = datasets.generate(pipe, PROMPTS, tmp_path / name, labeller=labeller, steps=2, size=SIZE)
         assert made.labels(3).shape == SIZE
     made = datasets.load(tmp_path / "ldaam")
     city = export.cityscapes(made, tmp_path / "city", classes=("car", "person"))
@@ -411,12 +414,13 @@ def test_off_loaded_pipelines_make_datasets(onto, offload, sd1_pipe, tmp_path):
     pipe = build("sd1")
     getattr(pipe, offload)(device=onto)
     assert datasets.weight_hash(pipe) == datasets.weight_hash(sd1_pipe)
-    options = {"steps": 1, "size": SIZE, "keep_steps": 1, "labels": halves}
+    options = {"steps": 1, "size": SIZE, "keep_steps": 1, "labeller": halved}
     dataset = datasets.generate(pipe, PROMPTS[:1], tmp_path / "set", **options)
     record = dataset.record(0, pipe)
     assert record.device.type == onto.type
     token = optimize_token([record], [dataset.mask(0, "car")], word="car", iterations=2)
-    made = generate_labelled(pipe, PROMPTS[:1], tmp_path / "labelled", [token], steps=1, size=SIZE)
+    labeller = datasets.TokenLabeller((token,))
+    made = datasets.generate(pipe, PROMPTS[:1], tmp_path / "labelled", labeller=labeller, steps=1, size=SIZE)
     assert made.labels(0).shape == SIZE
 
 

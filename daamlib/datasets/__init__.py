@@ -1,22 +1,30 @@
 """Sets of images with label maps: generated ones, and rendered scenes whose labels are exact.
 
-    prompts = urban_prompts(200)
-    dataset = generate(pipe, prompts, "dataset", labels=labels_for(pipe))  # of daamlib.urban.annotator
+    labeller = TokenLabeller((car, person))  # or AnnotatorLabeller(labels_for(pipe)), of daamlib.urban.annotator
+    dataset = generate(pipe, urban_prompts(200), "dataset", labeller=labeller)
     dataset = load("dataset")
     for i in dataset.with_class("car"):
         dataset.image(i), dataset.mask(i, "car")
 
-Any of it can be killed at any moment and is finished by the same call again.
+Any of it can be killed at any moment and is finished by the same call again. `run_shards` and the command
+``python -m daamlib.generate`` do the same with many workers.
 """
 
-from .build import add_labels as add_labels
-from .build import check_masks as check_masks
-from .build import generate as generate
-from .build import import_masks as import_masks
-from .build import load as load
-from .build import render as render
-from .build import urban_prompts as urban_prompts
 from .dataset import CLASSES as CLASSES
 from .dataset import MIN_AREA as MIN_AREA
 from .dataset import Dataset as Dataset
-from .drawing import weight_hash as weight_hash
+from .dataset import load as load
+from .dataset import names as names
+from .generation import generate as generate
+from .generation import weight_hash as weight_hash
+from .labelling import AnnotatorLabeller as AnnotatorLabeller
+from .labelling import Labeller as Labeller
+from .labelling import TokenLabeller as TokenLabeller
+from .labelling import label_map as label_map
+from .masks import check_masks as check_masks
+from .masks import import_masks as import_masks
+from .urban import render as render
+from .urban import urban_prompts as urban_prompts
+from .workers import Job as Job
+from .workers import WorkerError as WorkerError
+from .workers import run_shards as run_shards

@@ -21,13 +21,13 @@ import numpy as np
 from ..cityscapes import BY_ID, IGNORED, to_train_ids
 from ..extras import needs
 from . import folder as files
-from .build import _bar
 from .dataset import Dataset, label_id
 from .masks import check_ids
+from .progress import bar
 
 with needs("datasets"):
+    from pycocotools import mask as coco_mask
     from skimage.measure import label as connected
-    from skimage.measure import regionprops
 
 CLASSES = "classes.json"
 BACKGROUND = 0  # of compact train ids
@@ -41,40 +41,49 @@ def cityscapes(
     city: str = "urban",
     classes: Sequence[str] | None = None,
 ) -> Path:
-    """Write the folders of Cityscapes, index i of the dataset as frame i; returns `folder`.
+    """Write the folders of Cityscapes, index i of the dataset as frame i.
 
         leftImg8bit/<split>/<city>/<city>_000000_000007_leftImg8bit.png         the image
         gtFine/<split>/<city>/<city>_000000_000007_gtFine_labelIds.png          Cityscapes ids
         gtFine/<split>/<city>/<city>_000000_000007_gtFine_labelTrainIds.png     what a network is trained on
         classes.json                                                            {train id: class}
 
-    labelIds has the ids of Cityscapes alone: uncertain pixels (255) become 0, unlabeled, which its tools ignore.
+    labelIds has the ids of Cityscapes alone: ignored pixels (255) become 0, unlabeled, which its tools ignore.
 
     labelTrainIds, classes=None: Cityscapes' own 19 train ids, 255 elsewhere. There 0, unlabeled, is 255 as well: right
     where every pixel has a class, as in rendered scenes, but a dataset labelled by tokens of a few classes says by 0
     "none of these", and a network never shown that finds them everywhere. For such a dataset name its `classes`: the
     train ids are then 0 for the background (every other id), 1 ... K for the classes in this order, 255 for what is
-    uncertain. Splits of one folder have one classes.json; one with others is refused.
+    to be ignored. Splits of one folder have one classes.json; one with others is refused.
 
-    Raises ValueError for an image without a label map, a class that is no Cityscapes label or comes twice, names that
-    cannot be in a file's name, and where the folders hold files of another export or classes.json other classes.
+    Args:
+        dataset: all its images have a label map.
+        folder: to write to.
+        split: name of the split.
+        city: name of the city.
+        classes: names of the classes to train on; None: those of Cityscapes.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: for an image without a label map, a class that is no Cityscapes label or comes twice, names that
+            cannot be in a file's name, and where the folders hold files of another export or other classes.
     """
-    folder, table = Path(folder), _train_ids(classes)
-    for name, text in (("split", split), ("city", city)):
-        if not text or set(text) & set("/\\_") or text.startswith("."):  # "_" parts a file's name
-            raise ValueError(f"{name} is part of the files' names, without '/' and '_', got {text!r}")
-    _require_labels(dataset)
-    names = {i: f"{city}_000000_{i:06d}_" for i in _indices(dataset)}
+    folder, (table, names) = Path(folder), _train_ids(classes)
+    _check_names("_", split=split, city=city)  # "_" parts a file's name
+    dataset.require_labels()
+    stems = {i: f"{city}_000000_{i:06d}_" for i in dataset.indices}
     pictures, maps = (folder / part / split / city for part in ("leftImg8bit", "gtFine"))
     endings = ("gtFine_labelIds.png", "gtFine_labelTrainIds.png")
-    _require_own(pictures, {name + "leftImg8bit.png" for name in names.values()})
-    _require_own(maps, {name + ending for name in names.values() for ending in endings})
-    _write_classes(folder / CLASSES, _class_names(classes))
-    for i, name in _bar(names.items(), "Cityscapes"):
+    _require_own(pictures, {stem + "leftImg8bit.png" for stem in stems.values()})
+    _require_own(maps, {stem + ending for stem in stems.values() for ending in endings})
+    _write_classes(folder / CLASSES, names)
+    for i in bar(dataset.indices, "Cityscapes"):
         ids = _checked(dataset, i)
-        files.write_png(maps / (name + endings[0]), np.where(ids == IGNORED, np.uint8(0), ids))
-        files.write_png(maps / (name + endings[1]), table[ids])
-        _copy(dataset._path("images", i), pictures / (name + "leftImg8bit.png"))
+        files.write_png(maps / (stems[i] + endings[0]), np.where(ids == IGNORED, np.uint8(0), ids))
+        files.write_png(maps / (stems[i] + endings[1]), table[ids])
+        _copy(dataset.path("images", i), pictures / (stems[i] + "leftImg8bit.png"))
     return folder
 
 
@@ -86,26 +95,35 @@ def coco(
     classes: Sequence[str] | None = None,
     min_pixels: int = 1,
 ) -> Path:
-    """Write COCO's folders, `<split>/00007.png` and `annotations/instances_<split>.json`; returns the JSON file.
+    """Write COCO's folders, `<split>/00007.png` and `annotations/instances_<split>.json`.
 
-    An annotation is a connected piece (8 neighbours) of `min_pixels` or more of a class: two cars that touch are one,
-    one behind a pole is two. Its mask is given by run lengths, uncompressed, in `segmentation`; its bbox is
-    [x, y, width, height]. Category ids are those of Cityscapes. classes: the names to annotate; None: all that occur
-    but "unlabeled" (0). The file is read back by `datasets.import_masks`.
+    An annotation is a connected piece (8 neighbours) of a class: two cars that touch are one, one behind a pole is two.
+    Its mask is given by compressed run lengths in `segmentation`; its bbox is [x, y, width, height]. Category ids are
+    those of Cityscapes. The file is read back by `datasets.import_masks`.
 
-    COCO has no word for "uncertain": these pixels (255) are annotated by nothing, so most tools take them for
-    background; each image's entry has their run lengths, where there are any, under "uncertain".
+    COCO has no word for pixels to ignore (255): they are annotated by nothing, so most tools take them for background;
+    each image's entry has their run lengths, where there are any, under "ignored".
 
-    Raises ValueError for an image without a label map, a class that is no Cityscapes label, a split that is no file
-    name, and where `<split>` holds files of another export.
+    Args:
+        dataset: all its images have a label map.
+        folder: to write to.
+        split: name of the split.
+        classes: names of the classes to annotate; None: all that occur but "unlabeled" (0).
+        min_pixels: smaller pieces are left out.
+
+    Returns:
+        The JSON file.
+
+    Raises:
+        ValueError: for an image without a label map, a class that is no Cityscapes label, a split that is no file
+            name, and where `<split>` holds files of another export.
     """
     folder, wanted = Path(folder), None if classes is None else {label_id(name) for name in classes}
-    if not split or set(split) & set("/\\") or split.startswith("."):
-        raise ValueError(f"split is part of a file's name, without '/', got {split!r}")
+    _check_names("", split=split)
     if min_pixels < 1:
         raise ValueError(f"min_pixels must be 1 or more, got {min_pixels}")
-    _require_labels(dataset)
-    _require_own(folder / split, {f"{i:05d}.png" for i in _indices(dataset)})
+    dataset.require_labels()
+    _require_own(folder / split, {f"{i:05d}.png" for i in dataset.indices})
     images, found, path = [], set(wanted or ()), folder / "annotations" / f"instances_{split}.json"
 
     def save(temporary: Path) -> None:
@@ -113,12 +131,12 @@ def coco(
         with temporary.open("w", encoding="utf-8") as file:
             file.write('{"annotations": [')
             number = 0
-            for i in _bar(_indices(dataset), "COCO"):
+            for i in bar(dataset.indices, "COCO"):
                 ids, name = _checked(dataset, i), f"{i:05d}.png"
-                _copy(dataset._path("images", i), folder / split / name)
+                _copy(dataset.path("images", i), folder / split / name)
                 images.append({"id": i, "file_name": name, "height": ids.shape[0], "width": ids.shape[1]})
                 if (ids == IGNORED).any():
-                    images[-1]["uncertain"] = run_lengths(ids == IGNORED)
+                    images[-1]["ignored"] = run_lengths(ids == IGNORED)
                 for annotation in _instances(ids, wanted, min_pixels):
                     found.add(annotation["category_id"])
                     entry = {"id": number + 1, "image_id": i, **annotation}
@@ -134,85 +152,73 @@ def coco(
 def hugging_face(dataset: Dataset) -> Any:
     """The dataset as a `datasets.Dataset` of Hugging Face, with the extra `daamlib[datasets]`.
 
-    Columns: image (RGB) and label (Cityscapes ids, 255 uncertain), both decoded to PIL images when they are looked at;
+    Columns: image (RGB) and label (Cityscapes ids, 255 ignored), both decoded to PIL images when they are looked at;
     index, prompt, seed. It refers to the files of this dataset's folder; `save_to_disk` and `push_to_hub` copy them.
-    Raises ImportError without the package, ValueError for an image without a label map.
+
+    Args:
+        dataset: all its images have a label map.
+
+    Returns:
+        The `datasets.Dataset`.
+
+    Raises:
+        ImportError: without the package.
+        ValueError: for an image without a label map.
     """
     with needs("datasets"):
         import datasets  # Hugging Face's: imports of this package's own are relative
-    _require_labels(dataset)
-    indices = _indices(dataset)
-    paths = {part: [str(dataset._path(part, i)) for i in indices] for part in ("images", "labels")}
+    dataset.require_labels()
+    paths = {part: [str(dataset.path(part, i)) for i in dataset.indices] for part in ("images", "labels")}
     columns = {
         "image": [{"path": path, "bytes": None} for path in paths["images"]],
         "label": [{"path": path, "bytes": None} for path in paths["labels"]],
-        "index": indices,
-        "prompt": [str(dataset.manifest.prompt[i]) for i in indices],
-        "seed": [int(dataset.manifest.seed[i]) for i in indices],
+        "index": dataset.indices,
+        "prompt": dataset.manifest.prompt.tolist(),
+        "seed": dataset.manifest.seed.tolist(),
     }
     kinds = {"index": datasets.Value("int64"), "prompt": datasets.Value("string"), "seed": datasets.Value("int64")}
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Image(), **kinds})
     table = datasets.table.InMemoryTable.from_pydict(columns, schema=features.arrow_schema)
     # Their own fingerprint, as of `from_dict`, pickles the table, which datasets 5.2.0 cannot do with every pyarrow;
-    # and of the pictures it would see the paths alone.
-    info = datasets.DatasetInfo(features=features)
-    return datasets.Dataset(table, info=info, fingerprint=_fingerprint(columns, paths))
-
-
-def _fingerprint(columns: dict[str, list], paths: dict[str, list[str]]) -> str:
-    """16 hexadecimal digits that change with the rows, and when a picture is written anew."""
+    # and of the pictures it would see the paths alone. This one changes with the rows and with the pictures' times.
     times = [os.stat(path).st_mtime_ns for part in paths.values() for path in part]
-    return hashlib.sha256(json.dumps([columns, times]).encode()).hexdigest()[:16]
+    fingerprint = hashlib.sha256(json.dumps([columns, times]).encode()).hexdigest()[:16]
+    return datasets.Dataset(table, info=datasets.DatasetInfo(features=features), fingerprint=fingerprint)
 
 
-def run_lengths(mask: np.ndarray) -> dict[str, list[int]]:
-    """COCO's uncompressed run lengths of an (H, W) mask: of 0 and 1 in turn, column by column, of 0 first."""
-    pixels = np.asarray(mask, bool).T.ravel()
-    changes = np.flatnonzero(np.diff(pixels, prepend=False))
-    counts = np.diff(np.concatenate(([0], changes, [pixels.size])))
-    return {"size": [int(side) for side in mask.shape], "counts": counts.tolist()}
+def run_lengths(mask: np.ndarray) -> dict[str, Any]:
+    """COCO's compressed run lengths of an (H, W) mask, as JSON has them."""
+    encoded = coco_mask.encode(np.asfortranarray(mask, np.uint8))
+    return {"size": list(encoded["size"]), "counts": encoded["counts"].decode("ascii")}
 
 
 def _instances(ids: np.ndarray, wanted: set[int] | None, min_pixels: int) -> Iterator[dict[str, Any]]:
     for category in np.unique(ids).tolist():
         if category in (0, IGNORED) or (wanted is not None and category not in wanted):
             continue
-        pieces = connected(ids == category, connectivity=2)
-        for piece in regionprops(pieces):
-            if piece.area < min_pixels:
-                continue
-            top, left, bottom, right = (int(side) for side in piece.bbox)
-            yield {
-                "category_id": category,
-                "segmentation": run_lengths(pieces == piece.label),
-                "area": int(piece.area),
-                "bbox": [left, top, right - left, bottom - top],
-                "iscrowd": 0,
-            }
+        pieces, count = connected(ids == category, connectivity=2, return_num=True)
+        for piece in range(1, count + 1):
+            mask = run_lengths(pieces == piece)
+            area = int(coco_mask.area(mask))
+            if area >= min_pixels:
+                box = [int(number) for number in coco_mask.toBbox(mask)]
+                yield {"category_id": category, "segmentation": mask, "area": area, "bbox": box, "iscrowd": 0}
 
 
-def _class_names(classes: Sequence[str] | None) -> dict[str, str]:
-    """{train id: class}, as JSON has it."""
-    if classes is None:
-        names = {label.train_id: label.name for label in BY_ID.values() if 0 <= label.train_id < IGNORED}
-    else:
-        names = {BACKGROUND: "background"} | dict(enumerate(classes, start=1))
-    return {str(i): names[i] for i in sorted(names)} | {str(IGNORED): "ignored"}
-
-
-def _train_ids(classes: Sequence[str] | None) -> np.ndarray:
-    """(256,) uint8: the train id of each value of a label map."""
-    table = np.full(256, IGNORED, np.uint8)
-    known = np.array([i for i in BY_ID if i >= 0])
+def _train_ids(classes: Sequence[str] | None) -> tuple[np.ndarray, dict[str, str]]:
+    """(256,) uint8, the train id of each value of a label map; and {train id: class} as JSON has it."""
+    table, known = np.full(256, IGNORED, np.uint8), np.array([i for i in BY_ID if i >= 0])
     if classes is None:
         table[known] = to_train_ids(known)
-        return table
-    if isinstance(classes, str) or not classes or len(set(classes)) < len(classes):
-        raise ValueError(f"classes are names, one or more, each once, got {classes!r}")
-    table[known] = BACKGROUND
-    for number, name in enumerate(classes, start=1):
-        table[label_id(name)] = number
-    return table
+        names = {label.train_id: label.name for label in BY_ID.values() if 0 <= label.train_id < IGNORED}
+    else:
+        if isinstance(classes, str) or not classes or len(set(classes)) < len(classes):
+            raise ValueError(f"classes are names, one or more, each once, got {classes!r}")
+        table[known] = BACKGROUND
+        names = {BACKGROUND: "background"} | dict(enumerate(classes, start=1))
+        for number, name in enumerate(classes, start=1):
+            table[label_id(name)] = number
+    return table, {str(i): names[i] for i in sorted(names)} | {str(IGNORED): "ignored"}
 
 
 def _write_classes(path: Path, classes: dict[str, str]) -> None:
@@ -222,17 +228,10 @@ def _write_classes(path: Path, classes: dict[str, str]) -> None:
     files.write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def _indices(dataset: Dataset) -> list[int]:
-    return [int(i) for i in dataset.manifest.index]
-
-
-def _require_labels(dataset: Dataset) -> None:
-    without = files.missing(dataset.folder, "labels", dataset.manifest.index)
-    if without:
-        raise ValueError(
-            f"{len(without)} images of {dataset.folder} have no label map, such as {without[0]}: make them with "
-            "add_labels or import_masks"
-        )
+def _check_names(separators: str, **names: str) -> None:
+    for name, text in names.items():
+        if not text or set(text) & set("/\\" + separators) or text.startswith("."):
+            raise ValueError(f"{name} is part of the files' names, without {'/' + separators!r}, got {text!r}")
 
 
 def _require_own(folder: Path, names: set[str]) -> None:

@@ -6,6 +6,7 @@ An image is done when its file is there; what cannot be made from it later is wr
 written first and `manifest.csv` last, so a folder with a manifest is a complete dataset.
 """
 
+import importlib.metadata
 import json
 import os
 import time
@@ -27,7 +28,8 @@ with needs("datasets"):
 FORMAT = "daamlib-dataset-1"
 SETTINGS, MANIFEST = "dataset.json", "manifest.csv"
 SUFFIX = {"images": "png", "labels": "png", "records": "safetensors"}
-MACHINE = ("device", "threads", "versions")  # what can change the bytes of an image besides what was asked for
+# what changes how an image is rounded, besides what was asked for
+ROUNDING = ("batch_size", "device", "threads", "versions")
 COLUMNS = ("model", "weights", "scheduler", "steps", "guidance")  # of the manifest, as in the settings
 STALE = 3600  # s after which a temporary file is nobody's
 
@@ -37,9 +39,10 @@ def file_name(part: str, index: int) -> str:
     return f"{part}/{index:05d}.{SUFFIX[part]}"
 
 
-def missing(folder: Path, part: str, indices: Iterable[int]) -> list[int]:
-    """The indices whose file is not there."""
-    return [i for i in indices if not (folder / file_name(part, i)).is_file()]
+def missing(folder: Path, parts: Iterable[str], indices: Iterable[int]) -> list[int]:
+    """The indices of which the file of one of the parts is not there."""
+    parts = tuple(parts)
+    return [i for i in indices if not all((folder / file_name(part, i)).is_file() for part in parts)]
 
 
 def write(path: Path, save: Callable[[Path], Any]) -> None:
@@ -49,10 +52,9 @@ def write(path: Path, save: Callable[[Path], Any]) -> None:
         save(temporary)
 
 
-def write_png(path: Path, image: Image.Image | np.ndarray) -> None:
-    """Write a PIL image, (H, W, 3) uint8 pixels or (H, W) uint8 ids."""
-    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-    write(path, lambda temporary: image.save(temporary, format="PNG"))
+def write_png(path: Path, image: np.ndarray) -> None:
+    """Write (H, W, 3) uint8 pixels or (H, W) uint8 ids."""
+    write(path, lambda temporary: Image.fromarray(image).save(temporary, format="PNG"))
 
 
 def read_png(path: Path) -> np.ndarray:
@@ -61,14 +63,48 @@ def read_png(path: Path) -> np.ndarray:
         return np.array(image)
 
 
+def clean(folder: Path, mine: Container[int]) -> None:
+    """Remove what a killed process left half-written of the images `mine`; those of others may be in the making."""
+    for path in [path for part in (".", *SUFFIX) for path in (folder / part).glob(".*.part")]:
+        number = path.name[1:].split(".")[0]
+        with suppress(FileNotFoundError):  # its process has just finished it
+            if (number.isdigit() and int(number) in mine) or path.stat().st_mtime < time.time() - STALE:
+                path.unlink()
+
+
 # -- settings ----------------------------------------------------------------------------------------------------
 
 
-def start(folder: Path, settings: dict[str, Any], mine: range) -> tuple[dict[str, Any], list[int]]:
-    """Make the folder, or go on in one with the same settings. Returns its settings, and what of `mine` is to be drawn.
+def common_settings(kind: str, n: int, seed: int, size: tuple[int, int] | None) -> dict[str, Any]:
+    """What generated and rendered datasets both have, None for what a rendered one has not."""
+    if seed < 0:
+        raise ValueError(f"a seed is 0 or more, got {seed}")
+    packages = ("torch", "diffusers", "transformers", "daamlib")
+    return {
+        "format": FORMAT,
+        "kind": kind,
+        "images": n,
+        "seed": seed,
+        "size": size,
+        **dict.fromkeys(("weights", "scheduler", "steps", "guidance", "keep_steps")),
+        "batch_size": 1,
+        "labels": [],
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+    }
 
-    Only what is still to be drawn depends on the machine: a finished dataset opens under other versions too. Raises
-    ValueError, naming the differences, for other settings, and for a folder of files that is no dataset.
+
+def required_parts(settings: dict[str, Any]) -> list[str]:
+    """What every image must have; the labels of generated ones may come later, but for those that tokens read."""
+    labels = settings["kind"] == "rendered" or "label_maps" in settings
+    return ["images"] + ["records"] * bool(settings["keep_steps"]) + ["labels"] * labels
+
+
+def start(folder: Path, settings: dict[str, Any], drawn: Iterable[str], indices: Iterable[int]) -> dict[str, Any]:
+    """Make the folder, or go on in one with the same settings, and return those of dataset.json.
+
+    drawn: the parts that are made by drawing the images `indices`. How an image is rounded matters only where one is
+    still to be drawn: a finished dataset opens under other versions too. Raises ValueError, naming the differences, for
+    other settings, and for a folder of files that is no dataset.
     """
     # in this order: where another process has written an image, its settings were there before
     foreign = any(any((folder / part).glob("*")) for part in SUFFIX)
@@ -76,23 +112,17 @@ def start(folder: Path, settings: dict[str, Any], mine: range) -> tuple[dict[str
         if foreign:
             raise ValueError(f"{folder} holds files but no {SETTINGS}: it is no dataset to go on with, name another")
         _create(folder / SETTINGS, settings)
-    there, todo = read_settings(folder), sorted({i for part in _parts(settings) for i in missing(folder, part, mine)})
+    there = read_settings(folder)
     here = json.loads(json.dumps(settings))  # as they are read: tuples become lists
-    names = [name for name in {**there, **here} if name != "labels" and (todo or name not in MACHINE)]
+    ignored = {"labels"} if missing(folder, drawn, indices) else {"labels", *ROUNDING}
+    names = [name for name in {**there, **here} if name not in ignored]
     differences = [_difference(name, there.get(name), here.get(name)) for name in names]
     if any(differences):
         raise ValueError(
             f"{folder} was made with other settings ({'; '.join(filter(None, differences))}): use those, or name "
             "another folder"
         )
-    _clean(folder, mine)
-    return there, todo
-
-
-def _parts(settings: dict[str, Any]) -> list[str]:
-    """What every image must have; the labels of generated ones may come later, but for those that come with it."""
-    labels = settings["kind"] == "rendered" or "label_maps" in settings
-    return ["images"] + ["records"] * bool(settings["keep_steps"]) + ["labels"] * labels
+    return there
 
 
 def _create(path: Path, settings: dict[str, Any]) -> None:
@@ -113,15 +143,6 @@ def _difference(name: str, there: Any, here: Any) -> str:
     return "" if there == here else f"{name}: {there!r} there, {here!r} here"
 
 
-def _clean(folder: Path, mine: Container[int]) -> None:
-    """Remove what a killed process left half-written; files of other shards may be in the making right now."""
-    for path in [path for part in (".", *SUFFIX) for path in (folder / part).glob(".*.part")]:
-        number = path.name[1:].split(".")[0]
-        with suppress(FileNotFoundError):  # its process has just finished it
-            if (number.isdigit() and int(number) in mine) or path.stat().st_mtime < time.time() - STALE:
-                path.unlink()
-
-
 def _write_json(path: Path, settings: dict[str, Any]) -> None:
     path.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -134,6 +155,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
         found = settings["format"]
+        settings.setdefault("batch_size", 1)  # which it was where it is not said
     except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{path} is damaged, or of something else: {error!r}") from error
     if found != FORMAT:
@@ -188,8 +210,9 @@ def read_manifest(folder: Path) -> pd.DataFrame:
 
     Raises FileNotFoundError for a missing file, ValueError where the manifest is not that of the settings.
     """
-    settings = read_settings(folder)
-    lost = [file_name(part, i) for part in _parts(settings) for i in missing(folder, part, range(settings["images"]))]
+    settings, lost = read_settings(folder), []
+    for part in required_parts(settings):
+        lost += [file_name(part, i) for i in missing(folder, [part], range(settings["images"]))]
     if not (folder / MANIFEST).is_file():
         lost.append(MANIFEST)
     if lost:
@@ -198,12 +221,11 @@ def read_manifest(folder: Path) -> pd.DataFrame:
             f"{'render' if settings['kind'] == 'rendered' else 'generate'} again as before, it makes what is missing"
         )
     found = pd.read_csv(folder / MANIFEST, dtype=str, keep_default_na=False)
-    expected = None
     if "prompt" in found and len(found) == settings["images"]:
         expected = manifest(settings, settings.get("prompts") or list(found["prompt"]))
-    if expected is None or not found.equals(expected.astype(str)):
-        raise ValueError(
-            f"{folder / MANIFEST} is not the one that follows from {SETTINGS}: was it edited? Remove it and call "
-            "generate or render again as before"
-        )
-    return expected
+        if found.equals(expected.astype(str)):
+            return expected
+    raise ValueError(
+        f"{folder / MANIFEST} is not the one that follows from {SETTINGS}: was it edited? Remove it and call generate "
+        "or render again as before"
+    )

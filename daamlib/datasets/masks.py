@@ -1,7 +1,7 @@
 """Masks that a person drew, as label maps: a folder of PNGs, or a COCO JSON file."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,28 +10,43 @@ from PIL import Image
 
 from ..cityscapes import BY_ID, BY_NAME
 from ..extras import needs
+from . import folder as files
+from .dataset import Dataset, label_id
 
-with needs("datasets"):
-    from skimage.draw import polygon
 
+def import_masks(dataset: Dataset, source: str | Path) -> Dataset:
+    """Take masks that a person drew as the label maps of their images; other images keep what they have.
 
-def read_masks(source: Path, numbers: Mapping[str, int]) -> dict[int, np.ndarray]:
-    """{image number: (H, W) uint8 Cityscapes ids} of a folder of PNGs or a COCO file, each in the source's own size.
+    All is read before anything is written. A mask of another size than its image is resized by nearest neighbour.
 
-    numbers: of the images by file name ("00003.png"). Raises FileNotFoundError for a missing source, ValueError for
-    unknown images, categories and ids, and for what is no mask.
+    Args:
+        dataset: the images.
+        source: a folder of PNGs named as the images, mode L or P with Cityscapes ids; or a COCO JSON file with polygons
+            or run lengths, categories named as in `daamlib.cityscapes`, images named as in the manifest. Later
+            annotations cover earlier ones.
+
+    Returns:
+        The dataset.
+
+    Raises:
+        FileNotFoundError: without a source.
+        ValueError: for an image, category or id that is unknown, and for what is no mask.
     """
-    if source.is_dir():
-        return _from_folder(source, numbers)
-    if not source.is_file():
-        raise FileNotFoundError(f"no masks at {source}: expected a folder of PNG files or a COCO JSON file")
-    try:
-        coco = json.loads(source.read_text(encoding="utf-8"))
-        return _from_coco(coco, numbers)
-    except (LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{source} is not a COCO file of masks: {error!r}") from error
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
+    source = Path(source)
+    masks = _read(source, {dataset.path("images", i).name: i for i in dataset.indices})
+    for i, ids in masks.items():
+        masks[i] = np.array(Image.fromarray(ids).resize(dataset.image(i).size, Image.Resampling.NEAREST))
+    files.add_label_source(dataset.folder, f"masks of {source.name}")
+    for i, ids in masks.items():
+        files.write_png(dataset.path("labels", i), ids)
+    if len(masks) == dataset.settings["images"]:
+        files.add_label_source(dataset.folder, f"masks of {source.name}", only=True)
+    return dataset
+
+
+def check_masks(source: str | Path, n: int) -> None:
+    """Raise what `import_masks` would for a dataset of `n` images, before hours go into generating them."""
+    _read(Path(source), {Path(files.file_name("images", i)).name: i for i in range(n)})
 
 
 def check_ids(ids: np.ndarray, what: str) -> None:
@@ -42,6 +57,20 @@ def check_ids(ids: np.ndarray, what: str) -> None:
             f"{what} has the values {strange[:5]}, which are no Cityscapes ids: expected those of "
             "daamlib.cityscapes, such as car 26 or 0 for unlabeled"
         )
+
+
+def _read(source: Path, numbers: Mapping[str, int]) -> dict[int, np.ndarray]:
+    """{image number: (H, W) uint8 ids}, each in the source's own size; numbers: of the images by file name."""
+    if source.is_dir():
+        return _from_folder(source, numbers)
+    if not source.is_file():
+        raise FileNotFoundError(f"no masks at {source}: expected a folder of PNG files or a COCO JSON file")
+    try:
+        return _from_coco(json.loads(source.read_text(encoding="utf-8")), numbers)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{source} is not a COCO file of masks: {error!r}") from error
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
 
 
 def _number(name: str, numbers: Mapping[str, int]) -> int:
@@ -86,7 +115,7 @@ def _from_coco(coco: dict[str, Any], numbers: Mapping[str, int]) -> dict[int, np
         shape = images[key]["height"], images[key]["width"]
         where = _region(annotation["segmentation"], shape, f"annotation {annotation['id']}")
         mask = masks.setdefault(found[key], np.zeros(shape, np.uint8))
-        mask[where] = BY_NAME[names[annotation["category_id"]]].id
+        mask[where] = label_id(names[annotation["category_id"]])
     if not masks:
         raise ValueError("it has no annotations")
     return masks
@@ -94,40 +123,22 @@ def _from_coco(coco: dict[str, Any], numbers: Mapping[str, int]) -> dict[int, np
 
 def _region(segmentation: Any, shape: tuple[int, int], what: str) -> np.ndarray:
     """(H, W) bool of COCO's polygons [[x, y, x, y, ...], ...] or run lengths {"size": [H, W], "counts": ...}."""
+    with needs("datasets"):  # here, as experiments and widgets do without
+        from pycocotools import mask as coco_mask
     if isinstance(segmentation, dict):
-        counts = segmentation["counts"]
-        counts = _decompress(counts) if isinstance(counts, str) else counts
-        if tuple(segmentation["size"]) != shape or sum(counts) != shape[0] * shape[1] or min(counts) < 0:
-            raise ValueError(
-                f"the run lengths of {what} are of size {segmentation['size']} and cover {sum(counts)} pixels, the "
-                f"image is {shape[0]} x {shape[1]}"
-            )
-        runs = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
-        return runs.reshape(shape[::-1]).T  # column by column
+        counts, size = segmentation["counts"], segmentation["size"]
+        whole = tuple(size) == shape
+        if whole and not isinstance(counts, str):
+            whole = min(counts) >= 0 and sum(counts) == shape[0] * shape[1]
+            segmentation = coco_mask.frPyObjects(segmentation, *shape) if whole else None
+        region = coco_mask.decode(segmentation) if whole else None
+        # pycocotools leaves the rest of the memory as it was where compressed run lengths are too few
+        if region is None or (isinstance(counts, str) and coco_mask.encode(region)["counts"] != counts.encode()):
+            raise ValueError(f"the run lengths of {what}, size {size}, do not fill the image, {shape[0]} x {shape[1]}")
+        return region.astype(bool)
     if not segmentation:
         raise ValueError(f"{what} has no mask: a box alone is none")
-    region = np.zeros(shape, bool)
     for points in segmentation:
         if len(points) < 6 or len(points) % 2:
             raise ValueError(f"{what} has a polygon of {len(points)} numbers: expected x, y of three points or more")
-        # COCO measures from the image's corner, skimage from the centre of the first pixel
-        x, y = np.array(points, float).reshape(-1, 2).T - 0.5
-        region[polygon(y, x, shape)] = True
-    return region
-
-
-def _decompress(text: str) -> Sequence[int]:
-    """COCO's compressed run lengths: numbers in base 32, each from the third on as the step from the last but one."""
-    counts: list[int] = []
-    value = shift = 0
-    for character in text.encode("ascii"):
-        piece = character - 48
-        value |= (piece & 31) << shift
-        shift += 5
-        if piece & 32:  # more of this number follows
-            continue
-        if piece & 16:  # it is negative
-            value -= 1 << shift
-        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
-        value = shift = 0
-    return counts
+    return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(segmentation, *shape))).astype(bool)

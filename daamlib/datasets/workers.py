@@ -1,28 +1,41 @@
-"""Handing shards of a dataset to workers that may die, and workers that are processes of this machine.
+"""Datasets of any size: shards that are made in this process, in several of this machine, or with Ray.
 
-A pool has `size` and
-
-    start() -> worker         it loads the model, and then says so
-    give(worker, shard)       to one that has nothing to do
-    wait() -> (worker, word)  the next that has something to say, and what: the images made (0 when it has loaded), an
-                              exception that ends the run, or `Died`
-    stop(worker), close()     one, or all
+Every worker loads the model once and makes shards as `generate(..., shard=(k, n))` does, so any number of workers, of
+processes or of machines gives the same files. A worker that dies is replaced, and what it had not finished is made by
+another; what is there is never made twice.
 """
 
+import logging
 import multiprocessing
-import signal
-from collections import Counter, deque
-from collections.abc import Callable, Sequence
+import os
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from .job import Job
+from ..extras import needs
+from ..pipeline import cpu_threads, load_pipeline
+from ..tokens.token import OptimizedToken
+from . import folder as files
+from .dataset import Dataset, load
+from .generation import Generator, check_prompts
+from .labelling import Threshold, TokenLabeller
+from .progress import bar
 
-DEATHS = 3  # of workers over one shard, or over loading the model, that end a run
+log = logging.getLogger("daamlib")
+
+SHARD = 8  # images; small, as the bar moves by shards and to hand one over takes milliseconds
+DEATHS = 3  # of workers in a row, with no shard finished between them, that end a run
+PAUSES = (1, 10)  # s before a shard is tried again after an OSError, such as one of the network
 WRONG = (ValueError, TypeError, OSError)  # would come again in any worker: settings, a missing file, a full disk
+
+Shard = tuple[int, int]
 
 
 class WorkerError(RuntimeError):
@@ -30,125 +43,253 @@ class WorkerError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Died:
-    """A worker is gone. reason: what is known of it."""
+class Job:
+    """One dataset to make: `generate`'s arguments, with a model's and tokens' places instead of themselves.
 
-    reason: str
+    Paths are made absolute, for processes that have another current folder.
 
+    Attributes:
+        folder: of the dataset.
+        prompts: one for each image.
+        tokens: paths of optimised tokens, whose `TokenLabeller` makes the label maps; none: images alone.
+        model: as for `load_pipeline`.
+        device: as for `load_pipeline`.
+        seed: as for `generate`, and so are steps, guidance, size and batch_size.
+        threshold: as for `TokenLabeller`, and so are ignore_from and named_only.
+        threads: of PyTorch on the CPU, in each worker; the bytes of a dataset that is made on a CPU depend on it.
 
-def spread(shards: Sequence[range], pool, done: Callable[[int], None]) -> None:
-    """Have all shards made by the workers of `pool`; `done(images made)` after each. The pool is closed in the end.
-
-    A worker that dies is replaced and its shard made again: images that were finished are kept, none is made twice.
-    Raises the exception that a worker reports, and WorkerError where three died over the same shard or, without one
-    that succeeded between them, while they loaded the model.
+    Raises:
+        TypeError: for prompts that are no list of strings.
+        ValueError: for what needs no model to be seen wrong.
+        FileNotFoundError: for missing tokens.
     """
-    pending, deaths = deque(shards), Counter()
-    work: dict[object, range | None] = {}  # None: it is loading
+
+    folder: str | Path
+    prompts: Sequence[str]
+    tokens: Sequence[str | Path] = ()
+    model: str | None = None
+    device: str | None = None
+    seed: int = 0
+    steps: int = 25
+    guidance: float = 5.0
+    size: int | tuple[int, int] | None = None
+    batch_size: int | None = None
+    threshold: Threshold = 0.6
+    ignore_from: Threshold = 0.4
+    named_only: bool = True
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        check_prompts(self.prompts)
+        for name, lowest in (("seed", 0), ("steps", 1), ("batch_size", 1), ("threads", 1)):
+            if getattr(self, name) is not None and getattr(self, name) < lowest:
+                raise ValueError(f"{name} must be {lowest} or more, got {getattr(self, name)}")
+        absolute: dict[str, Any] = {
+            "folder": str(Path(self.folder).resolve()),
+            "tokens": tuple(str(Path(path).resolve()) for path in self.tokens),
+        }
+        if self.model is not None and Path(self.model).is_dir():
+            absolute["model"] = str(Path(self.model).resolve())
+        for name, value in absolute.items():
+            object.__setattr__(self, name, value)  # the dataclass is frozen
+        self.labeller()
+
+    def labeller(self) -> TokenLabeller | None:
+        """What labels the images, None without tokens."""
+        tokens = tuple(OptimizedToken.load(path) for path in self.tokens)
+        return TokenLabeller(tokens, self.threshold, self.ignore_from, self.named_only) if tokens else None
+
+    def open(self, device: str | None = None) -> Generator:
+        """Load the model and the tokens. Raises what `generate` raises."""
+        names = ("seed", "steps", "guidance", "size", "batch_size")
+        options = {name: getattr(self, name) for name in names}
+        pipe = load_pipeline(self.model, device=device or self.device)
+        return Generator.open(pipe, self.prompts, self.folder, self.labeller(), **options)
+
+    def missing(self) -> list[int]:
+        """The images that are still to be made."""
+        parts = ["images"] + ["labels"] * bool(self.tokens)
+        return files.missing(Path(self.folder), parts, range(len(self.prompts)))
+
+
+class Worker:
+    """Makes shards of a job; it loads the model with the first, and again after an error."""
+
+    def __init__(self, job: Job, device: str | None = None, *, expendable: bool = True):
+        """expendable: it is alone in its process and ends it by an error that may have spoilt the device."""
+        self._job, self._device, self._expendable = job, device, expendable
+        self._generator: Generator | None = None
+
+    def make(self, shard: Shard) -> int:
+        """Make what is missing of a shard; returns the number of images. An OSError is tried again twice."""
+        for pause in (*PAUSES, None):
+            try:
+                torch.set_num_threads(self._job.threads)
+                self._generator = self._generator or self._job.open(self._device)
+                return sum(1 for _ in self._generator.make(shard))
+            except WRONG as error:
+                if pause is None or not isinstance(error, OSError):
+                    # by its plain type: those of libraries do not all survive pickling
+                    raise next(kind for kind in WRONG if isinstance(error, kind))(str(error)) from error
+                log.warning("%s: %s. Tried again in %d s", type(error).__name__, error, pause)
+                self._generator = None
+                time.sleep(pause)
+            except RuntimeError:  # of CUDA, say
+                if not self._expendable:
+                    raise
+                traceback.print_exc()
+                os._exit(1)
+        raise AssertionError("the last try returns or raises")
+
+
+def run_shards(
+    job: Job, *, workers: int | None = None, ray: bool = False, address: str | None = None, shard_size: int = SHARD
+) -> Dataset:
+    """Make the dataset of a job, on this machine or with Ray; what is there already is kept.
+
+    Shows a bar with the throughput of all workers, not under CI.
+
+    Args:
+        job: what to make.
+        workers: None: this process alone, or with Ray as many as the cluster has room for. More than one without Ray
+            are processes of this machine, so a script calls this under `if __name__ == "__main__":`; with several GPUs
+            they take turns.
+        ray: one Ray actor a GPU, or `job.threads` CPU cores. A Ray that the caller has initialised is used as it is.
+        address: of a Ray cluster; None: one of this machine, for as long as this runs.
+        shard_size: images that a worker is handed at a time.
+
+    Returns:
+        The complete dataset.
+
+    Raises:
+        ValueError: for numbers that do not fit, and as `generate`, for what a worker finds wrong; TypeError and OSError
+            likewise.
+        ImportError: without Ray.
+        ConnectionError: without a cluster at the address.
+        WorkerError: if three workers in a row died.
+    """
+    if workers is not None and workers < 1:
+        raise ValueError(f"expected one worker or more, got {workers}")
+    if shard_size < 1:
+        raise ValueError(f"the shard size must be 1 or more, got {shard_size}")
+    if address and not ray:
+        raise ValueError("an address is that of a Ray cluster: ask for Ray too")
+    n, folder = len(job.prompts), Path(job.folder)
+    count = -(-n // shard_size)
+    if ray:
+        made = _with_ray(job, count, workers, address)
+    elif workers is None or workers == 1:
+        made = _here(job)
+    else:
+        made = _in_processes(job, count, workers)
+    # what was there already is at the bar's beginning: its rate is that of the others
+    with bar(None, "images", total=n, initial=n - len(job.missing()), unit="image", smoothing=0.05) as progress:
+        for images in made:
+            progress.update(images)
+    files.clean(folder, range(n))
+    settings = files.read_settings(folder)
+    if not job.missing():
+        files.write_manifest(folder, settings, settings["prompts"])
+    return load(folder)
+
+
+def _here(job: Job) -> Iterator[int]:
+    worker, n = Worker(job, expendable=False), len(job.prompts)
+    with cpu_threads(job.threads):
+        yield from (worker.make((k, n)) for k in range(n))
+
+
+# -- processes of this machine -----------------------------------------------------------------------------------
+
+_worker: Worker  # of a process of the pool
+
+
+def _in_processes(job: Job, count: int, workers: int) -> Iterator[int]:
+    """The images made of each shard, by processes that start afresh; a pool that lost one is replaced."""
+    context, todo, deaths = multiprocessing.get_context("spawn"), set(range(count)), 0
+    while todo:
+        number = context.Value("i")
+        pool = ProcessPoolExecutor(min(workers, len(todo)), context, _begin, (job, number))
+        try:
+            futures = {pool.submit(_make, (k, count)): k for k in sorted(todo)}
+            for future in as_completed(futures):
+                yield future.result()
+                todo.remove(futures[future])
+                deaths = 0
+        except RuntimeError as error:  # a broken pool
+            deaths += 1
+            if deaths == DEATHS:
+                raise WorkerError(f"{DEATHS} workers died one after the other; what they said stands above") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _begin(job: Job, number: Any) -> None:
+    """Set up a process of the pool; number: the shared count of them."""
+    global _worker
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    gpus = torch.cuda.device_count() if job.device in (None, "cuda") else 0
+    with number.get_lock():
+        device = f"cuda:{number.value % gpus}" if gpus > 1 else None
+        number.value += 1
+    _worker = Worker(job, device)
+
+
+def _end_with_parent() -> None:
+    """A killed driver would leave its processes waiting for ever; all files that they write are whole or not there."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _make(shard: Shard) -> int:
+    return _worker.make(shard)
+
+
+# -- Ray ---------------------------------------------------------------------------------------------------------
+
+
+def _with_ray(job: Job, count: int, workers: int | None, address: str | None) -> Iterator[int]:
+    """The images made of each shard, by actors that Ray replaces and whose shards it tries again."""
+    with needs("ray"):
+        import ray
+        from ray.util import ActorPool
+    ours = not ray.is_initialized()
+    if ours:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        local = {"address": "local", "include_dashboard": False, "object_store_memory": 2**27}  # it keeps the job alone
+        try:
+            ray.init(**({"address": address} if address else local), logging_level=logging.ERROR, log_to_driver=False)
+        except ConnectionError as error:
+            raise ConnectionError(
+                f"no Ray cluster answers at {address}: {error}. One that asks for a token, as Ray does from 2.61 on, "
+                "wants RAY_AUTH_MODE=token here and the token that `ray get-auth-token` shows there"
+            ) from error
+    actors: list[Any] = []
     try:
-        for _ in range(min(pool.size, len(pending))):
-            work[pool.start()] = None
-        while pending or any(shard is not None for shard in work.values()):
-            worker, word = pool.wait()
-            shard = work.pop(worker)
-            if isinstance(word, Exception):
-                raise word
-            if isinstance(word, Died):
-                deaths[shard] += 1
-                if deaths[shard] == DEATHS:
-                    what = "loading the model" if shard is None else f"the images {shard.start} to {shard.stop - 1}"
-                    raise WorkerError(f"{DEATHS} workers died over {what}, the last one: {word.reason}")
-                if shard is not None:
-                    pending.appendleft(shard)
-                if pending:
-                    work[pool.start()] = None
-                continue
-            deaths[shard] = 0
-            done(word)
-            if pending:
-                work[worker] = pending.popleft()
-                pool.give(worker, work[worker])
-            else:
-                pool.stop(worker)
+        gpus, cores = (int(ray.cluster_resources().get(name, 0)) for name in ("GPU", "CPU"))
+        on_gpus = gpus > 0 and job.device in (None, "cuda")
+        room = gpus if on_gpus else cores // job.threads
+        size = room if workers is None else workers
+        if not 1 <= size <= room:
+            each = "a GPU" if on_gpus else f"{job.threads} CPU cores (--threads)"
+            raise ValueError(
+                f"there is room for {room} workers, asked for {size}: the cluster has {gpus} GPUs and {cores} CPU "
+                f"cores, and each worker takes {each}"
+            )
+        takes = {"num_gpus": 1, "num_cpus": 1} if on_gpus else {"num_gpus": 0, "num_cpus": job.threads}
+        actor = ray.remote(Worker).options(**takes, max_restarts=-1, max_task_retries=DEATHS - 1)
+        place = ray.put(job)
+        actors = [actor.remote(place) for _ in range(min(size, count))]
+        shards = [(k, count) for k in range(count)]
+        yield from ActorPool(actors).map_unordered(lambda worker, shard: worker.make.remote(shard), shards)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error  # what the worker found wrong
+    except ray.exceptions.RayError as error:
+        raise WorkerError(f"{DEATHS} workers died over the same images: {error}") from error
     finally:
-        pool.close()
-
-
-def as_plain(error: Exception) -> Exception:
-    """One of WRONG by its plain type: those of libraries do not all survive pickling."""
-    return next(kind for kind in WRONG if isinstance(error, kind))(str(error))
-
-
-@dataclass(frozen=True, eq=False)
-class _Worker:
-    process: BaseProcess
-    connection: Connection
-
-
-class Processes:
-    """Workers that are processes of this machine, started afresh ("spawn"); with several GPUs they take turns."""
-
-    def __init__(self, job: Job, size: int):
-        self.job, self.size = job, size
-        self._context = multiprocessing.get_context("spawn")
-        self._workers: list[_Worker] = []
-        self._ending: list[BaseProcess] = []
-        self._started = 0
-
-    def start(self) -> _Worker:
-        ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=_work, args=(self.job, self._device(), theirs), daemon=True)
-        process.start()
-        theirs.close()  # so that the end of the process is the end of the connection
-        self._started += 1
-        self._workers.append(_Worker(process, ours))
-        return self._workers[-1]
-
-    def _device(self) -> str | None:
-        several = self.job.device in (None, "cuda") and torch.cuda.device_count() > 1
-        return f"cuda:{self._started % torch.cuda.device_count()}" if several else None
-
-    def give(self, worker: _Worker, shard: range) -> None:
-        try:
-            worker.connection.send(shard)
-        except OSError:  # it has just died, which `wait` will see
-            pass
-
-    def wait(self) -> tuple[_Worker, int | Exception | Died]:
-        ready = wait([worker.connection for worker in self._workers])[0]
-        worker = next(worker for worker in self._workers if worker.connection is ready)
-        try:
-            return worker, worker.connection.recv()
-        except (EOFError, OSError):
-            worker.process.join()
-            self.stop(worker)
-            code = worker.process.exitcode
-            by = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-            return worker, Died(f"process {worker.process.pid} {by}; what it said stands above")
-
-    def stop(self, worker: _Worker) -> None:
-        self._workers.remove(worker)
-        self._ending.append(worker.process)
-        worker.connection.close()  # which ends an idle process
-
-    def close(self) -> None:
-        for worker in list(self._workers):
-            worker.process.terminate()  # all files it writes are whole or not there
-            self.stop(worker)
-        for process in self._ending:
-            process.join()
-
-
-def _work(job: Job, device: str | None, connection: Connection) -> None:
-    """What a process does until its connection ends, with the driver or by it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver, which ends this process
-    torch.set_num_threads(job.threads)
-    try:
-        maker = job.open(device)
-        connection.send(0)
-        while True:
-            connection.send(sum(1 for _ in maker.make(connection.recv())))
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        return
-    except WRONG as error:
-        connection.send(as_plain(error))
+        for worker in actors:
+            ray.kill(worker)
+        if ours:
+            ray.shutdown()

@@ -27,7 +27,7 @@ from ..tokens.token import OptimizedToken
 with needs("experiments"):
     import pandas as pd
 
-    from ..datasets.build import CLASSES, Dataset
+    from ..datasets.dataset import CLASSES, Dataset
 
 THESIS_TABLES = bundled("thesis_tables.csv")
 TRAIN_IMAGES = (1, 2, 5)

@@ -70,7 +70,7 @@ class AnnotationSession:
     @property
     def done(self) -> int:
         """How many images have a label map on disk."""
-        return len(self.numbers) - len(files.missing(self.folder, "labels", self.numbers))
+        return len(self.numbers) - len(files.missing(self.folder, ["labels"], self.numbers))
 
     @property
     def saved(self) -> str:
@@ -141,7 +141,7 @@ class AnnotationSession:
             if any(any((self.folder / part).glob("[!.]*")) for part in ("images", "labels")):
                 raise ValueError(f"{self.folder} holds files but no {PROGRESS}: name another folder")
             return 0
-        files._clean(self.folder, self.numbers)
+        files.clean(self.folder, self.numbers)
         try:
             progress = json.loads((self.folder / PROGRESS).read_text(encoding="utf-8"))
             found, number = progress["format"], progress["image"]

