@@ -10,10 +10,10 @@ from PIL import Image
 
 from daamlib.cityscapes import BY_NAME
 from daamlib.datasets.build import MIN_AREA
-from daamlib.urban.annotator import new_annotator
 from daamlib.urban.captions import TIMES, caption
 from daamlib.urban.scenes import HELD_OUT, KINDS, Thing, render
 from daamlib.urban.training import evaluate, networks, words
+from daamlib.urban.training.annotator import new_annotator
 from daamlib.urban.training.evaluate import (
     PROMPTS,
     TEMPLATES,

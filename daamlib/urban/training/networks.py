@@ -21,12 +21,18 @@ _CLIP_WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
 
 def train_tokenizer(
-    captions: Iterable[str], folder: Path, *, context: int = 77, vocab_size: int = 1000
+    captions: Iterable[str], folder: Path, context: int = 77, *, vocab_size: int = 1000
 ) -> CLIPTokenizer:
-    """Train a byte-level BPE on `captions`, write `vocab.json` and `merges.txt` to `folder`, load it as CLIP's.
+    """Train a byte-level BPE and load it as CLIP's.
 
-    `context` is the length of a text in tokens, 77 in Stable Diffusion. `vocab_size` is an upper bound that counts 512
-    byte symbols and the two special tokens.
+    Args:
+        captions: the texts to learn from.
+        folder: where `vocab.json` and `merges.txt` are written.
+        context: the length of a text in tokens, 77 in Stable Diffusion.
+        vocab_size: an upper bound that counts 512 byte symbols and the two special tokens.
+
+    Returns:
+        The tokenizer.
     """
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", continuing_subword_prefix="", fuse_unk=False))
     bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
