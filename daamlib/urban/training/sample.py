@@ -23,7 +23,9 @@ FOLDER = bundled("urban-sample")
 def sheet(dataset: datasets.Dataset, *, columns: int = 8) -> Image.Image:
     """Every image, and below it the same under its labels."""
     images = {i: dataset.image(i) for i in dataset.manifest.index}
-    return contact_sheet([np.vstack([x, overlay(x, dataset.labels(i))]) for i, x in images.items()], columns)
+    return contact_sheet(
+        [np.vstack([np.asarray(x), overlay(x, dataset.labels(i))]) for i, x in images.items()], columns
+    )
 
 
 def main() -> None:

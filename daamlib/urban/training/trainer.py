@@ -42,7 +42,9 @@ def launch(train: Callable[[argparse.Namespace], None], args: argparse.Namespace
     if args.processes == 1:
         return _worker(train, args)
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # what accelerate sets, where it is not told, is every core
-    config = LaunchConfig(1, 1, args.processes, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0)
+    config = LaunchConfig(
+        1, 1, args.processes, rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="urban", max_restarts=0
+    )
     elastic_launch(config, _worker)(train, args)
 
 
