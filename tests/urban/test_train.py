@@ -1,5 +1,6 @@
 """The training stages, on a handful of scenes and a few steps: each goes on from the last."""
 
+import argparse
 import json
 import signal
 
@@ -9,7 +10,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from daamlib.pipeline import BUNDLED
-from daamlib.urban.training import run, train
+from daamlib.urban.training import run, train, trainer
 
 
 def call(main, *arguments):
@@ -24,6 +25,12 @@ def call(main, *arguments):
 SMALL = ["--scenes", 48, "--batch", 8]
 RECIPE = ["--captions", "dense", "--context", 32, "--text-layers", 0, "--channels", 16, 32, 32]
 RECIPE += ["--attention-levels", 2, "--null-padding", 0.5]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the device is here")
+def test_a_device_that_is_not_here_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="cuda"):
+        trainer.Trainer(torch.nn.Linear(1, 1), tmp_path / "x.pt", argparse.Namespace(device="cuda"))
 
 
 @pytest.mark.slow

@@ -162,7 +162,8 @@ def cache_latents(args: argparse.Namespace) -> None:
     moments = args.work / "moments.json"
     if not moments.exists():
         with torch.no_grad():
-            latents = trained_vae(args.work).encode(to_tensor(scenes.images[:1000])).latent_dist.mean
+            pixels = to_tensor(scenes.images[:1000]).to(args.device)
+            latents = trained_vae(args.work).to(args.device).encode(pixels).latent_dist.mean
         mean, deviation = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
         moments.write_text(json.dumps({"mean": mean.tolist(), "deviation": deviation.tolist()}))
     path = args.work / f"latents{args.size}.npy"

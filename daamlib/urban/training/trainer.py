@@ -81,11 +81,11 @@ class Trainer:
         Raises:
             ValueError: if `--device` is not there.
         """
+        if not getattr(torch, args.device).is_available():
+            raise ValueError(f"--device {args.device}: PyTorch {torch.__version__} finds none here")
         fast = args.device != "cpu" or torch.cpu._is_amx_tile_supported()
         self._accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision="bf16" if fast else "no")
         self.device = self._accelerator.device
-        if self.device.type != args.device:
-            raise ValueError(f"--device {args.device}: PyTorch finds none here, only {self.device.type}")
         self.samples, self._seconds, self._path, self._args = 0, 0.0, path, args
         self._step = args.batch * self._accelerator.num_processes  # samples
         self._module = module.to(self.device)
