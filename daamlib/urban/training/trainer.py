@@ -87,7 +87,7 @@ class Trainer:
         self._accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision="bf16" if fast else "no")
         self.device = self._accelerator.device
         self.samples, self._seconds, self._path, self._args = 0, 0.0, path, args
-        self._step = args.batch * self._accelerator.num_processes  # samples
+        self._per_step = args.batch * self._accelerator.num_processes  # samples
         self._module = module.to(self.device)
         # with the buffers: a batch norm's statistics are to be those of the averaged weights
         self._average = AveragedModel(module, multi_avg_fn=self._update, use_buffers=True)
@@ -97,7 +97,7 @@ class Trainer:
             module.load_state_dict(state["module"])
             self._average.module.load_state_dict(state["ema"])
             self.samples, self._seconds = state["samples"], state["seconds"]
-            self._average.n_averaged.fill_(self.samples // self._step)
+            self._average.n_averaged.fill_(self.samples // self._per_step)
             if "optimizer" in state:  # `restore` has none
                 optimizer.load_state_dict(state["optimizer"])
         self.forward, self._optimizer = self._accelerator.prepare(module, optimizer)
@@ -128,7 +128,7 @@ class Trainer:
 
     def _learning_rate(self) -> float:
         """Linear warm-up of 200 steps, constant, then a cosine to 5 % over the part after `--decay-from`."""
-        warm = min(1.0, (self.samples + 1) / (200 * self._step))
+        warm = min(1.0, (self.samples + 1) / (200 * self._per_step))
         begin = self._args.decay_from
         tail = max(0.0, self._progress - begin) / max(1e-9, 1 - begin)
         return self._args.lr * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, tail))))
@@ -142,7 +142,7 @@ class Trainer:
         self._accelerator.clip_grad_norm_(self._module.parameters(), 1.0)
         self._optimizer.step()
         self._average.update_parameters(self._module)
-        self.samples += self._step
+        self.samples += self._per_step
         self._losses.append(loss.detach())
         now = time.monotonic()
         if now - self._logged > 20:
