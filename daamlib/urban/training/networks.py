@@ -46,7 +46,8 @@ def train_tokenizer(
     words = list(dict.fromkeys(symbols + ["".join(merge) for merge in merges] + [BOS, EOS]))
     names = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
     vocab = {word: i for i, word in enumerate(words)}
-    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=context, **names)
+    # the annotation of `merges` does not know the pairs that the class works with
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=context, **names)  # type: ignore[arg-type]
     tokenizer.save_pretrained(folder)
     return tokenizer
 
