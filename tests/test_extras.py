@@ -17,6 +17,7 @@ MODULES = {
     "experiments": ["daamlib.experiments", "daamlib.experiments.segmentation"],
     "widgets": ["daamlib.widgets"],
     "notebooks": ["daamlib.plots", "daamlib.runs"],
+    "training": [f"daamlib.urban.training.{name}" for name in ("annotator", "evaluate", "run", "sample", "train")],
 }
 
 HIDE = """
@@ -37,7 +38,7 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
 """
 
 CORE = """
-import daamlib, daamlib.urban.annotator, daamlib.urban.training.train
+import daamlib, daamlib.urban.annotator
 from daamlib import metrics
 
 pipe = daamlib.load_pipeline(device="cpu")

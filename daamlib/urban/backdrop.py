@@ -9,22 +9,9 @@ SKIES = {  # two gradients per time: the colours at the top, in between and behi
     "night": (((8, 10, 32), (18, 24, 58), (40, 48, 88)), ((6, 8, 22), (22, 20, 50), (58, 44, 80))),
     "fog": (((176, 182, 190), (192, 197, 202), (206, 209, 211)), ((196, 194, 188), (206, 204, 200), (216, 214, 210))),
 }
-WALLS = (
-    (178, 84, 66),
-    (206, 150, 104),
-    (226, 206, 166),
-    (150, 160, 172),
-    (196, 178, 190),
-    (140, 112, 98),
-    (222, 186, 120),
-    (116, 136, 158),
-    (208, 212, 206),
-    (160, 66, 58),
-    (166, 176, 142),
-    (228, 168, 144),
-)
-ROOFS = ((120, 58, 48), (84, 84, 94), (150, 82, 58), (66, 76, 92))
-LEAVES = ((58, 132, 56), (88, 150, 50), (40, 112, 70), (120, 150, 48), (196, 132, 44))
+WALLS = ob.palette("b25442 ce9668 e2cea6 96a0ac c4b2be 8c7062 deba78 74889e d0d4ce a0423a a6b08e e4a890")
+ROOFS = ob.palette("783a30 54545e 96523a 424c5c")
+LEAVES = ob.palette("3a8438 589632 287046 789630 c4842c")
 
 
 def toner(time, haze, lit=0.0):
@@ -58,8 +45,7 @@ def _sky_things(pen, rng, time):
 
 
 def _building(pen, rng, u, width, top, base, wall, night, near):
-    """One front from `base` to `top` (v upwards) with roof, windows and, in the near row, a shop or a
-    door."""
+    """One front from `base` to `top` (v upwards) with roof, windows and, in the near row, a shop or a door."""
     roof, style = ROOFS[rng.integers(len(ROOFS))], rng.choice(4, p=(0.4, 0.25, 0.2, 0.15))
     pen.rect(u, base, u + width, top, wall)
     # the side away from the light
@@ -69,10 +55,8 @@ def _building(pen, rng, u, width, top, base, wall, night, near):
     elif style == 1:
         pen.poly(((u - 0.015, top), (u + width + 0.015, top), (u + width / 2, top + min(0.11, width * 0.4))), roof)
     elif style == 2:
-        pen.poly(
-            ((u - 0.01, top), (u + width + 0.01, top), (u + width * 0.85, top + 0.06), (u + width * 0.15, top + 0.06)),
-            roof,
-        )
+        slopes = ((u + width * 0.85, top + 0.06), (u + width * 0.15, top + 0.06))
+        pen.poly(((u - 0.01, top), (u + width + 0.01, top), *slopes), roof)
     else:
         pen.rect(u + width * 0.25, top, u + width * 0.6, top + 0.05, ob.mix(wall, (40, 40, 60), 0.25))
     shop = 0.105 if near else 0.02
@@ -93,23 +77,18 @@ def _building(pen, rng, u, width, top, base, wall, night, near):
         window = ob.mix(glow, (255, 255, 255), 0.1) if night else ob.mix(pane, (220, 236, 244), 0.5)
         pen.rect(u + width * 0.08, base, u + width * 0.66, base + 0.068, window, lit=night)
         pen.rect(u + width * 0.72, base, u + width * 0.92, base + 0.075, ob.mix(shade, (40, 30, 30), 0.6))
-        pen.poly(
-            (
-                (u + width * 0.03, base + 0.066),
-                (u + width * 0.97, base + 0.066),
-                (u + width * 0.93, base + 0.1),
-                (u + width * 0.07, base + 0.1),
-            ),
-            ob.mix(shade, wall, 0.3),
-        )
+        awning = ((0.03, 0.066), (0.97, 0.066), (0.93, 0.1), (0.07, 0.1))
+        pen.poly([(u + width * across, base + up) for across, up in awning], ob.mix(shade, wall, 0.3))
     elif near:
         door = u + width * rng.uniform(0.3, 0.6)
         pen.rect(door, base, door + 0.055, base + 0.085, ob.mix(roof, (30, 24, 24), 0.4))
 
 
 def backdrop(canvas, rng, time, ground, kerb):
-    """Sky, two rows of buildings, sidewalk, road and trees; `ground` and `kerb` are where the sidewalk begins
-    and ends, downwards. Returns the colours of sidewalk and road and the number of trees."""
+    """Draw sky, buildings, sidewalk, road and trees: the colour of the road and the number of trees.
+
+    The sidewalk reaches from `ground` down to `kerb`, in fractions of the image's side from above.
+    """
     night = time == "night"
 
     def pen(name, haze, lit=0.0, y=1.0):
@@ -135,15 +114,8 @@ def backdrop(canvas, rng, time, ground, kerb):
     shift = rng.uniform(0, 0.16)
     for k in range(-4, 11):  # joints run towards the vanishing point above the middle
         x = shift + 0.16 * k
-        walk.poly(
-            (
-                (x, 1 - ground),
-                (x + 0.008, 1 - ground),
-                (x + 0.012 + (x - 0.5) * 0.3, 1 - kerb),
-                (x + (x - 0.5) * 0.3, 1 - kerb),
-            ),
-            ob.mix(stone, (60, 60, 70), 0.2),
-        )
+        front = ((x + 0.012 + (x - 0.5) * 0.3, 1 - kerb), (x + (x - 0.5) * 0.3, 1 - kerb))
+        walk.poly(((x, 1 - ground), (x + 0.008, 1 - ground), *front), ob.mix(stone, (60, 60, 70), 0.2))
     road.rect(0, 0, 1, 1 - kerb, asphalt)
     walk.rect(0, 1 - kerb - 0.004, 1, 1 - kerb + 0.014, ob.mix(stone, (255, 255, 255), 0.35))
     near_kerb = rng.random() < 0.25
@@ -153,9 +125,8 @@ def backdrop(canvas, rng, time, ground, kerb):
     if style < 0.8:
         for k in range(6):
             x = start + 0.24 * k
-            road.poly(
-                ((x, 1 - lane), (x + 0.13, 1 - lane), (x + 0.135, 0.978 - lane), (x - 0.004, 0.978 - lane)), paint
-            )
+            front = ((x + 0.135, 0.978 - lane), (x - 0.004, 0.978 - lane))
+            road.poly(((x, 1 - lane), (x + 0.13, 1 - lane), *front), paint)
     else:
         road.rect(0, 0.984 - lane, 1, 1 - lane, paint)
         road.rect(0, 0.950 - lane, 1, 0.966 - lane, paint)
@@ -165,15 +136,9 @@ def backdrop(canvas, rng, time, ground, kerb):
         for k in range(bars):
             t0, t1 = (k / bars) ** 1.25, ((k + 0.55) / bars) ** 1.25
             a, b = y + (1 - y) * t0, y + (1 - y) * t1
-            road.poly(
-                (
-                    (x - 0.05 * t0, 1 - a),
-                    (x + 0.27 + 0.05 * t0, 1 - a),
-                    (x + 0.27 + 0.05 * t1, 1 - b),
-                    (x - 0.05 * t1, 1 - b),
-                ),
-                (236, 236, 230),
-            )
+            far = ((x - 0.05 * t0, 1 - a), (x + 0.27 + 0.05 * t0, 1 - a))
+            front = ((x + 0.27 + 0.05 * t1, 1 - b), (x - 0.05 * t1, 1 - b))
+            road.poly((*far, *front), (236, 236, 230))
     if near_kerb:
         walk.rect(0, 0, 1, 0.065, stone)
         walk.rect(0, 0.052, 1, 0.068, ob.mix(stone, (255, 255, 255), 0.35))
@@ -190,4 +155,4 @@ def backdrop(canvas, rng, time, ground, kerb):
         lamp.disc(u + side * 0.07, v + 0.02, 0.022, (255, 240, 190) if night else (214, 216, 210), rv=0.013, lit=night)
         if night:
             lamp.glow(u + side * 0.07, v, 0.16, (255, 220, 140), 0.55)
-    return stone, asphalt, trees
+    return asphalt, trees

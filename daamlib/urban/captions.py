@@ -1,15 +1,17 @@
 """Captions of the street scenes: two small grammars over what is in the scene, one sparse and one dense."""
 
+from collections.abc import Sequence
+
+import numpy as np
+
 TIMES = {"day": "by day", "sunset": "at sunset", "night": "at night", "fog": "in the fog"}
 PLACES = ("an urban environment", "a city street", "a street", "a city")
 RARE = {"car": "vehicle", "person": "pedestrian", "traffic light": "stop light", "rider": "cyclist"}
-
-
 LONGEST = 29  # words and commas of a dense caption: with start and end token they fit a context of 32 tokens
 
 
 def _phrase(rng, thing, colour, side):
-    """ "a red car on the left", "a person in blue", "a rider"; colour, side: how often they are said."""
+    """Name a thing, as in "a red car on the left" or "a rider"; colour, side: how often they are said."""
     word = RARE[thing.kind] if rng.random() < 0.03 else thing.kind
     coloured, placed = rng.random() < colour, rng.random() < side
     if coloured:
@@ -21,25 +23,45 @@ def _phrase(rng, thing, colour, side):
 
 
 def _bare(phrase):
-    """ "a red car" -> "red car": the phrase without its article."""
+    """The phrase without its article: "red car"."""
     return phrase.removeprefix("a ").removeprefix("an ").removeprefix("the ")
 
 
+def _check(time):
+    if time not in TIMES:
+        raise ValueError(f"time must be one of {tuple(TIMES)}, got {time!r}")
+
+
+def _place(rng):
+    """Such as "a city" and "in a city"."""
+    place = PLACES[rng.choice(len(PLACES), p=(0.45, 0.25, 0.2, 0.1))]
+    return place, ("on " if place == "a street" else "in ") + place
+
+
 def join_words(parts):
+    """Such as "a car, a person and a tree"; `parts` holds at least one."""
     return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
 
 
-def caption(rng, things, time, trees):
-    """One caption of at most 40 words, lower case.
+def caption(rng: np.random.Generator, things: Sequence, time: str, trees: int) -> str:
+    """One caption of at most 40 words, lower case, that leaves part of the scene unsaid.
 
-    rng: numpy Generator; things: the scene's `Thing`s; time: a key of `TIMES`; trees: how many trees there
-    are. Raises ValueError for an unknown time."""
-    if time not in TIMES:
-        raise ValueError(f"time must be one of {tuple(TIMES)}, got {time!r}")
+    Args:
+        rng: a numpy Generator.
+        things: the scene's `Thing`s.
+        time: a key of `TIMES`.
+        trees: how many trees there are.
+
+    Returns:
+        The caption.
+
+    Raises:
+        ValueError: for an unknown time.
+    """
+    _check(time)
     named = [things[i] for i in rng.permutation(len(things)) if rng.random() > 0.12]
     short, timed, stuffed = rng.random() < 0.22, rng.random() < 0.6, rng.random() < 0.4
-    place = PLACES[rng.choice(len(PLACES), p=(0.45, 0.25, 0.2, 0.1))]
-    where = ("in " if place != "a street" else "on ") + place
+    place, where = _place(rng)
     when = " " + TIMES[time] if timed else ""
     odds = (0, 0) if short else (0.5, 0.35)
     parts = [_phrase(rng, thing, *odds) for thing in named]
@@ -66,22 +88,18 @@ def caption(rng, things, time, trees):
     return f"a photo of {join_words(parts)}{when}"
 
 
-def dense_caption(rng, things, time, trees):
+def dense_caption(rng: np.random.Generator, things: Sequence, time: str, trees: int) -> str:
     """A caption of at most `LONGEST` words and commas that names every thing, and half of the time all stuff too.
 
     A word that is always said when its thing is there stands for the thing; where everything has a word of its own, no
     word need stand for the rest of the picture. One caption in seven names things alone, as short prompts do; one in
-    eight is a list without articles, so that a lone word is nothing new.
-
-    rng: numpy Generator; things: the scene's `Thing`s; time: a key of `TIMES`; trees: how many trees there are.
-    Raises ValueError for an unknown time."""
-    if time not in TIMES:
-        raise ValueError(f"time must be one of {tuple(TIMES)}, got {time!r}")
+    eight is a list without articles, so that a lone word is nothing new. Its arguments are those of `caption`.
+    """
+    _check(time)
     style = rng.random()
     colour, side = (0.85, 0.5) if style < 0.75 else (0.3, 0.15) if style < 0.85 else (0.0, 0.0)
     parts = [_phrase(rng, things[i], colour, side) for i in rng.permutation(len(things))]
-    place = PLACES[rng.choice(len(PLACES), p=(0.45, 0.25, 0.2, 0.1))]
-    where = ("in " if place != "a street" else "on ") + place
+    place, where = _place(rng)
     when = " " + TIMES[time] if rng.random() < 0.6 else ""
     stuff = ["a building" if rng.random() < 0.3 else "buildings"]
     stuff += ["a road", "a sidewalk", "the sky"] if rng.random() < 0.4 else ["road", "sidewalk", "sky"]

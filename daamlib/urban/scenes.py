@@ -8,8 +8,10 @@ Deviation from Cityscapes: `rider` (25) is the person AND the bicycle, wheels as
 """
 
 import argparse
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,35 +23,50 @@ from .backdrop import SKIES, STUFF, backdrop, toner
 from .captions import TIMES, caption
 
 KINDS = ("car", "person", "traffic light", "rider")
+DRAW: dict[str, Callable[..., None]] = dict(zip(KINDS, (ob.car, ob.person, ob.traffic_light, ob.rider), strict=True))
 SIZE = 128  # px, of the bundled model
 HELD_OUT = 10_000_000  # seeds from here on are never trained on
 LEAST_SIDE = 16  # px: below it nothing can be told apart
 SS = 3  # supersampling; odd, so that every cell has a centre
 FIRST_THING = len(STUFF)
-PAINTS = {
-    "car": (0.2, 0.18, 0.12, 0.14, 0.13, 0.09, 0.09, 0.05),
-    "person": (0.18, 0.18, 0.14, 0.14, 0.1, 0.08, 0.1, 0.08),
-}
+# How often each of `objects.COLOURS` is taken
+PAINT, CLOTHES = (0.2, 0.18, 0.12, 0.14, 0.13, 0.09, 0.09, 0.05), (0.18, 0.18, 0.14, 0.14, 0.1, 0.08, 0.1, 0.08)
 
 
 @dataclass(frozen=True)
 class Thing:
-    """A foreground object. `box` = (left, top, right, bottom) in fractions of the image's side (it may reach
-    a little over the border); `colour` is that of the paint, the clothes or the lit lamp; `side` is left,
-    middle or right; `body` is the car's type, the pose, or the (width, height, bottom) of a traffic light's
-    housing."""
+    """A foreground object.
+
+    Attributes:
+        kind: one of `KINDS`.
+        colour: of the paint, the clothes or the lit lamp.
+        side: left, middle or right.
+        box: left, top, right, bottom in fractions of the image's side; it may reach a little over the border.
+        facing: 1 to the right, -1 to the left.
+        body: the car's type, the pose, or the (width, height, bottom) of a traffic light's housing.
+    """
 
     kind: str
     colour: str
     side: str
     box: tuple[float, float, float, float]
     facing: int
-    body: object
+    body: Any
 
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """image: uint8 (S, S, 3); labels: uint8 (S, S) of Cityscapes ids; things: from back to front; trees: how many."""
+    """A street scene of S x S pixels.
+
+    Attributes:
+        image: uint8 (S, S, 3).
+        labels: uint8 (S, S) of Cityscapes ids.
+        caption: of the sparse grammar.
+        things: from back to front.
+        time: a key of `captions.TIMES`.
+        trees: how many.
+        seed: what it was drawn from.
+    """
 
     image: np.ndarray
     labels: np.ndarray
@@ -61,8 +78,7 @@ class Scene:
 
 
 class _Canvas:
-    """The supersampled image, the index map beside it (an index per stuff class and per thing) and the
-    halos."""
+    """The supersampled image, the index map beside it (an index per stuff class and per thing) and the halos."""
 
     def __init__(self, size, sky):
         self.side, self.glows = size * SS, []
@@ -74,13 +90,13 @@ class _Canvas:
 
 
 def _propose(rng, kind, slot, ground, kerb, squeeze):
-    """A thing of this kind near the horizontal position `slot`; `squeeze` (0..1) pulls its size to the small
-    end."""
+    """A thing of this kind near the horizontal position `slot`; `squeeze` (0..1) pulls its size to the small end."""
 
     def span(low, high):
         return low + (high - low) * rng.random() * (1 - 0.6 * squeeze)
 
-    u, facing, body = slot + rng.uniform(-0.1, 0.1), 1 if rng.random() < 0.5 else -1, ""
+    u, facing = slot + rng.uniform(-0.1, 0.1), 1 if rng.random() < 0.5 else -1
+    body: str | tuple[float, float, float]
     if kind == "car":
         body = str(rng.choice(tuple(ob.CARS)))
         width, base = span(0.37, 0.62), rng.uniform(kerb + 0.13, 0.97)
@@ -100,14 +116,13 @@ def _propose(rng, kind, slot, ground, kerb, squeeze):
         height, slack, body = base - top, 0.0, (width, tall, base - top - tall)
     u = min(max(u, width / 2 - slack * width / 0.37), 1 - width / 2 + slack * width / 0.37)
     side = "left" if u < 0.4 else "right" if u > 0.6 else "middle"
-    weights = PAINTS["car" if kind == "car" else "person"]
+    weights = PAINT if kind == "car" else CLOTHES
     colour = str(rng.choice(tuple(ob.LIT)) if kind == "traffic light" else rng.choice(tuple(ob.COLOURS), p=weights))
     return Thing(kind, colour, side, (u - width / 2, base - height, u + width / 2, base), facing, body)
 
 
 def _hidden(things):
-    """The largest share of a thing's box that those before it cover (a traffic light counts without its
-    pole)."""
+    """The largest share of a thing's box that those before it cover (a traffic light counts without its pole)."""
 
     def solid(thing):
         x0, y0, x1, y1 = thing.box
@@ -128,9 +143,8 @@ def _place(rng, ground, kerb):
     best, least = (), np.inf
     for attempt in range(24):
         slots = rng.permutation((0.22, 0.5, 0.78))
-        things = [
-            _propose(rng, kind, slot, ground, kerb, attempt / 23) for kind, slot in zip(kinds, slots, strict=False)
-        ]
+        placed = zip(kinds, slots, strict=False)
+        things = [_propose(rng, kind, slot, ground, kerb, attempt / 23) for kind, slot in placed]
         things.sort(key=lambda thing: thing.box[3])  # what stands lower in the image is nearer
         hidden = _hidden(things)
         if hidden < least:
@@ -141,8 +155,7 @@ def _place(rng, ground, kerb):
 
 
 def _develop(canvas, size, things, time, ground, kerb):
-    """Average down, shade smoothly from top to bottom, add the halos. Returns image and index map at
-    `size`."""
+    """Average down, shade smoothly from top to bottom, add the halos: image and index map at `size`."""
     image = np.asarray(canvas.image.reduce(SS), np.float32)
     index = np.asarray(canvas.indices)[SS // 2 :: SS, SS // 2 :: SS]
     y = (np.arange(size, dtype=np.float32) + 0.5) / size
@@ -166,13 +179,20 @@ def _develop(canvas, size, things, time, ground, kerb):
     return (image + 0.5).clip(0, 255).astype(np.uint8), index
 
 
-def render(seed: int, size: int = 128) -> Scene:
+def render(seed: int, size: int = SIZE) -> Scene:
     """Draw the street scene number `seed`.
 
-    seed: integer >= 0; the same seed gives the same bytes, and the same layout and caption at every size.
-    size: side S of the square image in pixels, at least 16; the model is trained at 128. Returns a `Scene`
-    with image uint8 (S, S, 3) and labels uint8 (S, S). Raises ValueError for a negative seed or a size below
-    16, TypeError when either is not an integer."""
+    Args:
+        seed: an integer >= 0; the same seed gives the same bytes, and the same layout and caption at every size.
+        size: side S of the square image in pixels, at least 16; the bundled model is trained at 128.
+
+    Returns:
+        The scene, its image (S, S, 3) and its labels (S, S).
+
+    Raises:
+        ValueError: for a negative seed or a size below 16.
+        TypeError: when either is not an integer.
+    """
     for name, value, least in (("seed", seed, 0), ("size", size, LEAST_SIDE)):
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
             raise TypeError(f"{name} must be an integer, got {value!r}")
@@ -183,7 +203,7 @@ def render(seed: int, size: int = 128) -> Scene:
     ground = rng.uniform(0.48, 0.62)
     kerb = ground + rng.uniform(0.08, 0.14)
     canvas = _Canvas(int(size), SKIES[time][rng.integers(2)])
-    stone, asphalt, trees = backdrop(canvas, rng, time, ground, kerb)
+    asphalt, trees = backdrop(canvas, rng, time, ground, kerb)
     things, night = _place(rng, ground, kerb), time == "night"
     for k, thing in enumerate(things):
         x0, y0, x1, y1 = thing.box
@@ -191,43 +211,49 @@ def render(seed: int, size: int = 128) -> Scene:
         scale = {"car": x1 - x0, "traffic light": 1.0}.get(thing.kind, y1 - y0)
         pen = ob.Pen(canvas, (x0 + x1) / 2, y1, scale, thing.facing, FIRST_THING + k, tone)
         extra = {"traffic light": (STUFF.index("pole"),), "rider": (asphalt,)}.get(thing.kind, ())
-        draw = {"car": ob.car, "person": ob.person, "rider": ob.rider, "traffic light": ob.traffic_light}[thing.kind]
-        draw(pen, rng, thing.colour, night, thing.body, *extra)
+        DRAW[thing.kind](pen, rng, thing.colour, night, thing.body, *extra)
     image, index = _develop(canvas, int(size), things, time, ground, kerb)
     table = np.array([BY_NAME[name].id for name in (*STUFF, *(thing.kind for thing in things))], np.uint8)
-    labels = table[index]
-    return Scene(image, labels, caption(rng, things, time, trees), things, time, trees, int(seed))
+    return Scene(image, table[index], caption(rng, things, time, trees), things, time, trees, int(seed))
 
 
-def to_tensor(images: np.ndarray, size: int = SIZE) -> torch.Tensor:
-    """(B, S, S, 3) uint8 -> (B, 3, size, size) float32 in [-1, 1]; a smaller size is reached by averaging."""
-    pixels = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
-    if size != pixels.shape[-1]:
-        pixels = torch.nn.functional.interpolate(pixels, (size, size), mode="area")
-    return pixels
+def to_tensor(images: np.ndarray | torch.Tensor, size: int = SIZE) -> torch.Tensor:
+    """Images as the networks take them.
+
+    Args:
+        images: (B, S, S, 3) uint8, an array or a tensor on any device.
+        size: the side wanted, in pixels; a smaller one than S is reached by averaging.
+
+    Returns:
+        (B, 3, size, size) float32 in [-1, 1], on the images' device.
+    """
+    images = images if isinstance(images, torch.Tensor) else torch.from_numpy(np.array(images))
+    pixels = images.permute(0, 3, 1, 2).float() / 127.5 - 1
+    return pixels if size == pixels.shape[-1] else torch.nn.functional.interpolate(pixels, (size, size), mode="area")
 
 
-def main(argv=None):
-    """Write a contact sheet: `python -m daamlib.urban.scenes --out sheet.png --n 40 [--labels]
-    [--captions]`."""
+def contact_sheet(tiles: Sequence[np.ndarray], columns: int) -> Image.Image:
+    """The (H, W, 3) uint8 tiles, all of one size, row by row in one image; the rest of the last row is white."""
+    tiles = [*tiles, *[np.full_like(tiles[0], 255)] * (-len(tiles) % columns)]
+    return Image.fromarray(np.vstack([np.hstack(tiles[i : i + columns]) for i in range(0, len(tiles), columns)]))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write a contact sheet: `python -m daamlib.urban.scenes --out sheet.png --n 40 [--labels] [--captions]`."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--out", type=Path, required=True, help="the PNG to write")
     parser.add_argument("--n", type=int, default=40, help="number of scenes")
     parser.add_argument("--start", type=int, default=0, help="first seed")
-    parser.add_argument("--size", type=int, default=128, help="side of a scene in pixels")
+    parser.add_argument("--size", type=int, default=SIZE, help="side of a scene in pixels")
     parser.add_argument("--columns", type=int, default=8)
     parser.add_argument("--labels", action="store_true", help="show each label map under its scene")
     parser.add_argument("--captions", action="store_true", help="print the captions")
     args = parser.parse_args(argv)
-    tiles = []
-    for seed in range(args.start, args.start + args.n):
-        scene = render(seed, args.size)
-        tiles.append(np.concatenate((scene.image, COLOURS[scene.labels])) if args.labels else scene.image)
-        if args.captions:
-            print(f"{seed}: {scene.caption}")
-    tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % args.columns)
-    rows = [np.concatenate(tiles[i : i + args.columns], 1) for i in range(0, len(tiles), args.columns)]
-    Image.fromarray(np.concatenate(rows)).save(args.out)
+    scenes = [render(seed, args.size) for seed in range(args.start, args.start + args.n)]
+    for scene in scenes if args.captions else ():
+        print(f"{scene.seed}: {scene.caption}")
+    tiles = [np.vstack((scene.image, COLOURS[scene.labels])) if args.labels else scene.image for scene in scenes]
+    contact_sheet(tiles, args.columns).save(args.out)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,10 @@ from PIL import Image
 
 from daamlib.cityscapes import BY_NAME
 from daamlib.datasets import MIN_AREA
-from daamlib.urban.annotator import new_annotator
 from daamlib.urban.captions import TIMES, caption
 from daamlib.urban.scenes import HELD_OUT, KINDS, Thing, render
 from daamlib.urban.training import evaluate, networks, words
+from daamlib.urban.training.annotator import new_annotator
 from daamlib.urban.training.evaluate import (
     PROMPTS,
     TEMPLATES,
@@ -22,7 +22,6 @@ from daamlib.urban.training.evaluate import (
     folder_sizes,
     hit_prompts,
     main,
-    psnr,
 )
 
 
@@ -39,29 +38,6 @@ def captions():
         )
         texts.append(caption(rng, things, str(rng.choice(tuple(TIMES))), int(rng.integers(3))))
     return texts
-
-
-def test_psnr_of_known_arrays():
-    zeros = np.zeros((3, 4, 4, 3))
-    images = zeros.copy()
-    images[1] += 0.1  # squared error 0.01
-    images[2, 0] = 1  # a quarter of the pixels is wrong
-    assert psnr(images, zeros) == pytest.approx([np.inf, 20, -10 * np.log10(0.25)])
-    assert psnr(zeros.astype(np.float32), images) == pytest.approx(psnr(images, zeros))
-
-
-@pytest.mark.parametrize(
-    "images, references, message",
-    [
-        (np.zeros((2, 3)), np.zeros((3, 2)), r"\(2, 3\) and \(3, 2\)"),
-        (np.zeros(3), np.zeros(3), "batches"),
-        (np.full((1, 3), 255), np.zeros((1, 3)), r"images must lie in \[0, 1\]"),
-        (np.zeros((1, 3)), np.full((1, 3), np.nan), "references must lie"),
-    ],
-)
-def test_psnr_refuses(images, references, message):
-    with pytest.raises(ValueError, match=message):
-        psnr(images, references)
 
 
 def test_the_prompts_are_fixed_unique_and_of_known_words(captions):
@@ -194,7 +170,7 @@ def test_a_run_keeps_what_was_measured_before(folder, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_words_are_measured_by_class_and_layer(folder):
     pipe = evaluate.StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
-    found = words.measure_words(pipe, 20, HELD_OUT)
+    found = words.measure_words(pipe, 20, HELD_OUT, captions="dense")
     of_scenes = [render(HELD_OUT + i, 64).labels for i in range(20)]
     shares = [(labels == BY_NAME["car"].id).mean() for labels in of_scenes]
     assert found["whole_image"]["car"] == pytest.approx(100 * np.mean([x for x in shares if x >= 0.01]), abs=0.5)

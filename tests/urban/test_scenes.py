@@ -1,5 +1,6 @@
 """The bundled street world: deterministic, labelled everywhere, with captions that tell the truth."""
 
+import hashlib
 import re
 
 import numpy as np
@@ -28,6 +29,15 @@ def test_same_seed_same_bytes(scenes):
             scenes[seed].time,
         )
     assert len({scene.image.tobytes() for scene in scenes}) == len(scenes)
+
+
+def test_the_scenes_are_those_that_the_bundled_model_was_trained_on(scenes):
+    """A changed pixel or word would part the model from its world, and every stored mask from its scene."""
+    found = hashlib.sha256()
+    for scene in scenes:
+        found.update(scene.image.tobytes() + scene.labels.tobytes())
+        found.update(f"{scene.caption} {dense(scene)} {scene.trees}".encode())
+    assert found.hexdigest() == "1b9721701dc7d8c1918a2ac02843f1813c53da4fd3c894648fa54b62488baea0"
 
 
 def test_every_pixel_has_a_known_label_and_every_class_occurs(scenes):

@@ -1,0 +1,7 @@
+"""How the bundled model and its annotator are made; nothing else in the package imports it."""
+
+from ...extras import needs
+
+with needs("training"):
+    import accelerate  # noqa: F401
+    import torchmetrics  # noqa: F401

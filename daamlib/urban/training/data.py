@@ -19,13 +19,23 @@ DENSE = 4  # dense captions of a scene
 
 @dataclass(frozen=True)
 class Scenes:
-    """`n` rendered scenes: `images` (n, S, S, 3) uint8, `labels` (n, S, S) Cityscapes ids, `captions` and, for each
-    scene, `DENSE` `dense_captions`."""
+    """Rendered scenes, memory-mapped; what is written to the arrays stays in memory.
+
+    Attributes:
+        images: (n, S, S, 3) uint8.
+        labels: (n, S, S) uint8 Cityscapes ids.
+        captions: n sparse ones.
+        dense_captions: `DENSE` for each scene.
+    """
 
     images: np.ndarray
     labels: np.ndarray
     captions: list[str]
     dense_captions: list[list[str]]
+
+    def texts(self, captions: str) -> list[list[str]]:
+        """The "sparse" or the "dense" captions of each scene."""
+        return self.dense_captions if captions == "dense" else [[caption] for caption in self.captions]
 
 
 def _render_one(seed: int) -> tuple[np.ndarray, np.ndarray, str, list[str]]:
@@ -36,7 +46,20 @@ def _render_one(seed: int) -> tuple[np.ndarray, np.ndarray, str, list[str]]:
 
 
 def render_scenes(folder: Path, n: int, *, first_seed: int = 0, workers: int | None = None) -> Scenes:
-    """The scenes of seeds `first_seed ... first_seed + n - 1`, rendered to `folder` unless they are there."""
+    """Render scenes on all cores, or read them where they were rendered before.
+
+    Args:
+        folder: where they are kept.
+        n: how many.
+        first_seed: that of the first scene; the others follow.
+        workers: processes; None for one on each core.
+
+    Returns:
+        The scenes.
+
+    Raises:
+        ValueError: if the folder holds fewer.
+    """
     done = folder / "captions.json"  # written last
     if not done.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -52,14 +75,15 @@ def render_scenes(folder: Path, n: int, *, first_seed: int = 0, workers: int | N
                 captions["dense"].append(dense)
         images.flush()
         labels.flush()
-        done.write_text(json.dumps(captions))
+        with atomic_write(done) as temporary:
+            temporary.write_text(json.dumps(captions))
     captions = json.loads(done.read_text())
     found = len(captions["sparse"])
     if found < n:
         raise ValueError(f"{folder} holds {found} scenes, {n} were asked for: remove it or name another folder")
     return Scenes(
-        np.load(folder / "images.npy", mmap_mode="r")[:n],
-        np.load(folder / "labels.npy", mmap_mode="r")[:n],
+        np.load(folder / "images.npy", mmap_mode="c")[:n],
+        np.load(folder / "labels.npy", mmap_mode="c")[:n],
         captions["sparse"][:n],
         captions["dense"][:n],
     )
@@ -67,17 +91,16 @@ def render_scenes(folder: Path, n: int, *, first_seed: int = 0, workers: int | N
 
 @torch.no_grad()
 def encode_latents(vae, scenes: Scenes, path: Path, *, size: int, device: str, batch: int = 64) -> np.ndarray:
-    """The scenes' latent means (n, 4, size/4, size/4) float16, in `path`; only what it lacks is encoded."""
+    """The scenes' latent means (n, 4, size/4, size/4) float16, kept in `path`; only what it lacks is encoded."""
     shape = (vae.config.latent_channels, size // 4, size // 4)
-    done = np.load(path) if path.exists() else np.empty((0, *shape), np.float16)
-    if len(done) < len(scenes.captions):
+    latents = np.load(path) if path.exists() else np.empty((0, *shape), np.float16)
+    if len(latents) < len(scenes.captions):
         vae = vae.to(device).eval()
-        latents = np.empty((len(scenes.captions), *shape), np.float16)
-        latents[: len(done)] = done
-        for start in tqdm(range(len(done), len(latents), batch), desc=f"latents {size} px", mininterval=10):
-            pixels = to_tensor(scenes.images[start : start + batch], size).to(device)
-            mean = vae.encode(pixels).latent_dist.mean
-            latents[start : start + batch] = mean.float().cpu().numpy()
+        found = [latents]
+        for start in tqdm(range(len(latents), len(scenes.captions), batch), desc=f"latents {size} px", mininterval=10):
+            images = torch.from_numpy(scenes.images[start : start + batch]).to(device)
+            found.append(vae.encode(to_tensor(images, size)).latent_dist.mean.cpu().numpy().astype(np.float16))
+        latents = np.concatenate(found)
         with atomic_write(path) as temporary, temporary.open("wb") as file:
             np.save(file, latents)
-    return np.load(path, mmap_mode="r")
+    return latents

@@ -1,5 +1,4 @@
-"""Measure the bundled model: reconstructions, a sheet of samples, whether it draws what it is asked for, how well its
-words point, time.
+"""Measure the bundled model: reconstructions, samples, whether it draws what it is asked for, its words, time.
 
     python -m daamlib.urban.training.evaluate --model data/urban-tiny                # everything
     python -m daamlib.urban.training.evaluate --model data/urban-tiny --only words   # or psnr, sheet, hits, time
@@ -12,14 +11,17 @@ import argparse
 import json
 import os
 import statistics
+import textwrap
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont
+from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from ...cityscapes import BY_NAME
 from ...datasets.dataset import MIN_AREA
@@ -76,31 +78,15 @@ TEMPLATES = (
 )
 
 
-def psnr(images: np.ndarray, references: np.ndarray) -> np.ndarray:
-    """Peak signal-to-noise ratio in dB of each image, (B,) float64; inf where the two are equal.
-
-    images, references: (B, ...) of one shape, pixels in [0, 1]. Raises ValueError for other shapes or values.
-    """
-    images, references = np.asarray(images, np.float64), np.asarray(references, np.float64)
-    if images.shape != references.shape or images.ndim < 2:
-        raise ValueError(f"expected two batches of one shape, got {images.shape} and {references.shape}")
-    for name, values in (("images", images), ("references", references)):
-        if values.size and not (values.min() >= 0 and values.max() <= 1):
-            raise ValueError(f"{name} must lie in [0, 1], got {values.min()}..{values.max()}")
-    errors = np.square(images - references).reshape(len(images), -1).mean(1)
-    with np.errstate(divide="ignore"):
-        return -10 * np.log10(errors)
-
-
 @torch.inference_mode()
-def measure_psnr(vae, n: int) -> dict:
-    """PSNR of the decoded posterior means of `n` held-out scenes at 128 px."""
-    values = []
+def measure_psnr(vae: AutoencoderKL, n: int) -> dict:
+    """PSNR in dB of the decoded posterior means of `n` held-out scenes at 128 px."""
+    values: list[float] = []
     for first in range(0, n, BATCH):
         seeds = range(HELD_OUT + first, HELD_OUT + min(first + BATCH, n))
         pixels = to_tensor(np.stack([render(seed, SIZE).image for seed in seeds]))
-        decoded = vae.decode(vae.encode(pixels).latent_dist.mean).sample
-        values += psnr((decoded / 2 + 0.5).clamp(0, 1).numpy(), (pixels / 2 + 0.5).clamp(0, 1).numpy()).tolist()
+        pair = (vae.decode(vae.encode(pixels).latent_dist.mean).sample, pixels)
+        values += peak_signal_noise_ratio(*pair, data_range=(-1.0, 1.0), dim=(1, 2, 3), reduction="none").tolist()
     return {"db": round(statistics.fmean(values), 2), "worst_db": round(min(values), 2), "images": n}
 
 
@@ -114,25 +100,13 @@ def generate(pipe, prompts: Sequence[str], first_seed: int) -> list[Image.Image]
     return images
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return "\n".join(lines)
-
-
 def draw_sheet(images: Sequence[Image.Image], captions: Sequence[str], *, columns: int = 6) -> Image.Image:
-    """The images, of one size, in a grid with their captions beneath. Raises ValueError if the counts differ."""
+    """The images, of one size, in a grid with their captions beneath; ValueError if the counts differ."""
     if len(images) != len(captions) or not images:
         raise ValueError(f"expected as many captions as images, got {len(captions)} and {len(images)}")
-    font, gap, (width, height) = ImageFont.load_default(12), 12, images[0].size
+    font, gap, line, (width, height) = ImageFont.load_default(12), 12, 14, images[0].size
     width = max(width, 128)  # of a cell: smaller images still need room for their words
-    texts = [_wrap(caption, font, width) for caption in captions]
-    line = 14
+    texts = [textwrap.fill(caption, width // 6) for caption in captions]
     below = line * max(text.count("\n") + 1 for text in texts) + 6
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (gap + columns * (width + gap), gap + rows * (height + below + gap)), "white")
@@ -155,10 +129,17 @@ def hit_prompts(n: int) -> list[tuple[str, str]]:
 def count_hits(maps: np.ndarray, prompted: Sequence[str], *, min_area: float = MIN_AREA) -> dict:
     """How often the prompted class is found, and how often a class that the prompt does not name.
 
-    maps: (N, H, W) Cityscapes ids of what the annotator sees; prompted: the N classes asked for. A class is found
-    where it covers at least `min_area` of the image. Returns shares in 0..1: `overall`, `per_class`, and
-    `unprompted`, by class over the images of the other classes' prompts (left out where there are none).
-    Raises ValueError if the counts differ or a class is none of the four.
+    Args:
+        maps: (N, H, W) Cityscapes ids of what the annotator sees.
+        prompted: the N classes asked for.
+        min_area: the part of the image that a class must cover to be found.
+
+    Returns:
+        Parts in 0..1: `overall`, `per_class`, and `unprompted`, by class over the images of the other classes' prompts
+        (left out where there are none).
+
+    Raises:
+        ValueError: if the counts differ or a class is none of the four.
     """
     unknown = sorted(set(prompted) - set(KINDS))
     if unknown:
@@ -201,12 +182,11 @@ def measure_time(pipe, *, runs: int = 5) -> dict:
 
 def folder_sizes(folder: Path) -> dict:
     """Megabytes (10^6 bytes) of each sub-folder and in all."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    sizes = {"total": sum(path.stat().st_size for path in files)}
-    for path in files:
-        name = path.relative_to(folder).parts[0]
-        if (folder / name).is_dir():
-            sizes[name] = sizes.get(name, 0) + path.stat().st_size
+    sizes: Counter[str] = Counter()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            first, *rest = path.relative_to(folder).parts
+            sizes.update({"total": path.stat().st_size} | ({first: path.stat().st_size} if rest else {}))
     return {name: round(size / 1e6, 3) for name, size in sorted(sizes.items())}
 
 
@@ -221,6 +201,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--annotator", type=Path, help="the annotator's folder; else `annotator` in --model")
     parser.add_argument("--out", type=Path, help="where to write; else --model")
     parser.add_argument("--images", type=int, default=200, help="images for the PSNR and for the hit rate")
+    parser.add_argument("--captions", choices=["sparse", "dense"], default="sparse", help="those of the words' scenes")
+    parser.add_argument("--scenes", type=int, default=WORDS_SCENES, help="scenes that the words are measured on")
+    parser.add_argument("--first-seed", type=int, default=WORDS_SEED, help="theirs; choose a model on other scenes")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="the parts to measure")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     args = parser.parse_args(argv)
@@ -249,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings = {"first_seed": HITS_SEED, "steps": STEPS, "guidance": GUIDANCE}
         keep("hits", measure_hits(pipe, annotator, args.images) | settings)
     if "words" in args.only:
-        keep("words", measure_words(pipe, WORDS_SCENES, WORDS_SEED) | {"first_seed": WORDS_SEED})
+        keep("words", measure_words(pipe, args.scenes, args.first_seed, captions=args.captions))
     if "time" in args.only:
         keep("time", measure_time(pipe) | {"steps": STEPS})
     keep("size_mb", folder_sizes(args.model))

@@ -10,33 +10,28 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 TEXT_WIDTH = 128  # d_text: the width of the embeddings the U-Net attends to
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
-# CLIP's own way of cutting a text into words, so that stock CLIPTokenizer reads our files the same way.
-_CLIP_WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
-
 
 def train_tokenizer(
-    captions: Iterable[str], folder: Path, *, context: int = 77, vocab_size: int = 1000
+    captions: Iterable[str], folder: Path, context: int = 77, *, vocab_size: int = 1000
 ) -> CLIPTokenizer:
-    """Train a byte-level BPE on `captions`, write `vocab.json` and `merges.txt` to `folder`, load it as CLIP's.
+    """Train a byte-level BPE and load it as CLIP's.
 
-    `context` is the length of a text in tokens, 77 in Stable Diffusion. `vocab_size` is an upper bound that counts 512
-    byte symbols and the two special tokens.
+    Args:
+        captions: the texts to learn from.
+        folder: where it is written.
+        context: the length of a text in tokens, 77 in Stable Diffusion.
+        vocab_size: an upper bound that counts 512 byte symbols and the two special tokens.
+
+    Returns:
+        The tokenizer.
     """
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", continuing_subword_prefix="", fuse_unk=False))
-    bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_CLIP_WORDS), behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    bpe.decoder = decoders.ByteLevel()
+    bpe = CLIPTokenizer().backend_tokenizer  # still empty, but it cuts a text into words as CLIP does
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 514,
@@ -49,12 +44,10 @@ def train_tokenizer(
     merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
     symbols = alphabet + [symbol + "</w>" for symbol in alphabet]
     words = list(dict.fromkeys(symbols + ["".join(merge) for merge in merges] + [BOS, EOS]))
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}, ensure_ascii=False))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
-    tokenizer = CLIPTokenizer.from_pretrained(
-        folder, bos_token=BOS, eos_token=EOS, unk_token=EOS, pad_token=EOS, model_max_length=context
-    )
+    names = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
+    vocab = {word: i for i, word in enumerate(words)}
+    # the annotation of `merges` does not know the pairs that the class works with
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=context, **names)  # type: ignore[arg-type]
     tokenizer.save_pretrained(folder)
     return tokenizer
 

@@ -14,18 +14,17 @@ from ...cityscapes import overlay
 from ...pipeline import load_pipeline
 from ...resources import bundled
 from ..annotator import labels_for
+from ..scenes import contact_sheet
 
 FOLDER = bundled("urban-sample")
 
 
 def sheet(dataset: datasets.Dataset, *, columns: int = 8) -> Image.Image:
     """Every image, and below it the same under its labels."""
-    cells = [
-        np.concatenate([dataset.image(i), overlay(dataset.image(i), dataset.labels(i))]) for i in dataset.manifest.index
-    ]
-    cells += [np.full_like(cells[0], 255)] * (-len(cells) % columns)
-    rows = [np.concatenate(cells[i : i + columns], axis=1) for i in range(0, len(cells), columns)]
-    return Image.fromarray(np.concatenate(rows))
+    images = {i: dataset.image(i) for i in dataset.manifest.index}
+    return contact_sheet(
+        [np.vstack([np.asarray(x), overlay(x, dataset.labels(i))]) for i, x in images.items()], columns
+    )
 
 
 def main() -> None:

@@ -1,10 +1,13 @@
 """How well the model's words point: their maps on held-out scenes against the exact masks, by class and layer."""
 
+import functools
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline
 
 from ... import metrics
 from ...attention.heatmaps import HeatMaps
@@ -12,18 +15,24 @@ from ...attention.real_images import trace_image
 from ...attention.record import AttentionRecord
 from ...cityscapes import BY_NAME
 from ...tokens.optimize import optimize_token
+from ..captions import dense_caption
 from ..scenes import KINDS, SIZE, render
 
 TIMESTEPS = (20, 100, 200, 300)  # noise levels at which a scene is read as a real image
-MIN_SHARE = 0.01  # a class is shown where it covers this share of the scene
+MIN_SHARE = 0.01  # a class is shown where it covers this part of the scene
 TRAIN = 5  # images whose masks a token is fitted to; the others judge it
 
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """A scene's attention and its masks: `masks` has the classes shown, `named` those of them its caption names.
+    """A scene read as a real image.
 
-    daam: of the caption; by_layer: the same of each layer alone, by its name.
+    Attributes:
+        record: its attention.
+        daam: the maps of its caption.
+        by_layer: the same of each layer alone, by its name.
+        masks: boolean (S, S), of the classes shown.
+        named: those of them that the caption names.
     """
 
     record: AttentionRecord
@@ -33,32 +42,45 @@ class Reading:
     named: tuple[str, ...]
 
 
-def read_scenes(pipe, n: int, first_seed: int) -> list[Reading]:
-    """Trace the scenes of `n` seeds as real images, each under its own caption."""
+def read_scenes(pipe, n: int, first_seed: int, captions: str) -> list[Reading]:
+    """Trace the scenes of `n` seeds as real images, each under its own "sparse" or "dense" caption."""
     readings = []
     for seed in range(first_seed, first_seed + n):
         scene = render(seed, SIZE)
-        record = trace_image(pipe, scene.image, prompt=scene.caption, timesteps=TIMESTEPS, seed=seed)
+        caption = scene.caption
+        if captions == "dense":
+            caption = dense_caption(np.random.default_rng([seed, 0]), scene.things, scene.time, scene.trees)
+        record = trace_image(pipe, scene.image, prompt=caption, timesteps=TIMESTEPS, seed=seed)
         masks = {kind: scene.labels == BY_NAME[kind].id for kind in KINDS}
         masks = {kind: mask for kind, mask in masks.items() if mask.mean() >= MIN_SHARE}
-        named = tuple(kind for kind in masks if f" {kind} " in f" {scene.caption.replace(',', ' ')} ")
-        alone = [record.select(layers=lambda layer, kept=kept: layer is kept) for kept in record.layers]
+        named = tuple(kind for kind in masks if f" {kind} " in f" {caption.replace(',', ' ')} ")
+        alone = [record.select(layers=functools.partial(operator.is_, layer)) for layer in record.layers]
         by_layer = {one.layers[0].name: one.daam() for one in alone}
         readings.append(Reading(record, record.daam(), by_layer, masks, named))
     return readings
 
 
-def measure_words(pipe, n: int, first_seed: int) -> dict:
-    """Maximum mIoU in percent of words and tokens on `n` held-out scenes, by class, and their means over the classes.
+def measure_words(pipe: DiffusionPipeline, n: int, first_seed: int, *, captions: str = "sparse") -> dict:
+    """Measure how well words and tokens point at what they name, on held-out scenes.
 
-    whole_image: all of the image as the mask, which a map that says nothing reaches. daam: DAAM of the class's word in
-    the scene's own caption; daam_by_layer: the same of each layer alone. ldaam: LDAAM of the word alone. token: the
-    calibrated probability of an LDAAM token fitted to five scenes, on the others. Raises ValueError if fewer than
-    six scenes show a class, or none names it.
+    Args:
+        pipe: the model; it may have cross-attention in any blocks.
+        n: how many scenes.
+        first_seed: that of the first scene; the others follow.
+        captions: the grammar of the scenes' captions, "sparse" or "dense".
+
+    Returns:
+        Maximum mIoU in percent by class, and their mean. `whole_image`: all of the image as the mask, which a map that
+        says nothing reaches. `daam`: DAAM of the class's word in the scene's own caption; `daam_by_layer`: the same of
+        each layer alone, by its name. `ldaam`: LDAAM of the word alone. `token`: the calibrated probability of an LDAAM
+        token fitted to five scenes, on the others.
+
+    Raises:
+        ValueError: if fewer than six scenes show a class, or none names it.
     """
-    readings = read_scenes(pipe, n, first_seed)
+    readings = read_scenes(pipe, n, first_seed, captions)
     found: dict[str, dict] = {"whole_image": {}, "daam": {}, "ldaam": {}, "token": {}}
-    layers = {name: {} for name in readings[0].by_layer}
+    layers: dict[str, dict] = {name: {} for name in readings[0].by_layer}
     for kind in KINDS:
         shown = [reading for reading in readings if kind in reading.masks]
         named = [reading for reading in shown if kind in reading.named]
@@ -76,6 +98,8 @@ def measure_words(pipe, n: int, first_seed: int) -> dict:
         **{name: _with_mean(by_class) for name, by_class in found.items()},
         "daam_by_layer": {name: _with_mean(by_class) for name, by_class in layers.items()},
         "scenes": n,
+        "first_seed": first_seed,
+        "captions": captions,
         "timesteps": list(TIMESTEPS),
     }
 
