@@ -148,7 +148,7 @@ Path.replace = killing
 
 @pytest.fixture
 def killer(tmp_path, monkeypatch):
-    """Let processes that start from now on kill themselves when they name that image: killer(name, times, whom).
+    """Make processes that start from now on kill themselves when they name that image, `times` times.
 
     Python runs a module of the name sitecustomize when it starts. Returns the folder of files with the killers' ids.
     """
