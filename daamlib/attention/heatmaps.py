@@ -32,6 +32,11 @@ class HeatMaps:
         """(m, H, W) maps of a text that nobody knows; the tokens are numbered."""
         return cls(values, tuple(str(row) for row in range(len(values))))
 
+    @classmethod
+    def of_words(cls, values: torch.Tensor, words: tuple[str, ...]) -> "HeatMaps":
+        """(K, H, W) maps that are looked up by `words`, one row each."""
+        return cls(values, words, tuple(Word(word, row, row + 1) for row, word in enumerate(words)))
+
     def __len__(self) -> int:
         return len(self.values)
 
