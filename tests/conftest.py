@@ -21,8 +21,12 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from jaxtyping import install_import_hook
 from placement import Pretended
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+# The shapes that these modules' annotations name are checked wherever the tests call them
+install_import_hook(("daamlib.metrics", "daamlib.tokens"), "beartype.beartype")
 
 GOLDEN = Path(__file__).parent / "golden"
 
