@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 import daamlib
 from daamlib import OptimizedToken, optimize_token
 from daamlib.attention.heatmaps import upsample
+from daamlib.io import save_tensors
 from daamlib.tokens.objective import softmax_problem
 
 PROMPT = "a car and a tree"
@@ -307,25 +308,34 @@ def test_a_model_loaded_from_a_path_object(records, masks, tmp_path):
 
 def test_a_file_that_is_no_token(records, masks, tmp_path):
     path = tmp_path / "token.safetensors"
-    with pytest.raises(FileNotFoundError, match="no optimised token at"):
-        OptimizedToken.load(path)
-    path.write_bytes(b"nothing of the kind")
-    with pytest.raises(ValueError, match="is not a readable optimised token"):
+    with pytest.raises(FileNotFoundError, match="token"):
         OptimizedToken.load(path)
     records[0].save(path)
-    with pytest.raises(ValueError, match="is not a readable optimised token"):
+    with pytest.raises(ValueError, match="format"):
         OptimizedToken.load(path)
     token = optimize_token(records, masks, word="car", iterations=2)
-    token.save(path)
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-10])
-    with pytest.raises(ValueError, match="is not a readable optimised token"):
+    header = {part.name: getattr(token, part.name) for part in fields(token) if part.name != "embedding"}
+    old = json.dumps({"format": "daamlib-token-1", **header})
+    save_file({"embedding": token.embedding}, path, metadata={"daamlib": old})
+    with pytest.raises(ValueError, match="daamlib-token-1"):
         OptimizedToken.load(path)
-    fields = {name: getattr(token, name) for name in token.__dataclass_fields__ if name != "embedding"}
-    header = {"format": "daamlib-token-1", **fields, "rows": [[5]]}
-    save_file({"embedding": token.embedding}, path, metadata={"daamlib": json.dumps(header)})
-    with pytest.raises(ValueError, match="its rows"):
+    for changed, word in (
+        ({"rows": [[5]]}, "rows"),
+        ({"scale": []}, "embedding"),
+        ({"words": None}, "damaged"),
+        ({"strange": 1}, "strange"),
+    ):
+        save_tensors(path, {"embedding": token.embedding}, header | changed, "daamlib-token-2")
+        with pytest.raises(ValueError, match=word):
+            OptimizedToken.load(path)
+    save_tensors(path, {}, header, "daamlib-token-2")
+    with pytest.raises(ValueError, match="embedding"):
         OptimizedToken.load(path)
+
+
+def test_shapes_that_are_annotated_are_checked_in_tests():
+    with pytest.raises(TypeError, match="embedding"):
+        OptimizedToken(torch.zeros(3), "ldaam", ("car",), ((0,),), (1.0,), (0.0,), (), 0.0, 0.0)
 
 
 def test_a_token_of_another_model(records, masks, fresh):
