@@ -33,7 +33,7 @@ def newton(objective: Objective, iterations: int) -> Solution:
         The embeddings x, the (K, 1) bias, the (K, 1) scale, which is 1, and the objective before every iteration.
     """
     features = objective.matrix - objective.matrix.mean(dim=0)
-    features = torch.cat([features, features.new_ones(len(features), 1)], dim=1)
+    features = torch.cat([features.T, features.new_ones(1, len(features))])  # (n, P)
     theta = torch.cat([objective.start / objective.unit, objective.first_bias], dim=1)
 
     def value(theta: torch.Tensor) -> torch.Tensor:
@@ -63,12 +63,12 @@ def newton(objective: Objective, iterations: int) -> Solution:
 
 def _hessian(objective: Objective, features: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
     """(K, n, n), a Hessian a class, or with a softmax (1, K n, K n), that of all classes; n = d_text + 1."""
-    logits, (count, n) = theta @ features.T, theta.shape
+    logits, (count, n) = theta @ features, theta.shape
     decay = 2 * objective.weight_decay * objective.unit.square() / objective.start.square().sum()
     decay = torch.cat([decay.expand(-1, n - 1), torch.zeros_like(decay)], dim=1)  # (K, n)
 
     def curvature(weights: torch.Tensor) -> torch.Tensor:
-        return features.T @ (weights[:, None] * features)
+        return (features * weights) @ features.T
 
     if not objective.joint:
         p = logits.sigmoid()
