@@ -26,7 +26,7 @@ from placement import Pretended
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 # The shapes that these modules' annotations name are checked wherever the tests call them
-install_import_hook(("daamlib.metrics", "daamlib.tokens"), "helpers.checked")
+install_import_hook(("daamlib.experiments", "daamlib.metrics", "daamlib.tokens"), "helpers.checked")
 
 GOLDEN = Path(__file__).parent / "golden"
 
