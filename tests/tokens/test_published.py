@@ -15,7 +15,6 @@ from conftest import GOLDEN
 from helpers import assert_close
 from torch.nn import functional as F
 
-import daamlib
 from daamlib.attention.heatmaps import upsample
 from daamlib.attention.record import MAX_BYTES
 from daamlib.attention.text import find_word
@@ -52,13 +51,9 @@ def golden():
 
 
 @pytest.fixture(scope="module")
-def records(device):
+def records(golden_run):
     """{half of the guidance: record} of one image."""
-    pipe = daamlib.load_pipeline(GOLDEN / "tiny-sd15", device=device, dtype=torch.float32)
-    latents = torch.from_numpy(np.load(GOLDEN / "latents_tiny-sd15_a.npy"))
-    with daamlib.trace(pipe) as trace, daamlib.trace(pipe, branch="unconditional") as other:
-        pipe(PROMPT, num_inference_steps=8, guidance_scale=7.5, latents=latents, output_type="latent")
-    return {"cond": trace[0], "uncond_default": other[0]}
+    return {"cond": golden_run[1], "uncond_default": golden_run[2]}
 
 
 def ovam_loss(size, targets, normalised):
