@@ -11,14 +11,12 @@ from ..attention.record import MAX_BYTES, AttentionRecord, require_same_model
 from ..attention.text import find_word
 from .objective import softmax_maps
 
-BACKGROUND = "background"
-
 Masks = list[Bool[torch.Tensor, "K _ _"]]  # one an image
 Rows = tuple[tuple[int, ...], ...]
 
 
 def read_masks(
-    records: list[AttentionRecord], masks: list, words: tuple[str, ...], *, joint: bool, background: bool
+    records: list[AttentionRecord], masks: list, words: tuple[str, ...], *, joint: bool, background: str | None
 ) -> tuple[Masks, tuple[str, ...]]:
     """The masks on their record's grid and the first record's device, and the names of the K classes.
 
@@ -27,7 +25,7 @@ def read_masks(
         masks: n, each (H, W) or (K, H, W) boolean, of any size.
         words: The names of the classes, or none.
         joint: Whether each pixel belongs to one class at most.
-        background: Whether the pixels of no class are a class more, the last.
+        background: The name of a class more, the last, of the pixels of no class; None: without it.
 
     Returns:
         n masks (K, h, w), and K names.
@@ -57,7 +55,7 @@ def read_masks(
         raise ValueError("masks overlap: a softmax between classes gives each pixel to one class")
     words = words or (tuple(f"class {k}" for k in range(count)) if count > 1 else ("token",))
     if background:
-        words = (*words, BACKGROUND)
+        words = (*words, background)
         grids = [torch.cat([grid, ~grid.any(dim=0, keepdim=True)]) for grid in grids]
     for word, pixels in zip(words, torch.cat([grid.flatten(1) for grid in grids], dim=1), strict=True):
         if pixels.all() or not pixels.any():

@@ -24,6 +24,7 @@ from .objective import Objective, linear_maps, linear_rows, loss_of, pixel_weigh
 from .solvers import newton, novograd
 from .token import OptimizedToken
 
+BACKGROUND = "background"  # the name of the class of what no mask covers
 ITERATIONS = {newton: 100, novograd: 80}
 
 
@@ -152,7 +153,8 @@ def token_objective(
         raise ValueError(f"weight_decay must be 0 or a positive number, got {weight_decay!r}")
     names = (word,) if isinstance(word, str) else tuple(word or ())
     records = list(records)
-    grids, words = read_masks(records, list(masks), names, joint=joint, background=background)
+    outside = BACKGROUND if background else None
+    grids, words = read_masks(records, list(masks), names, joint=joint, background=outside)
     matrix = linear_rows(records)
     if method == "ldaam":
         rows: Rows = tuple((k,) for k in range(len(words)))
