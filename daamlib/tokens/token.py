@@ -124,8 +124,10 @@ class OptimizedToken:
             FileNotFoundError: There is no such file.
             ValueError: The file is damaged, of an older format, or no token.
         """
-        tensors, header = load_tensors(path, FORMAT)
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no optimised token at {path}")
         try:
+            tensors, header = load_tensors(path, FORMAT)
             for name in ("words", "scale", "bias", "losses"):
                 header[name] = tuple(header[name])
             header["rows"] = tuple(tuple(rows) for rows in header["rows"])
