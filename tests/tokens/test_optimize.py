@@ -164,10 +164,10 @@ def test_roundings_of_the_queries_stay_roundings_in_the_maps(records, masks, met
 def test_the_probabilities_are_what_was_fitted(records, masks):
     for method in ("ldaam", "daam"):
         token = optimize_token(records, masks, word="car", method=method, weight_decay=0.01)
-        chances = torch.cat([token.probabilities(record, ["car"]) for record in records]).cpu().double()
-        with pytest.raises(ValueError, match=r"the token has the words \['car'\], got \['tree'\]"):
+        probabilities = torch.cat([token.probabilities(record, ["car"]) for record in records]).cpu().double()
+        with pytest.raises(ValueError, match="tree"):
             token.probabilities(records[0], ["tree"])
-        value = F.binary_cross_entropy(chances, at_grid(masks)[:, 0].double())
+        value = F.binary_cross_entropy(probabilities, at_grid(masks)[:, 0].double())
         start = records[0].encode(PROMPT).values if method == "daam" else records[0].encode("car").values[1:2]
         value += 0.01 * (token.embedding - start.cpu()).square().sum() / start.cpu().square().sum()
         assert token.losses[-1] == pytest.approx(value.item(), rel=1e-4), method
@@ -176,16 +176,16 @@ def test_the_probabilities_are_what_was_fitted(records, masks):
 def test_dice_and_the_thesis_loss_are_their_formulas(records, masks):
     targets = at_grid(masks)[:, 0].float()
     token = optimize_token(records, masks, word="car", loss="dice", weight_decay=0, iterations=5)
-    chances = torch.cat([token.probabilities(record).cpu() for record in records])
-    both = (chances * targets).sum(dim=(1, 2))
-    dice = 1 - ((2 * both + 1) / (chances.sum(dim=(1, 2)) + targets.sum(dim=(1, 2)) + 1)).mean()
+    probabilities = torch.cat([token.probabilities(record).cpu() for record in records])
+    both = (probabilities * targets).sum(dim=(1, 2))
+    dice = 1 - ((2 * both + 1) / (probabilities.sum(dim=(1, 2)) + targets.sum(dim=(1, 2)) + 1)).mean()
     assert token.losses[-1] == pytest.approx(dice.item(), rel=1e-4)
 
     token = optimize_token(records, masks, word="car", loss="cross_entropy", weight_decay=0, iterations=5)
     scaled = torch.cat([token.maps(record).normalized().values.cpu() for record in records])
     value = F.binary_cross_entropy(scaled.clamp(1e-6, 1 - 1e-6), targets)
     assert token.losses[-1] == pytest.approx(value.item(), rel=1e-3)
-    with pytest.raises(ValueError, match="learns no scale and bias"):
+    with pytest.raises(ValueError, match="scale"):
         token.probabilities(records[0])
 
 
@@ -206,10 +206,10 @@ def test_images_of_several_sizes_and_step_counts_together(sd1_pipe, records, mas
     for method in ("ldaam", "daam"):
         token = optimize_token(mixed, of_them, word="car", method=method, weight_decay=0, iterations=30)
         assert token.losses[-1] < token.losses[0]
-        chances = [token.probabilities(record)[0].cpu() for record in mixed]
-        assert [tuple(chance.shape) for chance in chances] == [(16, 24), (24, 16), (16, 24)]
+        probabilities = [token.probabilities(record)[0].cpu() for record in mixed]
+        assert [tuple(probability.shape) for probability in probabilities] == [(16, 24), (24, 16), (16, 24)]
         targets = [torch.from_numpy(mask[1::2, 1::2]).float() for mask in of_them]
-        value = np.mean([F.binary_cross_entropy(c, t).item() for c, t in zip(chances, targets, strict=True)])
+        value = np.mean([F.binary_cross_entropy(c, t).item() for c, t in zip(probabilities, targets, strict=True)])
         assert value == pytest.approx(token.losses[-1], rel=1e-4)
 
 
@@ -300,7 +300,7 @@ def test_linear_records_are_enough_for_ldaam(sd1_pipe, masks):
     with daamlib.trace(sd1_pipe, store="linear") as trace:
         sd1_pipe([PROMPT] * 3, generator=torch.Generator().manual_seed(0), **options)
     assert optimize_token(list(trace), masks, word="car").gradient_norm < 1e-5
-    with pytest.raises(ValueError, match='trace with store="queries"'):
+    with pytest.raises(ValueError, match="queries"):
         optimize_token(list(trace), masks, word="car", method="daam")
 
 
@@ -365,26 +365,26 @@ def test_a_token_of_another_model(records, masks, fresh):
                 weight.mul_(1.5)
     image = np.zeros((32, 48, 3), np.uint8)
     record = daamlib.trace_image(other, image, timesteps=(100,))
-    with pytest.raises(ValueError, match="optimised on another model"):
+    with pytest.raises(ValueError, match="model"):
         token.maps(record)
-    with pytest.raises(ValueError, match="other key weights"):
+    with pytest.raises(ValueError, match="key"):
         optimize_token([records[0], record], masks[:2], word="car")
 
 
 EMPTY, FULL = np.zeros((32, 48), bool), np.ones((32, 48), bool)
 BAD = {
-    "no images": (lambda r, m: ([], [], {}), ValueError, "no training images"),
+    "no images": (lambda r, m: ([], [], {}), ValueError, "images"),
     "no record": (lambda r, m: ([1, 2, 3], m, {}), TypeError, "AttentionRecord"),
-    "fewer masks": (lambda r, m: (r, m[:2], {}), ValueError, "2 masks for 3 records"),
-    "all empty": (lambda r, m: (r, [EMPTY] * 3, {"word": "car"}), ValueError, "masks of car are all empty"),
-    "all full": (lambda r, m: (r, [FULL] * 3, {}), ValueError, "masks of token fill every image"),
-    "not boolean": (lambda r, m: (r, [m[0].astype(np.uint8), *m[1:]], {}), ValueError, "mask 0 is torch.uint8"),
-    "NaN": (lambda r, m: (r, [np.full((32, 48), np.nan), *m[1:]], {}), ValueError, "mask 0 is torch.float64"),
-    "a line": (lambda r, m: (r, [m[0][0], *m[1:]], {}), ValueError, r"mask 0 has shape \(48,\)"),
-    "classes": (lambda r, m: (r, m, {"word": ("car", "tree")}), ValueError, r"\[1\] classes, expected 2 words"),
-    "unequal": (lambda r, m: (r, [np.stack([m[0], m[0]]), *m[1:]], {}), ValueError, r"masks have \[1, 2\] classes"),
-    "method": (lambda r, m: (r, m, {"method": "ovam"}), ValueError, "method must be one of 'ldaam', 'daam'"),
-    "loss": (lambda r, m: (r, m, {"loss": "mse"}), ValueError, "loss must be one of"),
+    "fewer masks": (lambda r, m: (r, m[:2], {}), ValueError, "2 masks"),
+    "all empty": (lambda r, m: (r, [EMPTY] * 3, {"word": "car"}), ValueError, "empty"),
+    "all full": (lambda r, m: (r, [FULL] * 3, {}), ValueError, "fill"),
+    "not boolean": (lambda r, m: (r, [m[0].astype(np.uint8), *m[1:]], {}), ValueError, "uint8"),
+    "NaN": (lambda r, m: (r, [np.full((32, 48), np.nan), *m[1:]], {}), ValueError, "float64"),
+    "a line": (lambda r, m: (r, [m[0][0], *m[1:]], {}), ValueError, "shape"),
+    "classes": (lambda r, m: (r, m, {"word": ("car", "tree")}), ValueError, "classes"),
+    "unequal": (lambda r, m: (r, [np.stack([m[0], m[0]]), *m[1:]], {}), ValueError, "classes"),
+    "method": (lambda r, m: (r, m, {"method": "ovam"}), ValueError, "method"),
+    "loss": (lambda r, m: (r, m, {"loss": "mse"}), ValueError, "loss"),
     "no background": (
         lambda r, m: (r, [np.stack([x, ~x]) for x in m], {"background": True}),
         ValueError,
@@ -397,19 +397,19 @@ BAD = {
     ),
     "not finite": (lambda r, m: (r, m, {"weight_decay": 1.7e308}), ValueError, "finite"),
     "not finite of DAAM": (lambda r, m: (r, m, {"weight_decay": 1e300, "method": "daam"}), ValueError, "finite"),
-    "decay": (lambda r, m: (r, m, {"weight_decay": -1}), ValueError, "weight_decay must be 0 or"),
-    "iterations": (lambda r, m: (r, m, {"iterations": 0}), ValueError, "iterations must be 1 or more"),
-    "joint": (lambda r, m: (r, m, {"loss": "cross_entropy", "joint": True}), ValueError, "needs calibrated maps"),
-    "joint of one": (lambda r, m: (r, m, {"joint": True}), ValueError, "a softmax needs two classes or more"),
+    "decay": (lambda r, m: (r, m, {"weight_decay": -1}), ValueError, "weight_decay"),
+    "iterations": (lambda r, m: (r, m, {"iterations": 0}), ValueError, "iterations"),
+    "joint": (lambda r, m: (r, m, {"loss": "cross_entropy", "joint": True}), ValueError, "calibrated"),
+    "joint of one": (lambda r, m: (r, m, {"joint": True}), ValueError, "two"),
     "no such word": (
         lambda r, m: (r, m, {"word": "bus", "method": "daam"}),
         ValueError,
-        "the word 'bus' is not in the text",
+        "bus",
     ),
     "overlap": (
         lambda r, m: (r, [np.stack([x, x]) for x in m], {"joint": True}),
         ValueError,
-        "masks overlap",
+        "overlap",
     ),
 }
 
@@ -427,5 +427,5 @@ def test_maps_that_are_not_numbers(records, masks):
     broken = replace(layer, queries=layer.queries * float("nan"))
     record = replace(records[0], layers=(broken, *records[0].layers[1:]))
     for method in ("ldaam", "daam"):
-        with pytest.raises(ValueError, match="hold NaN or infinite values"):
+        with pytest.raises(ValueError, match="NaN"):
             optimize_token([record, *records[1:]], masks, word="car", method=method)
