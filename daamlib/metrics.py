@@ -1,18 +1,32 @@
 """How well heat maps segment: IoU over thresholds, averaged over images or pooled.
 
-A heat map becomes a mask by a threshold: it is up-sampled bilinearly to the size of the true mask, scaled to its own
-[0, 1] (min-max), and a pixel belongs to the word where the map is larger than the threshold. mIoU is the thesis': the
-IoU of each image, averaged over the images that contain the class. Pooled IoU, which OVAM (Marcos-Manchón et al. 2024)
-reports, adds up the pixels of all images before it divides: large objects weigh more. An image without the class (an
-empty mask) has no IoU and is refused; leave it out before.
+A heat map becomes a mask by a threshold t: it is up-sampled bilinearly to the size of the true mask, scaled to its own
+[0, 1] (min-max), and a pixel belongs to the word where the map is larger than t. With the true mask G,
+
+    TP(t) = pixels of G whose map is above t            = |prediction(t) and G|
+    FP(t) = pixels outside G whose map is above t
+    IoU(t) = TP(t) / (|G| + FP(t))                      |prediction(t) or G| = |G| + FP(t)
+
+so two cumulative histograms of the map, of its pixels inside G and of those outside, give the whole curve in one pass
+over the pixels, however many thresholds there are.
+
+    mIoU(t) = 1/n sum_j IoU_j(t)                        (thesis: over the n images that contain the class)
+    pooled IoU(t) = sum_j TP_j(t) / sum_j (|G_j| + FP_j(t))             (OVAM, Marcos-Manchón et al. 2024)
+
+Pooled, large objects weigh more. An image without the class (an empty mask) has no IoU and is refused; leave it out
+before.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int64
 
 from .attention.heatmaps import normalize, upsample
+
+Array = np.ndarray | torch.Tensor
 
 THRESHOLDS = tuple(i / 100 for i in range(101))
 IN_CACHE = 2**18  # pixels that are counted at a time; found by trial
@@ -20,38 +34,62 @@ IN_CACHE = 2**18  # pixels that are counted at a time; found by trial
 
 @dataclass(frozen=True, eq=False)
 class ThresholdCounts:
-    """Pixels in the intersection and in the union, for every image and threshold; all metrics follow from them.
+    """What all metrics follow from.
 
-    thresholds: (T,) float64, ascending in [0, 1]. intersection, union: (n, T) int64.
+    Attributes:
+        thresholds: Ascending in [0, 1].
+        intersection: TP, in pixels of each image at each threshold.
+        union: |G| + FP, likewise.
     """
 
-    thresholds: np.ndarray
-    intersection: np.ndarray
-    union: np.ndarray
+    thresholds: Float[np.ndarray, " T"]
+    intersection: Int64[np.ndarray, "n T"]
+    union: Int64[np.ndarray, "n T"]
 
-    def curve(self, *, pooled: bool = False) -> np.ndarray:
-        """(T,) float64: the IoU averaged over the images (mIoU), or pooled over all their pixels."""
+    def curve(self, *, pooled: bool = False) -> Float[np.ndarray, " T"]:
+        """The IoU at each threshold, averaged over the images (mIoU), or pooled over all their pixels."""
         if pooled:
             return self.intersection.sum(axis=0) / self.union.sum(axis=0)
         return (self.intersection / self.union).mean(axis=0)
 
-    def resampled_curves(self, resamples: int = 1000, *, seed: int = 0, pooled: bool = False) -> np.ndarray:
-        """(resamples, T): the curve of as many images, drawn anew with replacement each time (the bootstrap).
+    def resampled_curves(
+        self, drawn: Int64[np.ndarray, "resamples n"], *, pooled: bool = False
+    ) -> Float[np.ndarray, "resamples T"]:
+        """The curves of resampled images (the bootstrap).
 
-        Quantiles of any statistic of the rows are its interval over images: `np.quantile(curves.max(axis=1),
+        Quantiles of any statistic of the rows are its interval over images: `np.nanquantile(curves.max(axis=1),
         [0.025, 0.975])` is the 95 % interval of the maximum.
+
+        Args:
+            drawn: How often each image is in each resample, by `draw_images`.
+            pooled: As in `curve`.
+
+        Returns:
+            One curve a resample, NaN where none of the images was drawn.
         """
-        n = len(self.union)
-        drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)  # how often each image
-        if pooled:
-            return (drawn @ self.intersection) / (drawn @ self.union)
-        return drawn @ (self.intersection / self.union) / n
+        with np.errstate(invalid="ignore"):
+            if pooled:
+                return (drawn @ self.intersection) / (drawn @ self.union)
+            return drawn @ (self.intersection / self.union) / drawn.sum(axis=1, keepdims=True)
 
 
-def iou(prediction, mask) -> float:
-    """Intersection over union of two masks, both boolean (H, W) arrays or tensors.
+def draw_images(n: int, resamples: int = 1000, *, seed: int = 0) -> Int64[np.ndarray, "resamples n"]:
+    """How often each of n images is among n that are drawn with replacement, `resamples` times anew."""
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
 
-    Raises ValueError if they are not boolean, not of one shape, or if `mask`, the truth, is empty.
+
+def iou(prediction: Array, mask: Array) -> float:
+    """Intersection over union of two masks.
+
+    Args:
+        prediction: (H, W) boolean, an array or a tensor.
+        mask: The truth, likewise.
+
+    Returns:
+        A number in [0, 1].
+
+    Raises:
+        ValueError: They are not boolean, not of one shape, or `mask` is empty.
     """
     prediction, mask = _masks(prediction, "prediction", 2), _masks(mask, "mask", 2)
     if prediction.shape != mask.shape:
@@ -60,18 +98,25 @@ def iou(prediction, mask) -> float:
     return float((prediction & mask).sum() / (prediction | mask).sum())
 
 
-def threshold_counts(maps, masks, *, thresholds=THRESHOLDS) -> ThresholdCounts:
+def threshold_counts(maps: Array, masks: Array, *, thresholds: Sequence[float] | Array = THRESHOLDS) -> ThresholdCounts:
     """Count intersection and union of each image at all thresholds at once.
 
-    maps: (n, h, w) heat maps of one word, one an image. masks: (n, H, W) boolean, the truth; the maps are up-sampled
-    to its size. thresholds: ascending numbers in [0, 1]. An image costs two histograms, of its map inside the mask
-    and outside, however many thresholds there are; evenly spaced ones from 0 to 1 are the fastest.
+    Args:
+        maps: (n, h, w) heat maps of one word, one an image.
+        masks: (n, H, W) boolean, the truth; the maps are up-sampled to its size.
+        thresholds: T ascending numbers in [0, 1]; evenly spaced ones from 0 to 1 are the fastest.
 
-    Raises ValueError for shapes that do not fit, NaN or infinite maps, masks that are not boolean, an empty mask, no
-    images, or thresholds that are not ascending in [0, 1].
+    Returns:
+        The counts of n images at T thresholds.
+
+    Raises:
+        ValueError: Shapes that do not fit, NaN or infinite maps, masks that are not boolean, an empty mask, no images,
+            or thresholds that are not ascending in [0, 1].
     """
     maps, masks = torch.as_tensor(maps).detach().cpu(), _masks(masks, "masks", 3)
-    levels = _levels(thresholds)
+    levels = torch.as_tensor(thresholds, dtype=torch.float32)
+    if levels.ndim != 1 or not len(levels) or not (levels.diff() > 0).all() or levels[0] < 0 or not levels[-1] <= 1:
+        raise ValueError(f"thresholds must be ascending numbers in [0, 1], got {thresholds!r}")
     if maps.ndim != 3 or maps.numel() == 0:
         raise ValueError(f"expected (n, h, w) maps, one or more, got shape {tuple(maps.shape)}")
     if len(maps) != len(masks):
@@ -85,24 +130,30 @@ def threshold_counts(maps, masks, *, thresholds=THRESHOLDS) -> ThresholdCounts:
     return ThresholdCounts(levels.double().numpy(), intersection, union)
 
 
-def miou_curve(maps, masks, *, thresholds=THRESHOLDS, pooled: bool = False) -> tuple[np.ndarray, np.ndarray]:
+def miou_curve(
+    maps: Array, masks: Array, *, thresholds: Sequence[float] | Array = THRESHOLDS, pooled: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """The thresholds and, for each, the IoU averaged over the images, or pooled over their pixels.
 
-    Arguments and errors are those of `threshold_counts`. Returns two float64 arrays of one length.
+    Other arguments and errors are those of `threshold_counts`. Returns two float64 arrays of one length.
     """
     counts = threshold_counts(maps, masks, thresholds=thresholds)
     return counts.thresholds, counts.curve(pooled=pooled)
 
 
-def max_miou(maps, masks, *, thresholds=THRESHOLDS, pooled: bool = False) -> float:
+def max_miou(
+    maps: Array, masks: Array, *, thresholds: Sequence[float] | Array = THRESHOLDS, pooled: bool = False
+) -> float:
     """The maximum of `miou_curve`: the mIoU at the one threshold that is best for all the images together.
 
-    The threshold is chosen on the very images it is judged on, as in the thesis, which is optimistic.
+    The threshold is chosen on the very images that are evaluated, as in the thesis, which is optimistic.
     """
     return float(miou_curve(maps, masks, thresholds=thresholds, pooled=pooled)[1].max())
 
 
-def area_under_curve(maps, masks, *, thresholds=THRESHOLDS, pooled: bool = False) -> float:
+def area_under_curve(
+    maps: Array, masks: Array, *, thresholds: Sequence[float] | Array = THRESHOLDS, pooled: bool = False
+) -> float:
     """The area under `miou_curve`, by the trapezoidal rule; at most 1 for thresholds from 0 to 1."""
     levels, values = miou_curve(maps, masks, thresholds=thresholds, pooled=pooled)
     return float(np.trapezoid(values, levels))
@@ -110,34 +161,21 @@ def area_under_curve(maps, masks, *, thresholds=THRESHOLDS, pooled: bool = False
 
 def _count(maps: torch.Tensor, masks: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
     """(n, h, w) maps, (n, H, W) masks -> (2, n, T) int64: intersection and union at each of the levels."""
-    heat, masks = normalize(upsample(maps, tuple(masks.shape[1:]))).flatten(1), masks.flatten(1)
-    bins = _exceeded(heat, levels).add_(masks.float(), alpha=len(levels) + 1).int()
-    counts = torch.stack([torch.bincount(image, minlength=2 * len(levels) + 2) for image in bins])
-    counts = counts.unflatten(1, (2, -1)).flip(2).cumsum(dim=2).flip(2)  # pixels that exceed so many levels or more
-    outside, inside = counts.unbind(dim=1)
-    return torch.stack([inside[:, 1:], outside[:, 1:] + inside[:, :1]])
-
-
-def _exceeded(heat: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
-    """How many of the levels each value exceeds, as float32.
-
-    Even levels are not searched: a value exceeds all that lie before the one nearest to it.
-    """
+    _, height, width = masks.shape
+    heat, masks = normalize(upsample(maps, (height, width))).flatten(1), masks.flatten(1)
     last = len(levels) - 1
-    if not torch.equal(levels, torch.arange(len(levels)) / last):
-        return torch.bucketize(heat, levels).float()
-    nearest = (heat * last).round_()
-    return nearest.add_((nearest / last).lt_(heat))
+    if torch.equal(levels, torch.arange(len(levels)) / last):  # even: no search, all before the nearest are exceeded
+        nearest = (heat * last).round_()
+        exceeded = nearest.add_((nearest / last).lt_(heat))
+    else:
+        exceeded = torch.bucketize(heat, levels).float()
+    bins = exceeded.add_(masks.float(), alpha=len(levels) + 1).int()  # how many levels a pixel exceeds; inside G after
+    counts = torch.stack([torch.bincount(image, minlength=2 * len(levels) + 2) for image in bins])
+    outside, inside = counts.unflatten(1, (2, -1)).flip(2).cumsum(dim=2).flip(2).unbind(dim=1)  # so many or more
+    return torch.stack([inside[:, 1:], inside[:, :1] + outside[:, 1:]])  # TP, |G| + FP
 
 
-def _levels(thresholds) -> torch.Tensor:
-    levels = torch.as_tensor(thresholds, dtype=torch.float32)
-    if levels.ndim != 1 or not len(levels) or not (levels.diff() > 0).all() or levels[0] < 0 or not levels[-1] <= 1:
-        raise ValueError(f"thresholds must be ascending numbers in [0, 1], got {thresholds!r}")
-    return levels
-
-
-def _masks(masks, name: str, ndim: int) -> torch.Tensor:
+def _masks(masks: Array, name: str, ndim: int) -> torch.Tensor:
     masks = torch.as_tensor(masks).detach().cpu()
     if masks.dtype != torch.bool:
         raise ValueError(

@@ -12,6 +12,7 @@ import functools
 import logging
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -21,8 +22,14 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from jaxtyping import install_import_hook
 from placement import Pretended
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+# The shapes that these modules' annotations name are checked wherever the tests call them
+install_import_hook(("daamlib.experiments", "daamlib.metrics", "daamlib.tokens"), "helpers.checked")
+
+import daamlib  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -188,6 +195,22 @@ def sd2_pipe(device):
 @pytest.fixture(scope="session")
 def sdxl_pipe(device):
     return build("sdxl", device)
+
+
+@pytest.fixture(scope="session")
+def golden_pipe(device):
+    """The checkpoint of the golden numbers; tests/golden/README.md tells its making."""
+    return daamlib.load_pipeline(GOLDEN / "tiny-sd15", device=device, dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def golden_run(golden_pipe):
+    """(final latents, record of the conditional half, of the unconditional half) of the golden image."""
+    latents = torch.from_numpy(np.load(GOLDEN / "latents_tiny-sd15_a.npy"))
+    options = {"num_inference_steps": 8, "guidance_scale": 7.5, "latents": latents, "output_type": "latent"}
+    with daamlib.trace(golden_pipe) as trace, daamlib.trace(golden_pipe, branch="unconditional") as other:
+        final = golden_pipe("a car in an urban environment", **options).images
+    return final, trace[0], other[0]
 
 
 @pytest.fixture(params=["sd1", "sd2", "sdxl"])

@@ -7,7 +7,10 @@ from collections import defaultdict
 from contextlib import contextmanager
 
 import torch
+from beartype import BeartypeConf, beartype
 from torch.nn import functional as F
+
+checked = beartype(conf=BeartypeConf(is_pep484_tower=True))  # whole numbers are taken for floats
 
 
 def generate(pipe, prompt="a car and a tree", *, seed=0, **options):

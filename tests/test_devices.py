@@ -246,7 +246,6 @@ def scattered(gpu, made, tmp_path):
 FITS = {
     "LDAAM": {"word": "car"},
     "LDAAM without a word": {},
-    "LDAAM, SGD": {"word": "car", "optimizer": "sgd", "iterations": 3},
     "LDAAM, dice": {"word": "car", "loss": "dice"},
     "LDAAM, the thesis' loss": {"word": "car", "loss": "cross_entropy"},
     "LDAAM, joint": {"word": ("car", "tree"), "joint": True},
@@ -256,7 +255,6 @@ FITS = {
     "DAAM without a word": {"method": "daam"},
     "DAAM of another text": {"method": "daam", "word": "car", "text": "a car"},
     "DAAM, background": {"method": "daam", "word": ("car", "tree"), "background": True},
-    "DAAM, SGD": {"method": "daam", "word": "car", "optimizer": "sgd"},
 }
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import UInt8
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
@@ -34,13 +35,16 @@ WEIGHT = 3.0  # of a pixel of a class, in the loss; of the background 1: most pi
 
 @dataclass(frozen=True, eq=False)
 class Labelled:
-    """Images with what a network is to find in them.
+    """Images with their label maps.
 
-    images: (n, H, W, 3) uint8. targets: (n, H, W) uint8, numbers of `classes`, 255 where a pixel does not count.
+    Attributes:
+        images: Of one size.
+        targets: Numbers of `classes`, 255 where a pixel does not count.
+        classes: Their names.
     """
 
-    images: np.ndarray
-    targets: np.ndarray
+    images: UInt8[np.ndarray, "n height width 3"]
+    targets: UInt8[np.ndarray, "n height width"]
     classes: tuple[str, ...]
 
     def __len__(self) -> int:
@@ -56,16 +60,25 @@ class Labelled:
                 f"sets of the same classes and size can be added, got {self.classes} {self.images.shape[1:]} and "
                 f"{other.classes} {other.images.shape[1:]}"
             )
-        both = [(self.images, other.images), (self.targets, other.targets)]
-        return replace(self, **dict(zip(("images", "targets"), map(np.concatenate, both), strict=True)))
+        images, targets = (self.images, other.images), (self.targets, other.targets)
+        return replace(self, images=np.concatenate(images), targets=np.concatenate(targets))
 
 
 def read(folder: str | Path, *, split: str = "train", side: int | None = None) -> Labelled:
     """One split of a folder that `export.cityscapes` wrote with its `classes` named, in the order of the files' names.
 
-    side: make the images side x side pixels: they are averaged down, of the labels the pixel under each cell's centre
-    is taken. None: as they are. Raises FileNotFoundError where there is no such split or an image has no label map,
-    ValueError for images of several sizes, a side that is more than theirs, and values that are no class.
+    Args:
+        folder: With `classes.json`, `leftImg8bit` and `gtFine`.
+        split: As `export.cityscapes` named it.
+        side: Make the images side x side pixels: they are averaged down, of the labels the pixel under each cell's
+            centre is taken. None: as they are.
+
+    Returns:
+        The images and their labels.
+
+    Raises:
+        FileNotFoundError: There is no such split, or an image has no label map.
+        ValueError: Images of several sizes, a side that is more than theirs, or values that are no class.
     """
     folder = Path(folder)
     table = folder / "classes.json"
@@ -86,11 +99,9 @@ def read(folder: str | Path, *, split: str = "train", side: int | None = None) -
         with Image.open(path) as image, Image.open(folder / "gtFine" / split / path.parent.name / name) as labels:
             if labels.size != image.size or side is not None and side > min(image.size):
                 raise ValueError(f"{path} is {image.size}, its labels {labels.size}, asked for: {side or 'as it is'}")
-            if side is not None:
-                size = (side, side)
-                image, labels = image.resize(size, Image.Resampling.BOX), labels.resize(size, Image.Resampling.NEAREST)
-            images.append(np.array(image.convert("RGB")))
-            targets.append(np.array(labels))
+            size = image.size if side is None else (side, side)
+            images.append(np.array(image.resize(size, Image.Resampling.BOX).convert("RGB")))
+            targets.append(np.array(labels.resize(size, Image.Resampling.NEAREST)))
     sizes = sorted({image.shape[:2] for image in images})
     if len(sizes) > 1:
         raise ValueError(f"{folder / 'leftImg8bit' / split} has images of several sizes, {sizes}: give a side")
@@ -101,10 +112,17 @@ def read(folder: str | Path, *, split: str = "train", side: int | None = None) -
 
 
 def new_network(classes: Sequence[str], *, seed: int = 0) -> SegformerForSemanticSegmentation:
-    """An untrained Segformer (0.3 M parameters): (B, 3, H, W) in [-1, 1] -> logits (B, K, H/4, W/4).
+    """An untrained Segformer (0.3 M parameters).
 
-    Its weights are drawn from `seed` by PyTorch's own rule for each layer. Segformer's rule, a standard deviation of
-    0.02 in all of them, is made for long trainings: a short one from nothing ends with the background everywhere.
+    Its weights are drawn by PyTorch's own rule for each layer. Segformer's rule, a standard deviation of 0.02 in all of
+    them, is made for long trainings: a short one from nothing ends with the background everywhere.
+
+    Args:
+        classes: K names.
+        seed: Of the weights.
+
+    Returns:
+        The network: (B, 3, H, W) in [-1, 1] -> logits (B, K, H/4, W/4).
     """
     config = SegformerConfig(
         id2label=dict(enumerate(classes)),
@@ -139,7 +157,21 @@ def train(
     Every image comes once, in an order of `seed`, before any comes again; half are flipped, all change in brightness,
     contrast and tint. AdamW under a one-cycle schedule whose peak is `lr`, found by trial on rendered scenes. On the
     CPU it takes one thread, so that the same arguments give the same weights whatever the number of threads, which is
-    as before afterwards. Raises ValueError for fewer than one step or image, images below 32 px, labels all 255.
+    as before afterwards.
+
+    Args:
+        data: Images of 32 px or more.
+        steps: Batches in all.
+        batch: Images in each.
+        lr: The largest learning rate.
+        seed: Of the weights, the order and the augmentation.
+        device: Where it is trained, and stays.
+
+    Returns:
+        The network in evaluation mode.
+
+    Raises:
+        ValueError: Fewer than one step or image, images below 32 px, or labels that are all 255.
     """
     if steps < 1 or batch < 1 or not len(data):
         raise ValueError(f"expected steps, batch and images of 1 or more, got {steps}, {batch} and {len(data)}")
@@ -148,7 +180,8 @@ def train(
     if (data.targets == IGNORED).all():
         raise ValueError("every pixel is 255, uncertain: there is nothing to learn from")
     generator = torch.Generator().manual_seed(seed)
-    model = new_network(data.classes, seed=seed).to(device).train()
+    model = new_network(data.classes, seed=seed)
+    model.to(device).train()  # type: ignore[arg-type]  # transformers' decorator hides whose method it is
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.2)
     weights = torch.tensor([1.0] + [WEIGHT] * (len(data.classes) - 1), device=device)
@@ -169,9 +202,18 @@ def train(
 
 @torch.inference_mode()
 def predict(model: SegformerForSemanticSegmentation, images: np.ndarray, *, batch: int = 32) -> np.ndarray:
-    """(n, H, W) uint8: the number of the class that the model finds at each pixel of (n, H, W, 3) uint8 images.
+    """The class that the model finds at each pixel.
 
-    Raises ValueError for a model in training mode, which would judge by the batch.
+    Args:
+        model: In evaluation mode.
+        images: (n, H, W, 3) uint8.
+        batch: Images at a time.
+
+    Returns:
+        (n, H, W) uint8, numbers of classes.
+
+    Raises:
+        ValueError: The model is in training mode, where what it finds depends on the batch.
     """
     if model.training:
         raise ValueError("the network is in training mode: call model.eval() first")
@@ -185,10 +227,17 @@ def predict(model: SegformerForSemanticSegmentation, images: np.ndarray, *, batc
 
 
 def ious(found: np.ndarray, data: Labelled) -> dict[str, float]:
-    """The IoU of every class in percent, over the pixels of all images but those of 255, and their mean as "mean".
+    """The IoU of every class, over the pixels of all images but those of 255.
 
-    found: (n, H, W) uint8, the number of a class at each pixel. Raises ValueError for another shape, or if the data
-    lack a class, whose IoU would mean nothing.
+    Args:
+        found: (n, H, W) uint8, the number of a class at each pixel.
+        data: The images with their true labels.
+
+    Returns:
+        Percent by class, and their mean as "mean".
+
+    Raises:
+        ValueError: `found` is of another shape, or the data lack a class, whose IoU would mean nothing.
     """
     if found.shape != data.targets.shape:
         raise ValueError(f"expected what was found in images of {data.targets.shape}, got {found.shape}")
@@ -202,7 +251,7 @@ def ious(found: np.ndarray, data: Labelled) -> dict[str, float]:
 
 def evaluate(model: SegformerForSemanticSegmentation, data: Labelled) -> dict[str, float]:
     """The `ious` of what the model finds. Raises ValueError too if the data have other classes than the model."""
-    names = tuple(name for _, name in sorted(model.config.id2label.items()))
+    names = tuple(name for _, name in sorted(model.config.id2label.items()))  # type: ignore[union-attr]
     if names != data.classes:
         raise ValueError(f"the network was trained on the classes {names}, these images are labelled by {data.classes}")
     return ious(predict(model, data.images), data)
@@ -243,6 +292,6 @@ def _loss(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) ->
     kept, truth = logits.movedim(1, -1)[counts], targets[counts]  # (m, K), (m,)
     if not len(truth):
         return logits.sum() * 0
-    shares, hits = kept.softmax(dim=1), F.one_hot(truth, len(weights))
-    dice = 1 - (2 * (shares * hits).sum(dim=0) + 1) / ((shares + hits).sum(dim=0) + 1)
+    probabilities, hits = kept.softmax(dim=1), F.one_hot(truth, len(weights))
+    dice = 1 - (2 * (probabilities * hits).sum(dim=0) + 1) / ((probabilities + hits).sum(dim=0) + 1)
     return F.cross_entropy(kept, truth, weights) + dice.mean()

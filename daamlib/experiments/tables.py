@@ -1,22 +1,21 @@
 """The thesis' experiment: DAAM and LDAAM, plain and optimised, against masks, by class and number of training images.
 
 Plain DAAM reads the prompt that made the image, plain LDAAM the word alone. Optimised DAAM fits the embeddings of a
-whole text, optimised LDAAM one token, to the first k training images of a class; all are judged on the same test
+whole text, optimised LDAAM one token, to the first k training images of a class; all are evaluated on the same test
 images. "all" is the mean of the classes' curves, as in the thesis (its Table 4.3 shows it), so its maximum has one
 threshold for all classes.
 """
 
-import functools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
 from .. import metrics
-from ..attention.heatmaps import HeatMaps
 from ..attention.real_images import trace_image
 from ..attention.record import AttentionRecord
 from ..extras import needs
@@ -42,19 +41,15 @@ class Example:
     record: AttentionRecord
     masks: Mapping[str, np.ndarray]
 
-    @functools.cached_property
-    def daam(self) -> HeatMaps:
-        """Plain DAAM of the prompt, computed once for all the classes in it."""
-        return self.record.daam()
-
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
     """What `compare` found.
 
-    results: COLUMNS and `split` (train | test); percent, low and high bound the 95 % interval over images.
-    curves: split, method, optimised, train_images, class, threshold, miou (percent).
-    tokens: (method, k, class) -> the token of k training images.
+    Attributes:
+        results: COLUMNS and `split` (train | test); percent, low and high bound the 95 % interval over images.
+        curves: split, method, optimised, train_images, class, threshold, miou (percent).
+        tokens: (method, k, class) -> the token of k training images.
     """
 
     results: pd.DataFrame
@@ -63,12 +58,28 @@ class Comparison:
 
 
 def load_examples(
-    dataset: Dataset, pipe, *, timesteps: Sequence[int] | None = None, classes: Sequence[str] = CLASSES, seed: int = 0
+    dataset: Dataset,
+    pipe: Any,
+    *,
+    timesteps: Sequence[int] | None = None,
+    classes: Sequence[str] = CLASSES,
+    seed: int = 0,
 ) -> list[Example]:
     """The images of a dataset that show a class their prompt names, with their attention.
 
-    It is read from the dataset's records, or with `timesteps` traced from the pictures themselves, as real images
-    (`trace_image`, noise of `seed` + index). Raises ValueError where neither is possible.
+    Args:
+        dataset: Images with label maps.
+        pipe: The pipeline of the records, or that traces.
+        timesteps: None: the dataset's records are read. Else the pictures themselves are traced at these noise levels,
+            as real images (`trace_image`).
+        classes: Those to look for.
+        seed: Of the noise, to which an image's number is added.
+
+    Returns:
+        The examples, in the order of the images.
+
+    Raises:
+        ValueError: There are no records to read.
     """
     shown = {name: set(dataset.with_class(name)) for name in classes}
     examples = []
@@ -82,7 +93,9 @@ def load_examples(
     return examples
 
 
-def split(examples: Sequence[Example], name: str, train: int, *, seed: int = 0) -> tuple[list[Example], list[Example]]:
+def train_test_split(
+    examples: Sequence[Example], name: str, train: int, *, seed: int = 0
+) -> tuple[list[Example], list[Example]]:
     """`train` examples of a class, and its others, in an order of `seed`. Raises ValueError if none is left to test."""
     having = [example for example in examples if name in example.masks]
     if len(having) <= train:
@@ -111,7 +124,15 @@ def count(
 ) -> metrics.ThresholdCounts:
     """The maps of class `name` by a plain method, or by an optimised token, counted against the masks.
 
-    calibrated: the token's probabilities in place of its maps. They are scaled to [0, 1] as maps are.
+    Args:
+        examples: Those that show the class.
+        name: The class.
+        method: "DAAM" or "LDAAM", where no token is given.
+        token: Whose maps are counted.
+        calibrated: The token's probabilities in place of its maps. They are scaled to [0, 1] as maps are.
+
+    Returns:
+        Intersections and unions, an image a row.
     """
     maps = []
     for example in examples:
@@ -120,11 +141,11 @@ def count(
         elif token is not None:
             maps.append(token.maps(example.record)[name])
         elif method == "DAAM":
-            maps.append(example.daam[name])
+            maps.append(example.record.daam()[name])
         else:
             maps.append(example.record.ldaam(name)[name])
-    maps = torch.stack([values.cpu() for values in maps])  # they are counted there, and records may lie apart
-    return metrics.threshold_counts(maps, np.stack([example.masks[name] for example in examples]))
+    together = torch.stack([values.cpu() for values in maps])  # they are counted there, and records may lie apart
+    return metrics.threshold_counts(together, np.stack([example.masks[name] for example in examples]))
 
 
 def compare(
@@ -136,66 +157,93 @@ def compare(
     resamples: int = 1000,
     options: Mapping[str, Mapping] | None = None,
 ) -> Comparison:
-    """The whole experiment on one set of examples. options: per method ("DAAM", "LDAAM"), for `optimize_token`.
+    """The whole experiment on one set of examples.
 
-    Raises ValueError if a class has too few images to train and test.
+    Args:
+        examples: Training and test images.
+        classes: Those to fit and evaluate.
+        train_images: The numbers k of training images.
+        seed: Of the order of the images and of the bootstrap.
+        resamples: Of the bootstrap.
+        options: Per method ("DAAM", "LDAAM"), for `optimize_token`.
+
+    Returns:
+        Every metric of every method, plain and optimised, on training and test images.
+
+    Raises:
+        ValueError: A class has too few images to train and test.
     """
-    most = max(train_images)
+    examples, most = list(examples), max(train_images)
     runs = [(method, k) for method in ("DAAM", "LDAAM") for k in (0, *train_images)]  # 0: plain
-    counts, tokens = {}, {}
-    bar = tqdm(total=len(runs) * len(classes), desc="fit and judge", disable="CI" in os.environ)
+    counts, images, tokens = {}, {}, {}
+    bar = tqdm(total=len(runs) * len(classes), desc="fit and evaluate", disable="CI" in os.environ)
     for name in classes:
-        train, test = split(examples, name, most, seed=seed)
+        train, test = train_test_split(examples, name, most, seed=seed)
         for method, k in runs:
             token = None
             if k:
                 token = tokens[method, k, name] = fit(train[:k], name, method, **(options or {}).get(method, {}))
-            counts["train", method, k, name] = count(train[: k or most], name, method, token)
-            counts["test", method, k, name] = count(test, name, method, token)
+            for part, having in (("train", train[: k or most]), ("test", test)):
+                counts[part, method, k, name] = count(having, name, method, token)
+                images[part, method, k, name] = [examples.index(example) for example in having]
             bar.update()
     bar.close()
     rows, curves = [], []
     for method, k in runs:
         for group, members in [(name, [name]) for name in classes] + [("all", list(classes))]:
-            of = {part: [counts[part, method, k, name] for name in members] for part in ("train", "test")}
-            for part, judged in of.items():
-                found = summary(judged, of["train"], resamples=resamples, seed=seed)
+            train_counts = [counts["train", method, k, name] for name in members]
+            for part in ("train", "test"):
+                of_part = [counts[part, method, k, name] for name in members]
+                shown = [images[part, method, k, name] for name in members]
+                found = summary(of_part, train_counts, shown, resamples=resamples, seed=seed)
                 rows += [(method, k > 0, k, group, metric, *numbers, part) for metric, numbers in found.items()]
-                curve = 100 * np.mean([c.curve() for c in judged], axis=0)
+                curve = 100 * np.mean([c.curve() for c in of_part], axis=0)
                 curves += [
-                    (part, method, k > 0, k, group, *pair) for pair in zip(judged[0].thresholds, curve, strict=True)
+                    (part, method, k > 0, k, group, *pair) for pair in zip(of_part[0].thresholds, curve, strict=True)
                 ]
     names = ["split", "method", "optimised", "train_images", "class", "threshold", "miou"]
     return Comparison(pd.DataFrame(rows, columns=[*COLUMNS, "split"]), pd.DataFrame(curves, columns=names), tokens)
 
 
 def summary(
-    judged: Sequence[metrics.ThresholdCounts],
+    counts: Sequence[metrics.ThresholdCounts],
     train: Sequence[metrics.ThresholdCounts],
+    images: Sequence[Sequence[int]],
     *,
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, tuple[float, float, float]]:
     """Every metric of one or several classes together: percent, and its 95 % bootstrap interval over images.
 
-    `max_miou` takes the threshold that is best for the judged images themselves, as the thesis does;
+    `max_miou` takes the threshold that is best for the evaluated images themselves, as the thesis does;
     `miou_at_train_threshold` the one that is best for the training images. `pooled_`: pixels of all images together.
+
+    Args:
+        counts: Of each class, on its images.
+        train: Of each class, on its training images.
+        images: Of each class, the numbers of its images: one that shows several classes is drawn for all of them.
+        resamples: How often the images are drawn; draws without any image of a class are left out.
+        seed: Of the draws.
+
+    Returns:
+        By metric: its value, and the ends of its interval.
     """
-    found = {}
+    shown = {image: column for column, image in enumerate(dict.fromkeys(i for of in images for i in of))}
+    drawn = metrics.draw_images(len(shown), resamples, seed=seed)
+    by_class = [drawn[:, [shown[i] for i in of]] for of in images]
+    levels, found = counts[0].thresholds, {}
     for pooled in (False, True):
-        curve = np.mean([c.curve(pooled=pooled) for c in judged], axis=0)
-        drawn = [c.resampled_curves(resamples, seed=seed + i, pooled=pooled) for i, c in enumerate(judged)]
+        curve = np.mean([c.curve(pooled=pooled) for c in counts], axis=0)
+        curves = [c.resampled_curves(d, pooled=pooled) for c, d in zip(counts, by_class, strict=True)]
+        resampled = np.mean(curves, axis=0)
         chosen = np.mean([c.curve(pooled=pooled) for c in train], axis=0).argmax()
-        levels = judged[0].thresholds
-        statistics = {
-            "max_miou": lambda curves: curves.max(axis=-1),
-            "auc": lambda curves, levels=levels: np.trapezoid(curves, levels, axis=-1),
-            "miou_at_train_threshold": lambda curves, chosen=chosen: curves[..., chosen],
-        }
-        resampled = np.mean(drawn, axis=0)
-        for name, statistic in statistics.items():
-            interval = np.quantile(statistic(resampled), [0.025, 0.975])
-            found["pooled_" * pooled + name] = tuple(100 * float(x) for x in (statistic(curve), *interval))
+        for name, value, values in (
+            ("max_miou", curve.max(), resampled.max(axis=1)),
+            ("auc", np.trapezoid(curve, levels), np.trapezoid(resampled, levels, axis=1)),
+            ("miou_at_train_threshold", curve[chosen], resampled[:, chosen]),
+        ):
+            low, high = 100 * np.nanquantile(values, [0.025, 0.975])
+            found["pooled_" * pooled + name] = (100 * float(value), float(low), float(high))
     return found
 
 
@@ -205,7 +253,7 @@ def thesis_values() -> pd.DataFrame:
     "samples" is the table by number of training images. Tables 4.2 and 4.3 do not say how many images their optimised
     rows were trained on: `train_images` is missing there.
     """
-    return pd.read_csv(THESIS_TABLES, dtype={"table": str, "train_images": "Int64"})
+    return pd.read_csv(THESIS_TABLES, dtype={"table": "str", "train_images": "Int64"})
 
 
 def with_thesis(results: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
@@ -235,10 +283,10 @@ def claims(results: pd.DataFrame) -> pd.DataFrame:
     here, few, many = _test_miou(results), *(pick(k for k in results.train_images if k) for pick in (min, max))
     of_thesis = thesis_values()
     tables = of_thesis[of_thesis.table == "4.2"]
-    tables = _test_miou(tables.assign(train_images=many * tables.optimised))  # beside our largest number
+    beside = _test_miou(tables.assign(train_images=many * tables.optimised))  # beside our largest number
     samples = _test_miou(of_thesis[of_thesis.table == "samples"])
     rows = []
-    for table, by_number, one, most in ((tables, samples, 1, 5), (here, here, few, many)):
+    for table, by_number, one, most in ((beside, samples, 1, 5), (here, here, few, many)):
         every, of_number = table.xs("all", level="class"), by_number["LDAAM"].xs("all", level="class")
         of_classes = by_number["LDAAM", most].drop("all")
         lifts = [every[method, many] - every[method, 0] for method in ("DAAM", "LDAAM")]
@@ -261,8 +309,8 @@ def claims(results: pd.DataFrame) -> pd.DataFrame:
         "the rider is the hardest class of optimised LDAAM",
     )
     verdicts = ["holds" if holds else "does not hold here" for _, holds in rows[1]]
-    table = zip(texts, [t for t, _ in rows[0]], [t for t, _ in rows[1]], verdicts, strict=True)
-    return pd.DataFrame(table, columns=["claim", "thesis", "here", "verdict"])
+    columns = {"claim": texts, "thesis": [t for t, _ in rows[0]], "here": [t for t, _ in rows[1]], "verdict": verdicts}
+    return pd.DataFrame(columns)
 
 
 def _test_miou(table: pd.DataFrame) -> pd.Series:
@@ -274,14 +322,25 @@ def _test_miou(table: pd.DataFrame) -> pd.Series:
 def evaluate_transfer(
     tokens: Mapping[tuple[str, int, str], OptimizedToken], examples: Iterable[Example], *, resamples: int = 1000
 ) -> pd.DataFrame:
-    """Tokens of one set judged on all images of another: the columns of COLUMNS, `max_miou` and `auc` only."""
+    """Tokens of one set evaluated on all images of another.
+
+    Args:
+        tokens: (method, k, class) -> token, as in `Comparison`.
+        examples: Images of the other set.
+        resamples: Of the bootstrap.
+
+    Returns:
+        The columns of COLUMNS, `max_miou` and `auc` only.
+    """
     examples, rows = list(examples), []
     for method, k in sorted({key[:2] for key in tokens}):
-        of = {name: token for (m, n, name), token in tokens.items() if (m, n) == (method, k)}
-        counts = {
-            name: count([e for e in examples if name in e.masks], name, method, token) for name, token in of.items()
-        }
-        for group, judged in [*((name, [c]) for name, c in counts.items()), ("all", list(counts.values()))]:
-            found = summary(judged, judged, resamples=resamples)
+        counts, images = {}, {}
+        for name, token in ((key[2], token) for key, token in tokens.items() if key[:2] == (method, k)):
+            having = [example for example in examples if name in example.masks]
+            counts[name] = [count(having, name, method, token)]
+            images[name] = [[examples.index(example) for example in having]]
+        counts["all"], images["all"] = sum(counts.values(), []), sum(images.values(), [])
+        for group, of_group in counts.items():
+            found = summary(of_group, of_group, images[group], resamples=resamples)
             rows += [(method, True, k, group, metric, *found[metric]) for metric in ("max_miou", "auc")]
     return pd.DataFrame(rows, columns=COLUMNS)

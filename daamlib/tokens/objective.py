@@ -1,10 +1,14 @@
-"""What token optimisation minimises: maps of the parameters, masks at their size, and the losses between them."""
+"""What token optimisation minimises: maps of text embeddings, masks at their size, and the losses between them.
+
+The K maps of all images stand side by side, (K, P) for P pixels in all, and so do their masks.
+"""
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from jaxtyping import Float
 from torch.nn import functional as F
 
 from ..attention.heatmaps import upsample
@@ -12,36 +16,70 @@ from ..attention.layers import Layer
 from ..attention.record import AttentionRecord
 from ..attention.softmax import summed_probabilities
 
+Maps = Callable[[torch.Tensor], torch.Tensor]  # (m, d_text) embeddings -> (K, P), differentiable
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (K, P) maps and (K, P) logits -> a number
+
 
 @dataclass(frozen=True, eq=False)
-class Problem:
-    """Maps as a function of text embeddings, and what they should be; the pixels of all images stand in one line.
+class Objective:
+    """F(x, b, s) = C(maps(x), s (maps(x) - centre) / unit + b) + w |x - x_0|^2 / |x_0|^2 for embeddings x.
 
-    maps: (m, d_text) -> (K, P), differentiable. targets: (K, P), 1 inside the mask and 0 outside. sizes: the pixels of
-    each image, P in all. rows: the rows of the embeddings that are averaged to each of the K maps.
-    linear: whether the maps are linear in the embeddings (LDAAM). covariance: (d_text, d_text) float64, of the rows of
-    A over all pixels: how far LDAAM moves with the embedding, a good measure of how far DAAM does.
+    Maps enter the loss C standardised by `centre` and `unit`, so that one starting point suits every model.
+
+    Attributes:
+        maps: (m, d_text) embeddings -> (K, P) maps, differentiable.
+        loss: C: (K, P) maps and (K, P) logits -> a number; see `loss_of`.
+        start: x_0.
+        targets: 1 inside the masks and 0 outside.
+        weights: Of each pixel in the loss; the images weigh the same.
+        matrix: A of all images, a pixel a row (`daamlib.attention.ldaam`). LDAAM's maps are x A^T; of DAAM's it tells
+            how far they move with the embedding.
+        unit: The deviation of each map of x_0.
+        centre: The mean of each map of x_0; None: of x, so that it does not fight the bias (LDAAM).
+        weight_decay: w.
+        joint: Whether the loss has a softmax between the classes.
+        words: The name of each of the K maps.
+        rows: The rows of x that are averaged to each map.
     """
 
-    maps: Callable[[torch.Tensor], torch.Tensor]
-    targets: torch.Tensor
-    sizes: tuple[int, ...]
+    maps: Maps
+    loss: Loss
+    start: Float[torch.Tensor, "m d_text"]
+    targets: Float[torch.Tensor, "K P"]
+    weights: Float[torch.Tensor, " P"]
+    matrix: Float[torch.Tensor, "_ d_text"]
+    unit: Float[torch.Tensor, "K 1"]
+    centre: Float[torch.Tensor, "K 1"] | None
+    weight_decay: float
+    joint: bool
+    words: tuple[str, ...]
     rows: tuple[tuple[int, ...], ...]
-    linear: bool
-    covariance: torch.Tensor
+
+    def __call__(
+        self, x: Float[torch.Tensor, "m d_text"], bias: torch.Tensor, scale: torch.Tensor | float = 1.0
+    ) -> Float[torch.Tensor, ""]:
+        """The value at embeddings x and the (K, 1) bias b and scale s, differentiable in them.
+
+        The scale of LDAAM stays 1: its maps are linear in the embedding, which holds the scale already.
+        """
+        maps = self.maps(x)
+        logits = scale * (maps - self.centre_of(maps)) / self.unit + bias
+        decay = self.weight_decay / self.start.square().sum()
+        return self.loss(maps, logits) + decay * (x - self.start).square().sum()
+
+    def centre_of(self, maps: Float[torch.Tensor, "K P"]) -> Float[torch.Tensor, "K 1"]:
+        """What is taken off the maps before they are divided by the unit."""
+        return maps.mean(dim=1, keepdim=True) if self.centre is None else self.centre
+
+    @property
+    def first_bias(self) -> Float[torch.Tensor, "K 1"]:
+        """The log odds of each class over all pixels."""
+        frequency = self.targets.mean(dim=1, keepdim=True)
+        return torch.log(frequency / (1 - frequency))
 
 
-def linear_problem(records: Sequence[AttentionRecord], masks: Sequence[torch.Tensor]) -> Problem:
-    """LDAAM: one row of the embeddings a class. float64: the fit is small and is to converge."""
-    matrix = _rows_of_linear_maps(records)
-    targets = torch.cat([mask.flatten(1) for mask in masks], dim=1).to(matrix.device).to(matrix)
-    rows = tuple((k,) for k in range(len(targets)))
-    sizes = tuple(mask[0].numel() for mask in masks)
-    return Problem(lambda x: x @ matrix.T, targets, sizes, rows, True, _covariance(matrix))
-
-
-def _rows_of_linear_maps(records: Sequence[AttentionRecord]) -> torch.Tensor:
-    """(P, d_text) float64: A of every image, a pixel a row.
+def linear_rows(records: Sequence[AttentionRecord]) -> Float[torch.Tensor, "P d_text"]:
+    """A of every image, a pixel a row, in float64: the fit is small and is to converge.
 
     It lies where the first record does, but not on Apple's GPUs, which have no float64: there on the CPU.
     """
@@ -49,56 +87,55 @@ def _rows_of_linear_maps(records: Sequence[AttentionRecord]) -> torch.Tensor:
     return torch.cat([record.linear_map().weight.to(device).double().flatten(0, 1) for record in records])
 
 
-def _covariance(rows: torch.Tensor) -> torch.Tensor:
-    centred = rows - rows.mean(dim=0)
-    return centred.T @ centred / len(rows)
+def linear_maps(matrix: Float[torch.Tensor, "P d_text"]) -> Maps:
+    """LDAAM of tokens: (K, d_text) embeddings -> (K, P) maps, by A of `linear_rows`."""
+    return lambda x: x @ matrix.T
 
 
-def softmax_problem(
-    records: Sequence[AttentionRecord],
-    masks: Sequence[torch.Tensor],
-    rows: tuple[tuple[int, ...], ...],
-    max_bytes: int,
-) -> Problem:
-    """DAAM: images of one size stand below each other, as one tall image, and are worked through together."""
+def softmax_maps(records: Sequence[AttentionRecord], rows: tuple[tuple[int, ...], ...], max_bytes: int) -> Maps:
+    """DAAM of whole texts: (m, d_text) embeddings -> (K, P) maps, the mean of those of each tuple of `rows`.
+
+    Images of one size are worked through together, as one tall image; `max_bytes` of probabilities at a time.
+    """
     groups = defaultdict(list)
     for number, record in enumerate(records):
-        groups[tuple((layer.grid, len(layer.queries)) for layer in record.layers)].append(number)
+        groups[len(record.timesteps), *(layer.grid for layer in record.layers)].append(number)
     device = records[0].device
     tall = [([_stack(layers, device) for layers in zip(*(records[i].layers for i in group), strict=True)], group)
             for group in groups.values()]  # fmt: skip
-    order = [i for group in groups.values() for i in group]
 
     def maps(x: torch.Tensor) -> torch.Tensor:
-        parts = []
+        parts: dict[int, torch.Tensor] = {}
         for layers, group in tall:
-            total: torch.Tensor | float = 0.0
+            total = torch.zeros((), device=device)
             for layer in layers:
                 of_tokens = summed_probabilities(layer.queries, layer.keys(x), max_bytes).unflatten(1, layer.grid)
                 of_words = torch.stack([of_tokens[list(tokens)].mean(dim=0) for tokens in rows])
                 images = of_words.unflatten(1, (len(group), -1)).flatten(0, 1)  # (K * images, h, w)
                 total = total + upsample(images, records[group[0]].grid)
-            parts.append(total.reshape(len(rows), -1))
-        return torch.cat(parts, dim=1)
+            by_image = total.unflatten(0, (len(rows), -1)).flatten(2).unbind(dim=1)
+            parts |= dict(zip(group, by_image, strict=True))
+        return torch.cat([parts[i] for i in range(len(records))], dim=1)
 
-    targets = torch.cat([masks[i].flatten(1) for i in order], dim=1).to(device).float()
-    sizes = tuple(masks[i][0].numel() for i in order)
-    return Problem(maps, targets, sizes, rows, False, _covariance(_rows_of_linear_maps(records)))
+    return maps
 
 
 def _stack(layers: Sequence[Layer], device: torch.device) -> Layer:
     """One layer of several images as that of one image of their heights together, on `device`."""
     height, width = layers[0].grid
-    queries = torch.cat([layer.queries.to(device) for layer in layers], dim=1)
+    queries = torch.cat([layer.queries.to(device) for layer in layers if layer.queries is not None], dim=1)
     keys = layers[0].key_weight.to(device)
     return replace(layers[0], grid=(height * len(layers), width), key_weight=keys, queries=queries)
 
 
-def loss_of(problem: Problem, kind: str, *, joint: bool) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """(maps, logits), both (K, P) -> the loss, every image and every class weighing the same; see `optimize_token`."""
-    targets, sizes = problem.targets, problem.sizes
-    weights = torch.cat([targets.new_full((size,), 1 / (size * len(sizes))) for size in sizes])
-    known = targets.any(dim=0) if joint else torch.ones_like(targets[0], dtype=torch.bool)
+def pixel_weights(sizes: Sequence[int]) -> Float[torch.Tensor, " P"]:
+    """The weight of each pixel of images of so many pixels each: every image weighs the same, all of them 1."""
+    return torch.cat([torch.full((size,), 1 / (size * len(sizes)), dtype=torch.float64) for size in sizes])
+
+
+def loss_of(kind: str, targets: torch.Tensor, weights: torch.Tensor, sizes: Sequence[int], *, joint: bool) -> Loss:
+    """C of `Objective` against (K, P) targets, every class weighing the same; `optimize_token` says what kinds are."""
+    sizes = list(sizes)
 
     def binary(maps: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         return (F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(dim=0) * weights).sum()
@@ -107,11 +144,11 @@ def loss_of(problem: Problem, kind: str, *, joint: bool) -> Callable[[torch.Tens
         return -((targets * logits.log_softmax(dim=0)).sum(dim=0) * weights).sum()
 
     def dice(maps: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        chances = (logits.softmax(dim=0) if joint else logits.sigmoid()) * known
+        probabilities = logits.softmax(dim=0) * targets.any(dim=0) if joint else logits.sigmoid()
         scores = []
-        for chance, target in zip(chances.split(sizes, dim=1), targets.split(sizes, dim=1), strict=True):
+        for found, true in zip(probabilities.split(sizes, dim=1), targets.split(sizes, dim=1), strict=True):
             # + 1 pixel: an image without the class is right where nothing is found
-            scores.append((2 * (chance * target).sum(dim=1) + 1) / (chance.sum(dim=1) + target.sum(dim=1) + 1))
+            scores.append((2 * (found * true).sum(dim=1) + 1) / (found.sum(dim=1) + true.sum(dim=1) + 1))
         return 1 - torch.stack(scores).mean()
 
     def thesis(maps: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
@@ -119,7 +156,7 @@ def loss_of(problem: Problem, kind: str, *, joint: bool) -> Callable[[torch.Tens
         for part in maps.split(sizes, dim=1):
             low, high = part.amin(dim=1, keepdim=True), part.amax(dim=1, keepdim=True)
             scaled.append((part - low) / (high - low).clamp(min=torch.finfo(part.dtype).tiny))
-        chances = torch.cat(scaled, dim=1).clamp(1e-6, 1 - 1e-6)
-        return (F.binary_cross_entropy(chances, targets, reduction="none").mean(dim=0) * weights).sum()
+        probabilities = torch.cat(scaled, dim=1).clamp(1e-6, 1 - 1e-6)
+        return (F.binary_cross_entropy(probabilities, targets, reduction="none").mean(dim=0) * weights).sum()
 
     return {"bce": between_classes if joint else binary, "dice": dice, "cross_entropy": thesis}[kind]

@@ -1,38 +1,41 @@
 """Optimised tokens: what `optimize_token` returns, and how it is kept on disk."""
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from jaxtyping import Float
 
 from ..attention.fingerprint import Fingerprint
 from ..attention.heatmaps import HeatMaps
 from ..attention.record import AttentionRecord
 from ..attention.text import Word
-from ..io import atomic_write
+from ..io import load_tensors, save_tensors
 
-FORMAT = "daamlib-token-1"
+FORMAT = "daamlib-token-2"
 
 
 @dataclass(frozen=True, eq=False)
 class OptimizedToken:
     """Text embeddings fitted to masks, which read any image of the same model (thesis: x-hat, X-hat').
 
-    embedding: (m, d_text) float32 on the CPU; `maps` takes it to the record. LDAAM: one row a word (and one of the
-    background, if asked for). DAAM: the whole text. words: the names of the K maps. rows: K tuples, the rows of
-    `embedding` averaged to each word's map.
-    scale, bias: K numbers; sigmoid(scale * map + bias) is the calibrated probability (see `probabilities`).
-    losses: the objective at every evaluation. gradient_norm: of the objective where it stopped, for steps as long as
-    the initial token. seconds: of the optimisation alone.
-    info: what made it (model, prompts, text, loss, optimiser, weight decay, seed ...), JSON's own types.
+    Attributes:
+        embedding: float32 on the CPU; `maps` takes it to the record. LDAAM: one row a word (and one of the background,
+            if asked for). DAAM: the whole text.
+        method: "ldaam" or "daam".
+        words: The names of the K maps.
+        rows: K tuples, the rows of `embedding` averaged to each word's map.
+        scale: K numbers; sigmoid(scale * map + bias) is the calibrated probability (see `probabilities`).
+        bias: K numbers.
+        losses: The objective at every iteration, and where it stopped.
+        gradient_norm: Of the objective where it stopped, for steps as long as the initial token.
+        seconds: Of the optimisation alone.
+        info: What made it (model, prompts, text, loss, optimiser, weight decay, seed ...), of JSON's own types.
     """
 
-    embedding: torch.Tensor
+    embedding: Float[torch.Tensor, "m d_text"]
     method: str
     words: tuple[str, ...]
     rows: tuple[tuple[int, ...], ...]
@@ -44,23 +47,40 @@ class OptimizedToken:
     info: Mapping[str, Any] = field(default_factory=dict)
 
     def maps(self, record: AttentionRecord) -> HeatMaps:
-        """The K maps of another image of the same model, (K, H, W), looked up by word.
+        """The maps of an image of the same model.
 
-        Raises ValueError if the record is of a model with other cross-attention keys.
+        Args:
+            record: Of any image, by any prompt.
+
+        Returns:
+            (K, H, W) maps at the record's grid, looked up by word.
+
+        Raises:
+            ValueError: The record is of another model.
         """
         self.require_model(record.fingerprint)
         maps = record.ldaam_from(self.embedding) if self.method == "ldaam" else record.daam_from(self.embedding)
         values = torch.stack([maps.values[list(rows)].mean(dim=0) for rows in self.rows])
         return named_maps(values, self.words)
 
-    def probabilities(self, record: AttentionRecord, words: Sequence[str] | None = None) -> torch.Tensor:
-        """(K, H, W) in [0, 1]: the maps of `words` (default: all) through the scale and bias learned with the token.
+    def probabilities(
+        self, record: AttentionRecord, words: Sequence[str] | None = None
+    ) -> Float[torch.Tensor, "k height width"]:
+        """The maps through the scale and bias that were learned with the token.
 
-        A softmax between these words where the token was fitted with one (`joint`), else a sigmoid each. Maps are
-        sums over the steps: those of another number of steps than the token was fitted to are scaled to it.
+        Maps are sums over the steps: those of another number of steps than the token was fitted to are scaled to it.
 
-        Raises ValueError for a word that is not the token's, a token fitted with `loss="cross_entropy"`, which learns
-        no scale and bias, or a record of another model.
+        Args:
+            record: Of any image, by any prompt.
+            words: Those of the token to read, by default all.
+
+        Returns:
+            (k, H, W) in [0, 1], one map a word: a softmax between these words where the token was fitted with one
+            (`joint`), else a sigmoid each.
+
+        Raises:
+            ValueError: The record is of another model, a word is not the token's, or the token was fitted with
+                `loss="cross_entropy"`, which learns no scale and bias.
         """
         require_calibrated(self)
         words = self.words if words is None else words
@@ -87,35 +107,37 @@ class OptimizedToken:
 
     def save(self, path: str | Path) -> None:
         """Write one `.safetensors` file, all but the embedding as JSON in its header, whole or not at all."""
-        path = Path(path)
-        fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "embedding"}
-        header = json.dumps({"format": FORMAT, **fields})
-        embedding = self.embedding.detach().cpu().contiguous().clone()
-        with atomic_write(path) as temporary:
-            save_file({"embedding": embedding}, temporary, metadata={"daamlib": header})
+        header = {part.name: getattr(self, part.name) for part in fields(self) if part.name != "embedding"}
+        save_tensors(path, {"embedding": self.embedding}, header, FORMAT)
 
     @classmethod
     def load(cls, path: str | Path) -> "OptimizedToken":
-        """Read a saved token. Raises FileNotFoundError, or ValueError if the file is none or is damaged."""
-        path = Path(path)
-        if not path.is_file():
+        """Read a saved token.
+
+        Args:
+            path: Of the file that `save` wrote.
+
+        Returns:
+            The token, on the CPU.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: The file is damaged, of an older format, or no token.
+        """
+        if not Path(path).is_file():
             raise FileNotFoundError(f"no optimised token at {path}")
         try:
-            with safe_open(path, "pt") as file:
-                header = json.loads((file.metadata() or {})["daamlib"])
-                embedding = file.get_tensor("embedding").clone()  # aligned: products round the same as before saving
-            if header.pop("format") != FORMAT:
-                raise ValueError(f"its format is not {FORMAT!r}")
+            tensors, header = load_tensors(path, FORMAT)
             for name in ("words", "scale", "bias", "losses"):
                 header[name] = tuple(header[name])
             header["rows"] = tuple(tuple(rows) for rows in header["rows"])
-            token = cls(embedding, **header)
-            count = len(token.words)
-            if embedding.ndim != 2 or not len(token.rows) == len(token.scale) == len(token.bias) == count > 0:
-                raise ValueError(f"its parts do not fit: embedding {tuple(embedding.shape)}, words {token.words}")
-            if max(max(rows) for rows in token.rows) >= len(embedding):
-                raise ValueError(f"its rows {token.rows} are not those of {len(embedding)} embeddings")
-        except (SafetensorError, LookupError, TypeError, ValueError, AttributeError) as error:
+            token = cls(tensors["embedding"], **header)
+            shape, count = tuple(token.embedding.shape), len(token.words)
+            if len(shape) != 2 or not len(token.rows) == len(token.scale) == len(token.bias) == count > 0:
+                raise ValueError(f"its parts do not fit: embedding {shape}, words {token.words}")
+            if max(map(max, token.rows)) >= shape[0]:
+                raise ValueError(f"its rows {token.rows} are not those of {shape[0]} embeddings")
+        except (LookupError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a readable optimised token, or is damaged: {error}") from error
         return token
 
@@ -127,8 +149,8 @@ class OptimizedToken:
         )
 
 
-def named_maps(values: torch.Tensor, words: tuple[str, ...]) -> HeatMaps:
-    """(K, H, W) maps that are looked up by `words`, one row each."""
+def named_maps(values: Float[torch.Tensor, "k height width"], words: tuple[str, ...]) -> HeatMaps:
+    """Maps that are looked up by `words`, one row each."""
     return HeatMaps(values, words, tuple(Word(word, row, row + 1) for row, word in enumerate(words)))
 
 

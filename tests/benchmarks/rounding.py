@@ -41,11 +41,12 @@ def measure() -> dict[str, float]:
         masks = [scene.labels == BY_NAME[kind].id for scene in scenes]
         shown = [i for i, mask in enumerate(masks) if mask.mean() >= 0.01]
         train, test = shown[:TRAIN], shown[TRAIN:]
-        for method, text in (("ldaam", None), ("daam", TEXT.format(kind))):
-            few = [records[i] for i in train], [masks[i] for i in train]
+        for method, text, count in (("ldaam", None, 1), ("ldaam", None, TRAIN), ("daam", TEXT.format(kind), TRAIN)):
+            few = [records[i] for i in train[:count]], [masks[i] for i in train[:count]]
             token = daamlib.optimize_token(*few, method=method, word=kind, text=text)
             maps = torch.stack([token.maps(records[i])[kind] for i in test])
-            found[f"{method.upper()} {kind}"] = 100 * daamlib.metrics.max_miou(maps, np.stack([masks[i] for i in test]))
+            name = f"{method.upper()} {kind}, training images: {count}"
+            found[name] = 100 * daamlib.metrics.max_miou(maps, np.stack([masks[i] for i in test]))
     return found
 
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +17,10 @@ from torch.nn import functional as F
 import daamlib
 from daamlib import OptimizedToken, optimize_token
 from daamlib.attention.heatmaps import upsample
-from daamlib.tokens.objective import softmax_problem
+from daamlib.io import save_tensors
+from daamlib.tokens.objective import linear_maps, loss_of, softmax_maps
+from daamlib.tokens.optimize import token_objective
+from daamlib.tokens.solvers import newton
 
 PROMPT = "a car and a tree"
 
@@ -89,41 +92,58 @@ def test_ldaam_reaches_the_minimum_that_scipy_finds(records, masks, word):
     assert token.bias[0] == pytest.approx(found.x[-1], rel=1e-3)
 
 
-def test_ldaam_is_convex_every_start_and_optimiser_ends_in_one_map(records, masks):
+def test_ldaam_is_convex_every_start_and_descent_ends_in_one_map(records, masks):
     """Without weight decay the minimum does not know where it started; with three images it is not unique in x."""
     ends = [optimize_token(records, masks, seed=seed, weight_decay=1e-9).losses[-1] for seed in (0, 1, 2)]
     assert ends == pytest.approx([ends[0]] * 3, rel=1e-3)
     quick = optimize_token(records, masks, word="car", weight_decay=0.1)
-    slow = optimize_token(records, masks, word="car", weight_decay=0.1, optimizer="sgd", iterations=5_000)
-    assert slow.losses[-1] == pytest.approx(quick.losses[-1], rel=1e-4)
-    assert slow.losses[-1] >= quick.losses[-1] - 1e-9
-    assert len(quick.losses) < 300 < len(slow.losses)
+    objective = token_objective(records, masks, word="car", weight_decay=0.1)
+    x, bias = objective.start.clone().requires_grad_(), objective.first_bias.requires_grad_()
+    rate = 0.5 * objective.start.square().sum() / objective.start.numel()
+    descent = torch.optim.SGD([{"params": [x], "lr": rate.item()}, {"params": [bias], "lr": 1.0}])
+    for _ in range(5_000):
+        descent.zero_grad()
+        value = objective(x, bias)
+        value.backward()
+        descent.step()
+    assert value.item() == pytest.approx(quick.losses[-1], rel=1e-4)
+    assert value.item() >= quick.losses[-1] - 1e-12
+    assert len(quick.losses) < 30
 
 
-@pytest.mark.parametrize(
-    "method, optimizer",
-    [("ldaam", "lbfgs"), ("ldaam", "novograd"), ("ldaam", "sgd"), ("daam", "novograd"), ("daam", "sgd")],
-)
+@pytest.mark.parametrize("options", [{}, {"joint": True}, {"background": True}], ids=str)
+@pytest.mark.parametrize("weight_decay", [1e-2, 1e-5, 1e-8])
+def test_a_convex_fit_ends_at_the_minimum_whatever_the_order_of_the_pixels(records, options, weight_decay):
+    """One image, which can be fitted without an error: only the weight decay keeps the token finite."""
+    masks = blobs(1, classes=2)
+    options = {"word": ("car", "tree"), "weight_decay": weight_decay, **options}
+    token = optimize_token(records[:1], list(masks), **options)
+    assert token.gradient_norm < 1e-9
+    assert len(token.losses) < 60
+
+    objective = token_objective(records[:1], list(masks), **options)
+    order = torch.randperm(len(objective.matrix), generator=torch.Generator().manual_seed(0))
+    matrix, targets, weights = objective.matrix[order], objective.targets[:, order], objective.weights[order]
+    loss = loss_of("bce", targets, weights, [len(order)], joint=objective.joint)
+    mixed = replace(objective, maps=linear_maps(matrix), loss=loss, targets=targets, weights=weights, matrix=matrix)
+    x, bias, scale, losses = newton(mixed, 100)
+    assert_close(x.float(), token.embedding, 1e-6)
+    assert losses[0] == pytest.approx(token.losses[0], rel=1e-12)
+    expected = bias - scale / mixed.unit * mixed.centre_of(mixed.maps(x))
+    assert token.bias == pytest.approx(expected.flatten().tolist(), rel=1e-6)
+
+
+@pytest.mark.parametrize("method", ["ldaam", "daam"])
 @pytest.mark.parametrize("loss", ["bce", "cross_entropy", "dice"])
-def test_every_loss_falls(records, masks, method, loss, optimizer):
-    options = {"method": method, "loss": loss, "optimizer": optimizer, "word": "car", "iterations": 20}
+def test_every_loss_falls(records, masks, method, loss):
+    options = {"method": method, "loss": loss, "word": "car", "iterations": 20}
     token = optimize_token(records, masks, **options)
     assert min(token.losses) < 0.98 * token.losses[0]
     assert all(map(math.isfinite, token.losses))
-    assert token.info["loss"] == loss and token.info["optimizer"] == optimizer
+    convex = method == "ldaam" and loss == "bce"
+    assert token.info["loss"] == loss and token.info["optimizer"] == ("newton" if convex else "novograd")
     again = optimize_token(records, masks, **options)
     assert torch.equal(token.embedding, again.embedding) and token.losses == again.losses
-
-
-def test_the_optimizer_follows_from_the_problem(records, masks):
-    """L-BFGS where the problem is convex; what rounds otherwise must not end elsewhere where it is not."""
-    for method, loss, optimizer in (
-        ("ldaam", "bce", "lbfgs"),
-        ("ldaam", "dice", "novograd"),
-        ("daam", "bce", "novograd"),
-    ):
-        token = optimize_token(records, masks, word="car", method=method, loss=loss, iterations=2)
-        assert token.info["optimizer"] == optimizer
 
 
 @pytest.mark.parametrize("method, loss", [("ldaam", "bce"), ("ldaam", "dice"), ("daam", "bce"), ("daam", "dice")])
@@ -144,10 +164,10 @@ def test_roundings_of_the_queries_stay_roundings_in_the_maps(records, masks, met
 def test_the_probabilities_are_what_was_fitted(records, masks):
     for method in ("ldaam", "daam"):
         token = optimize_token(records, masks, word="car", method=method, weight_decay=0.01)
-        chances = torch.cat([token.probabilities(record, ["car"]) for record in records]).cpu().double()
-        with pytest.raises(ValueError, match=r"the token has the words \['car'\], got \['tree'\]"):
+        probabilities = torch.cat([token.probabilities(record, ["car"]) for record in records]).cpu().double()
+        with pytest.raises(ValueError, match="tree"):
             token.probabilities(records[0], ["tree"])
-        value = F.binary_cross_entropy(chances, at_grid(masks)[:, 0].double())
+        value = F.binary_cross_entropy(probabilities, at_grid(masks)[:, 0].double())
         start = records[0].encode(PROMPT).values if method == "daam" else records[0].encode("car").values[1:2]
         value += 0.01 * (token.embedding - start.cpu()).square().sum() / start.cpu().square().sum()
         assert token.losses[-1] == pytest.approx(value.item(), rel=1e-4), method
@@ -156,24 +176,23 @@ def test_the_probabilities_are_what_was_fitted(records, masks):
 def test_dice_and_the_thesis_loss_are_their_formulas(records, masks):
     targets = at_grid(masks)[:, 0].float()
     token = optimize_token(records, masks, word="car", loss="dice", weight_decay=0, iterations=5)
-    chances = torch.cat([token.probabilities(record).cpu() for record in records])
-    both = (chances * targets).sum(dim=(1, 2))
-    dice = 1 - ((2 * both + 1) / (chances.sum(dim=(1, 2)) + targets.sum(dim=(1, 2)) + 1)).mean()
+    probabilities = torch.cat([token.probabilities(record).cpu() for record in records])
+    both = (probabilities * targets).sum(dim=(1, 2))
+    dice = 1 - ((2 * both + 1) / (probabilities.sum(dim=(1, 2)) + targets.sum(dim=(1, 2)) + 1)).mean()
     assert token.losses[-1] == pytest.approx(dice.item(), rel=1e-4)
 
     token = optimize_token(records, masks, word="car", loss="cross_entropy", weight_decay=0, iterations=5)
     scaled = torch.cat([token.maps(record).normalized().values.cpu() for record in records])
     value = F.binary_cross_entropy(scaled.clamp(1e-6, 1 - 1e-6), targets)
     assert token.losses[-1] == pytest.approx(value.item(), rel=1e-3)
-    with pytest.raises(ValueError, match="learns no scale and bias"):
+    with pytest.raises(ValueError, match="scale"):
         token.probabilities(records[0])
 
 
 def test_the_maps_of_daam_for_several_images_equal_those_of_each(records):
     embeddings = records[0].encode(PROMPT)
     rows = ((2,), (3, 4))
-    grids = [torch.zeros(2, 16, 24)] * 3
-    maps = softmax_problem(records, grids, rows, max_bytes=20_000).maps(embeddings.values)
+    maps = softmax_maps(records, rows, max_bytes=20_000)(embeddings.values)
     for number, record in enumerate(records):
         alone = record.daam_from(embeddings).values
         expected = torch.stack([alone[2], alone[3:5].mean(dim=0)]).flatten(1)
@@ -187,10 +206,10 @@ def test_images_of_several_sizes_and_step_counts_together(sd1_pipe, records, mas
     for method in ("ldaam", "daam"):
         token = optimize_token(mixed, of_them, word="car", method=method, weight_decay=0, iterations=30)
         assert token.losses[-1] < token.losses[0]
-        chances = [token.probabilities(record)[0].cpu() for record in mixed]
-        assert [tuple(chance.shape) for chance in chances] == [(16, 24), (24, 16), (16, 24)]
+        probabilities = [token.probabilities(record)[0].cpu() for record in mixed]
+        assert [tuple(probability.shape) for probability in probabilities] == [(16, 24), (24, 16), (16, 24)]
         targets = [torch.from_numpy(mask[1::2, 1::2]).float() for mask in of_them]
-        value = np.mean([F.binary_cross_entropy(c, t).item() for c, t in zip(chances, targets, strict=True)])
+        value = np.mean([F.binary_cross_entropy(c, t).item() for c, t in zip(probabilities, targets, strict=True)])
         assert value == pytest.approx(token.losses[-1], rel=1e-4)
 
 
@@ -281,7 +300,7 @@ def test_linear_records_are_enough_for_ldaam(sd1_pipe, masks):
     with daamlib.trace(sd1_pipe, store="linear") as trace:
         sd1_pipe([PROMPT] * 3, generator=torch.Generator().manual_seed(0), **options)
     assert optimize_token(list(trace), masks, word="car").gradient_norm < 1e-5
-    with pytest.raises(ValueError, match='trace with store="queries"'):
+    with pytest.raises(ValueError, match="queries"):
         optimize_token(list(trace), masks, word="car", method="daam")
 
 
@@ -307,25 +326,34 @@ def test_a_model_loaded_from_a_path_object(records, masks, tmp_path):
 
 def test_a_file_that_is_no_token(records, masks, tmp_path):
     path = tmp_path / "token.safetensors"
-    with pytest.raises(FileNotFoundError, match="no optimised token at"):
-        OptimizedToken.load(path)
-    path.write_bytes(b"nothing of the kind")
-    with pytest.raises(ValueError, match="is not a readable optimised token"):
+    with pytest.raises(FileNotFoundError, match="token"):
         OptimizedToken.load(path)
     records[0].save(path)
-    with pytest.raises(ValueError, match="is not a readable optimised token"):
+    with pytest.raises(ValueError, match="format"):
         OptimizedToken.load(path)
     token = optimize_token(records, masks, word="car", iterations=2)
-    token.save(path)
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-10])
-    with pytest.raises(ValueError, match="is not a readable optimised token"):
+    header = {part.name: getattr(token, part.name) for part in fields(token) if part.name != "embedding"}
+    old = json.dumps({"format": "daamlib-token-1", **header})
+    save_file({"embedding": token.embedding}, path, metadata={"daamlib": old})
+    with pytest.raises(ValueError, match="daamlib-token-1"):
         OptimizedToken.load(path)
-    fields = {name: getattr(token, name) for name in token.__dataclass_fields__ if name != "embedding"}
-    header = {"format": "daamlib-token-1", **fields, "rows": [[5]]}
-    save_file({"embedding": token.embedding}, path, metadata={"daamlib": json.dumps(header)})
-    with pytest.raises(ValueError, match="its rows"):
+    for changed, word in (
+        ({"rows": [[5]]}, "rows"),
+        ({"scale": []}, "embedding"),
+        ({"words": None}, "damaged"),
+        ({"strange": 1}, "strange"),
+    ):
+        save_tensors(path, {"embedding": token.embedding}, header | changed, "daamlib-token-2")
+        with pytest.raises(ValueError, match=word):
+            OptimizedToken.load(path)
+    save_tensors(path, {}, header, "daamlib-token-2")
+    with pytest.raises(ValueError, match="embedding"):
         OptimizedToken.load(path)
+
+
+def test_shapes_that_are_annotated_are_checked_in_tests():
+    with pytest.raises(TypeError, match="embedding"):
+        OptimizedToken(torch.zeros(3), "ldaam", ("car",), ((0,),), (1.0,), (0.0,), (), 0.0, 0.0)
 
 
 def test_a_token_of_another_model(records, masks, fresh):
@@ -337,41 +365,51 @@ def test_a_token_of_another_model(records, masks, fresh):
                 weight.mul_(1.5)
     image = np.zeros((32, 48, 3), np.uint8)
     record = daamlib.trace_image(other, image, timesteps=(100,))
-    with pytest.raises(ValueError, match="optimised on another model"):
+    with pytest.raises(ValueError, match="model"):
         token.maps(record)
-    with pytest.raises(ValueError, match="other key weights"):
+    with pytest.raises(ValueError, match="key"):
         optimize_token([records[0], record], masks[:2], word="car")
 
 
 EMPTY, FULL = np.zeros((32, 48), bool), np.ones((32, 48), bool)
 BAD = {
-    "no images": (lambda r, m: ([], [], {}), ValueError, "no training images"),
-    "no record": (lambda r, m: ([1, 2, 3], m, {}), TypeError, "must be AttentionRecords, got int"),
-    "fewer masks": (lambda r, m: (r, m[:2], {}), ValueError, "2 masks for 3 records"),
-    "all empty": (lambda r, m: (r, [EMPTY] * 3, {"word": "car"}), ValueError, "masks of car are all empty"),
-    "all full": (lambda r, m: (r, [FULL] * 3, {}), ValueError, "masks of class 0 fill every image"),
-    "not boolean": (lambda r, m: (r, [m[0].astype(np.uint8), *m[1:]], {}), ValueError, "mask 0 is torch.uint8"),
-    "NaN": (lambda r, m: (r, [np.full((32, 48), np.nan), *m[1:]], {}), ValueError, "mask 0 is torch.float64"),
-    "a line": (lambda r, m: (r, [m[0][0], *m[1:]], {}), ValueError, r"mask 0 has shape \(48,\)"),
-    "classes": (lambda r, m: (r, m, {"word": ("car", "tree")}), ValueError, r"\[1\] classes, expected 2 words"),
-    "unequal": (lambda r, m: (r, [np.stack([m[0], m[0]]), *m[1:]], {}), ValueError, r"masks have \[1, 2\] classes"),
-    "method": (lambda r, m: (r, m, {"method": "ovam"}), ValueError, "method must be one of 'ldaam', 'daam'"),
-    "loss": (lambda r, m: (r, m, {"loss": "mse"}), ValueError, "loss must be one of"),
-    "optimizer": (lambda r, m: (r, m, {"optimizer": "adam"}), ValueError, "optimizer must be one of"),
-    "L-BFGS of DAAM": (lambda r, m: (r, m, {"method": "daam", "optimizer": "lbfgs"}), ValueError, "L-BFGS fits LDAAM"),
-    "decay": (lambda r, m: (r, m, {"weight_decay": -1}), ValueError, "weight_decay must be 0 or"),
-    "iterations": (lambda r, m: (r, m, {"iterations": 0}), ValueError, "iterations must be 1 or more"),
-    "joint": (lambda r, m: (r, m, {"loss": "cross_entropy", "joint": True}), ValueError, "needs calibrated maps"),
-    "joint of one": (lambda r, m: (r, m, {"joint": True}), ValueError, "a softmax needs two classes or more"),
+    "no images": (lambda r, m: ([], [], {}), ValueError, "images"),
+    "no record": (lambda r, m: ([1, 2, 3], m, {}), TypeError, "AttentionRecord"),
+    "fewer masks": (lambda r, m: (r, m[:2], {}), ValueError, "2 masks"),
+    "all empty": (lambda r, m: (r, [EMPTY] * 3, {"word": "car"}), ValueError, "empty"),
+    "all full": (lambda r, m: (r, [FULL] * 3, {}), ValueError, "fill"),
+    "not boolean": (lambda r, m: (r, [m[0].astype(np.uint8), *m[1:]], {}), ValueError, "uint8"),
+    "NaN": (lambda r, m: (r, [np.full((32, 48), np.nan), *m[1:]], {}), ValueError, "float64"),
+    "a line": (lambda r, m: (r, [m[0][0], *m[1:]], {}), ValueError, "shape"),
+    "classes": (lambda r, m: (r, m, {"word": ("car", "tree")}), ValueError, "classes"),
+    "unequal": (lambda r, m: (r, [np.stack([m[0], m[0]]), *m[1:]], {}), ValueError, "classes"),
+    "method": (lambda r, m: (r, m, {"method": "ovam"}), ValueError, "method"),
+    "loss": (lambda r, m: (r, m, {"loss": "mse"}), ValueError, "loss"),
+    "no background": (
+        lambda r, m: (r, [np.stack([x, ~x]) for x in m], {"background": True}),
+        ValueError,
+        "background",
+    ),
+    "no background of DAAM": (
+        lambda r, m: (r, [np.stack([x, ~x]) for x in m], {"background": True, "method": "daam"}),
+        ValueError,
+        "background",
+    ),
+    "not finite": (lambda r, m: (r, m, {"weight_decay": 1.7e308}), ValueError, "finite"),
+    "not finite of DAAM": (lambda r, m: (r, m, {"weight_decay": 1e300, "method": "daam"}), ValueError, "finite"),
+    "decay": (lambda r, m: (r, m, {"weight_decay": -1}), ValueError, "weight_decay"),
+    "iterations": (lambda r, m: (r, m, {"iterations": 0}), ValueError, "iterations"),
+    "joint": (lambda r, m: (r, m, {"loss": "cross_entropy", "joint": True}), ValueError, "calibrated"),
+    "joint of one": (lambda r, m: (r, m, {"joint": True}), ValueError, "two"),
     "no such word": (
         lambda r, m: (r, m, {"word": "bus", "method": "daam"}),
         ValueError,
-        "the word 'bus' is not in the text",
+        "bus",
     ),
     "overlap": (
         lambda r, m: (r, [np.stack([x, x]) for x in m], {"joint": True}),
         ValueError,
-        "masks overlap",
+        "overlap",
     ),
 }
 
@@ -389,5 +427,5 @@ def test_maps_that_are_not_numbers(records, masks):
     broken = replace(layer, queries=layer.queries * float("nan"))
     record = replace(records[0], layers=(broken, *records[0].layers[1:]))
     for method in ("ldaam", "daam"):
-        with pytest.raises(ValueError, match="hold NaN or infinite values"):
+        with pytest.raises(ValueError, match="NaN"):
             optimize_token([record, *records[1:]], masks, word="car", method=method)

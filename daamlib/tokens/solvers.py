@@ -1,0 +1,141 @@
+"""Two ways to a minimum of an `Objective`: Newton's method where it is convex, NovoGrad where it is not."""
+
+import math
+
+import torch
+
+from .objective import Objective
+
+QUADRATIC = 1e-12  # squared Newton decrement below which one full step more reaches the precision of float64
+STEP = 2.0  # of NovoGrad: the length of its first steps; found by trial on the bundled model, on scenes apart
+DAMPING = 0.01  # of NovoGrad's coordinates, as a part of the mean variance of A's rows; likewise
+
+Solution = tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[float]]  # x, (K, 1) bias and scale, losses
+
+
+def newton(objective: Objective, iterations: int) -> Solution:
+    """Newton's method with a backtracking line search for LDAAM with "bce": iteratively reweighted least squares.
+
+    The unknowns are theta_k = (x_k / unit_k, b_k), the features of a pixel its row f of [A - mean, 1] with the weight
+    c, and p its probabilities softmax(theta f), or sigmoid(theta f). The Hessian is
+
+        H_kl = sum c (delta_kl p_k - p_k p_l) f f^T + delta_kl D_k                      (softmax)
+        H_kk = sum c p_k (1 - p_k) f f^T / K + D_k,   H_kl = 0 for k != l               (sigmoid)
+
+    with D_k = 2 w unit_k^2 / |x_0|^2 for the unknowns of x_k, and 0 for b_k. It ends where the Newton decrement is at
+    the precision of float64, so that the result does not depend on the order in which a processor adds.
+
+    Args:
+        objective: Of LDAAM with the loss "bce".
+        iterations: At most so many; 10 to 30 are usual.
+
+    Returns:
+        The embeddings x, the (K, 1) bias, the (K, 1) scale, which is 1, and the objective before every iteration.
+    """
+    features = objective.matrix - objective.matrix.mean(dim=0)
+    features = torch.cat([features.T, features.new_ones(1, len(features))])  # (n, P)
+    theta = torch.cat([objective.start / objective.unit, objective.first_bias], dim=1)
+
+    def value(theta: torch.Tensor) -> torch.Tensor:
+        return objective(theta[:, :-1] * objective.unit, theta[:, -1:])
+
+    losses = []
+    for _ in range(iterations):
+        theta.requires_grad_()
+        here = value(theta)
+        (gradient,) = torch.autograd.grad(here, theta)
+        losses.append(here.item())
+        with torch.no_grad():
+            step = _newton_step(_hessian(objective, features, theta), gradient)
+            if objective.joint:  # a softmax does not see what all biases share
+                step[:, -1] -= step[:, -1].mean()
+            decrement, length = (step * gradient).sum(), 1.0
+            while decrement > QUADRATIC and length > 1e-9:
+                if value(theta - length * step) <= here - 0.25 * length * decrement:
+                    break
+                length /= 2
+            theta = theta - length * step
+        if not decrement > QUADRATIC:
+            break
+    theta = theta.detach()
+    return theta[:, :-1] * objective.unit, theta[:, -1:], torch.ones_like(theta[:, -1:]), losses
+
+
+def _hessian(objective: Objective, features: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
+    """(K, n, n), a Hessian a class, or with a softmax (1, K n, K n), that of all classes; n = d_text + 1."""
+    logits, (count, n) = theta @ features, theta.shape
+    decay = 2 * objective.weight_decay * objective.unit.square() / objective.start.square().sum()
+    decay = torch.cat([decay.expand(-1, n - 1), torch.zeros_like(decay)], dim=1)  # (K, n)
+
+    def curvature(weights: torch.Tensor) -> torch.Tensor:
+        return (features * weights) @ features.T
+
+    if not objective.joint:
+        p = logits.sigmoid()
+        return torch.stack([curvature(w) for w in objective.weights * p * (1 - p) / count]) + torch.diag_embed(decay)
+    p, weights = logits.softmax(dim=0), objective.weights * objective.targets.sum(dim=0)  # pixels of no class: 0
+    hessian = features.new_zeros(count, n, count, n)
+    for k in range(count):
+        for other in range(k + 1):
+            block = curvature(weights * p[k] * (float(k == other) - p[other]))
+            hessian[k, :, other] = hessian[other, :, k] = block
+    return (hessian.view(count * n, count * n) + torch.diag(decay.flatten()))[None]
+
+
+def _newton_step(hessian: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """H^-1 g, shaped as g; a ridge at the rounding of float64, or as much as H needs to be positive definite."""
+    scale = hessian.diagonal(dim1=1, dim2=2).clamp(min=torch.finfo(hessian.dtype).tiny).rsqrt()
+    scaled = scale[:, :, None] * hessian * scale[:, None]  # of a unit diagonal
+    for ridge in (1e-13, 1e-11, 1e-9, 1e-7):
+        factor, failed = torch.linalg.cholesky_ex(scaled + ridge * torch.eye(scaled.shape[1]).to(scaled))
+        if not failed.any():
+            break
+    right = (scale * gradient.reshape(scale.shape))[:, :, None]
+    return (scale * torch.cholesky_solve(right, factor)[:, :, 0]).view_as(gradient)
+
+
+def novograd(objective: Objective, iterations: int) -> Solution:
+    """Momentum of gradients over a running mean of their length; the step warms up, and falls to zero at the end.
+
+    Nothing in it branches on a value, so roundings stay roundings; there is no rate to find for a new model. It works
+    in coordinates where the covariance of A's rows is round. (Ginsburg et al. 2019, arXiv:1905.11286)
+
+    Args:
+        objective: Any.
+        iterations: So many.
+
+    Returns:
+        The embeddings x, the (K, 1) bias and scale, and the objective before every iteration.
+    """
+    start = objective.start
+    rows = objective.matrix - objective.matrix.mean(dim=0)
+    covariance = rows.T @ rows / len(rows)
+    covariance = covariance / covariance.diagonal().mean()
+    factor = torch.linalg.cholesky(covariance + DAMPING * torch.eye(len(covariance)).to(covariance))
+    basis = start.square().mean().sqrt() * torch.linalg.inv(factor).to(start)
+    v = torch.zeros_like(start, requires_grad=True)
+    bias = objective.first_bias.requires_grad_()
+    # A negative scale would turn the map over, and where the class is would be dark: its logarithm is learned. Of a
+    # map that starts upside down it would only fall to zero, where x has no gradient any more: it is held at first.
+    log_scale = torch.zeros_like(bias, requires_grad=True)
+    parameters = [(v, STEP, 0), (bias, 0.1, 0)]
+    if objective.centre is not None:  # LDAAM's embedding holds the scale
+        parameters.append((log_scale, 0.1, (iterations + 1) // 2))
+    momentum = [torch.zeros_like(parameter) for parameter, _, _ in parameters]
+    square = [torch.zeros((), dtype=v.dtype, device=v.device)] * len(parameters)
+    losses = []
+    for i in range(iterations):
+        value = objective(start + v @ basis, bias, log_scale.exp())
+        wanted = [parameter for parameter, _, _ in parameters]
+        gradients = torch.autograd.grad(value, wanted, materialize_grads=True)  # "cross_entropy" has no bias
+        losses.append(value.item())
+        fall = 0.5 * (1 + math.cos(math.pi * max(0.0, (i + 1) / iterations - 0.3) / 0.7))
+        rate = min(1.0, (i + 1) / max(8, iterations / 10), fall)
+        for k, ((parameter, step, held), gradient) in enumerate(zip(parameters, gradients, strict=True)):
+            square[k] = 0.95 * square[k] + 0.05 * gradient.square().sum()
+            length = (square[k] / (1 - 0.95 ** (i + 1))).sqrt() + torch.finfo(gradient.dtype).tiny
+            momentum[k] = 0.9 * momentum[k] + 0.1 * gradient / length
+            if i >= held:
+                with torch.no_grad():
+                    parameter -= step * rate * momentum[k] / (1 - 0.9 ** (i + 1))
+    return (start + v @ basis).detach(), bias.detach(), log_scale.detach().exp(), losses
