@@ -1,4 +1,4 @@
-"""Tiny pipelines built from config: random weights from a seed, no hub, a few channels.
+"""The tiny pipelines of `tiny` as fixtures.
 
 The session fixtures are shared by all tests, which must leave them as they are; `fresh` builds new ones. All lie on the
 `--device` that pytest is given; "pretended-cuda" takes the CPU for a GPU, see `placement`.
@@ -10,51 +10,18 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import functools
 import logging
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
 from jaxtyping import install_import_hook
 from placement import Pretended
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from tiny import GOLDEN, build, prepare_device
 
 # The shapes that these modules' annotations name are checked wherever the tests call them
 install_import_hook(("daamlib.experiments", "daamlib.metrics", "daamlib.tokens"), "helpers.checked")
 
 import daamlib  # noqa: E402
-
-GOLDEN = Path(__file__).parent / "golden"
-
-BLOCKS = {
-    "block_out_channels": (8, 16),
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-}
-SD1 = {**BLOCKS, "cross_attention_dim": 24, "attention_head_dim": 4}
-SD2 = {**BLOCKS, "cross_attention_dim": 20, "attention_head_dim": [2, 4], "use_linear_projection": True}
-# as in SDXL, no attention at the full resolution and several transformer blocks in the layers below
-SDXL = {
-    **BLOCKS,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    "cross_attention_dim": 40,  # of both text encoders, side by side
-    "attention_head_dim": [2, 4],
-    "transformer_layers_per_block": [1, 2],
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 4,
-    "projection_class_embeddings_input_dim": 6 * 4 + 16,
-}
 
 
 def pytest_addoption(parser):
@@ -76,104 +43,6 @@ def pytest_configure(config):
     torch.set_num_threads(min(2, torch.get_num_threads()))
     # it advises on batch sizes and the like, through warnings that would be errors here
     logging.getLogger("diffusers").setLevel(logging.ERROR)
-
-
-def prepare_device(name):
-    """Kernels as exact and repeatable as the CPU's; a usage error for a device that is not there."""
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise pytest.UsageError(
-            f"--device {name}: PyTorch {torch.__version__} has no such device here ({reason})"
-        ) from error
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS may add in another order each time
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    torch.use_deterministic_algorithms(True)
-
-
-def _tokenizer(context):
-    return CLIPTokenizer.from_pretrained(GOLDEN / "tiny-sd15" / "tokenizer", model_max_length=context)
-
-
-def _text_encoder(width, context, kind=CLIPTextModel):
-    config = CLIPTextConfig(
-        vocab_size=592,
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=context,
-        projection_dim=16,
-        bos_token_id=590,
-        eos_token_id=591,
-        pad_token_id=591,
-    )
-    return kind(config).eval()
-
-
-def _parts(unet, prediction="epsilon"):
-    vae = AutoencoderKL(
-        block_out_channels=(4, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=2,
-        sample_size=32,
-    )
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        prediction_type=prediction,
-    )
-    model = UNet2DConditionModel(sample_size=16, in_channels=4, out_channels=4, **unet).eval()
-    with torch.no_grad():  # random weights at their usual size give nearly constant attention, which would prove little
-        for name, weight in model.named_parameters():
-            if name.endswith(("attn2.to_q.weight", "attn2.to_k.weight")):
-                weight.mul_(4)
-    return {"unet": model, "vae": vae.eval(), "scheduler": scheduler}
-
-
-def _sd(unet, width, context, prediction="epsilon"):
-    return StableDiffusionPipeline(
-        **_parts(unet, prediction),
-        text_encoder=_text_encoder(width, context),
-        tokenizer=_tokenizer(context),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-
-
-def _sdxl():
-    return StableDiffusionXLPipeline(
-        **_parts(SDXL),
-        text_encoder=_text_encoder(24, 77),
-        text_encoder_2=_text_encoder(16, 77, CLIPTextModelWithProjection),
-        tokenizer=_tokenizer(77),
-        tokenizer_2=_tokenizer(77),
-        add_watermarker=False,
-    )
-
-
-BUILDERS = {
-    "sd1": lambda: _sd(SD1, 24, 77),
-    "sd2": lambda: _sd(SD2, 20, 24, "v_prediction"),  # a context length that is not CLIP's 77
-    "sdxl": _sdxl,
-}
-
-
-def build(family, device="cpu"):
-    """A new tiny pipeline, the same in every process."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        pipe = BUILDERS[family]()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
 
 
 @pytest.fixture(scope="session")

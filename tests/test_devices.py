@@ -7,13 +7,13 @@ import functools
 import math
 from dataclasses import replace
 
-import conftest
 import numpy as np
 import pytest
+import tiny
 import torch
-from conftest import build
 from helpers import assert_close, generate
 from placement import Pretended, device_of
+from tiny import build
 from torch.nn import functional as F
 
 import daamlib
@@ -140,7 +140,7 @@ def test_nothing_is_pretended_afterwards():
 
 def test_a_device_that_is_not_there_is_a_usage_error():
     with pytest.raises(pytest.UsageError, match="nowhere"):
-        conftest.prepare_device("nowhere")
+        tiny.prepare_device("nowhere")
 
 
 # -- records -------------------------------------------------------------------------------------------------------

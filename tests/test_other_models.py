@@ -9,9 +9,9 @@ import nbformat
 import numpy as np
 import pytest
 import torch
-from conftest import build
 from diffusers import EulerDiscreteScheduler, PNDMScheduler
 from PIL import Image
+from tiny import build
 from transformers import CLIPTokenizer
 
 import daamlib

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import GOLDEN
+from tiny import GOLDEN
 
 import daamlib
 from daamlib import pipeline

@@ -109,6 +109,7 @@ def softmax_maps(records: Sequence[AttentionRecord], rows: tuple[tuple[int, ...]
         for layers, group in tall:
             total = torch.zeros((), device=device)
             for layer in layers:
+                assert layer.queries is not None  # `optimize_token` asks for them
                 of_tokens = summed_probabilities(layer.queries, layer.keys(x), max_bytes).unflatten(1, layer.grid)
                 of_words = torch.stack([of_tokens[list(tokens)].mean(dim=0) for tokens in rows])
                 images = of_words.unflatten(1, (len(group), -1)).flatten(0, 1)  # (K * images, h, w)

@@ -11,7 +11,6 @@ from jaxtyping import Float
 from ..attention.fingerprint import Fingerprint
 from ..attention.heatmaps import HeatMaps
 from ..attention.record import AttentionRecord
-from ..attention.text import Word
 from ..io import load_tensors, save_tensors
 
 FORMAT = "daamlib-token-2"
@@ -61,14 +60,12 @@ class OptimizedToken:
         self.require_model(record.fingerprint)
         maps = record.ldaam_from(self.embedding) if self.method == "ldaam" else record.daam_from(self.embedding)
         values = torch.stack([maps.values[list(rows)].mean(dim=0) for rows in self.rows])
-        return named_maps(values, self.words)
+        return HeatMaps.of_words(values, self.words)
 
     def probabilities(
         self, record: AttentionRecord, words: Sequence[str] | None = None
     ) -> Float[torch.Tensor, "k height width"]:
-        """The maps through the scale and bias that were learned with the token.
-
-        Maps are sums over the steps: those of another number of steps than the token was fitted to are scaled to it.
+        """The probabilities that the scale and bias learned with the token make of its maps.
 
         Args:
             record: Of any image, by any prompt.
@@ -82,6 +79,26 @@ class OptimizedToken:
             ValueError: The record is of another model, a word is not the token's, or the token was fitted with
                 `loss="cross_entropy"`, which learns no scale and bias.
         """
+        logits = self.logits(record, words)
+        return logits.softmax(dim=0) if self.info.get("joint") else logits.sigmoid()
+
+    def logits(
+        self, record: AttentionRecord, words: Sequence[str] | None = None
+    ) -> Float[torch.Tensor, "k height width"]:
+        """The maps through the scale and bias that were learned with the token, before a sigmoid or a softmax.
+
+        Maps are sums over the steps: those of another number of steps than the token was fitted to are scaled to it.
+
+        Args:
+            record: Of any image, by any prompt.
+            words: Those of the token to read, by default all.
+
+        Returns:
+            (k, H, W), one map a word; 0 is as probable as not.
+
+        Raises:
+            ValueError: See `probabilities`.
+        """
         require_calibrated(self)
         words = self.words if words is None else words
         if set(words) - set(self.words):
@@ -92,8 +109,7 @@ class OptimizedToken:
         steps, passes = len(record.timesteps), self.info.get("passes", ())
         if passes and steps not in passes:
             scale = scale * sum(passes) / len(passes) / steps
-        logits = scale.to(values) * values + bias.to(values)
-        return logits.softmax(dim=0) if self.info.get("joint") else logits.sigmoid()
+        return scale.to(values) * values + bias.to(values)
 
     def require_model(self, fingerprint: Fingerprint) -> None:
         """ValueError unless the token was fitted on the model of this fingerprint, of a record or a pipeline."""
@@ -147,11 +163,6 @@ class OptimizedToken:
             f"OptimizedToken({list(self.words)}, {self.method}, {tuple(self.embedding.shape)}, loss {last}, "
             f"gradient norm {self.gradient_norm:.1e})"
         )
-
-
-def named_maps(values: Float[torch.Tensor, "k height width"], words: tuple[str, ...]) -> HeatMaps:
-    """Maps that are looked up by `words`, one row each."""
-    return HeatMaps(values, words, tuple(Word(word, row, row + 1) for row, word in enumerate(words)))
 
 
 def require_calibrated(token: OptimizedToken) -> None:

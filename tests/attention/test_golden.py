@@ -9,8 +9,8 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN
 from helpers import assert_close
+from tiny import GOLDEN
 from torch.nn import functional as F
 
 import daamlib

@@ -10,7 +10,6 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import BLOCKS
 from diffusers import (
     ControlNetModel,
     StableDiffusionControlNetPipeline,
@@ -20,6 +19,7 @@ from diffusers import (
 )
 from helpers import assert_close, capture, generate, naive_maps
 from peft import LoraConfig
+from tiny import BLOCKS
 
 import daamlib
 from daamlib import AttentionRecord

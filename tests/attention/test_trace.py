@@ -12,11 +12,11 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import BLOCKS
 from diffusers import StableDiffusionImg2ImgPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from helpers import assert_close, capture, generate, naive_maps
 from peft import LoraConfig
+from tiny import BLOCKS
 
 import daamlib
 from daamlib.attention.recorder import EmptyTraceError

@@ -153,7 +153,7 @@ sys.path[:0] = [sys.argv[1], sys.argv[1] + "/datasets"]
 import torch
 from PIL import Image
 torch.set_num_threads(int(sys.argv[3]))
-from conftest import build
+from tiny import build
 from small_sets import OPTIONS, PROMPTS, bright
 from daamlib import datasets
 

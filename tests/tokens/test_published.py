@@ -11,8 +11,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN
 from helpers import assert_close
+from tiny import GOLDEN
 from torch.nn import functional as F
 
 from daamlib.attention.heatmaps import upsample
