@@ -18,8 +18,11 @@ from jaxtyping import install_import_hook
 from placement import Pretended
 from tiny import GOLDEN, build, prepare_device
 
-# The shapes that these modules' annotations name are checked wherever the tests call them
-install_import_hook(("daamlib.experiments", "daamlib.metrics", "daamlib.tokens"), "helpers.checked")
+# The shapes that these modules' annotations name are checked wherever the tests call them; others take bad input, and
+# say by themselves what is wrong with it
+FORMULAE = ("daamlib.attention.daam", "daamlib.attention.self_attention", "daamlib.attention.softmax")
+CHECKED = ("daamlib.experiments", "daamlib.metrics", "daamlib.tokens", *FORMULAE)
+install_import_hook(CHECKED, "helpers.checked")
 
 import daamlib  # noqa: E402
 

@@ -15,34 +15,6 @@ PACKAGE = Path(__file__).resolve().parents[1] / "daamlib"
 TRAINING = "daamlib.urban.training"
 FLOORS = 6  # so many rooms stand on one another at most
 
-# What is not yet as it should be, and why. A line that no longer holds has to be deleted.
-ATTENTION = "daamlib.attention is being rebuilt: records, their files and the tracer come apart"
-URBAN = "daamlib.urban.training is being rebuilt: the annotator gets what it shares with it"
-DATASETS = "daamlib.datasets is being rebuilt: its folder and bars get public names"
-KNOWN = {
-    "daamlib.attention.record imports daamlib.attention.record_file in a circle": ATTENTION,
-    "daamlib.attention.record_file imports daamlib.attention.record in a circle": ATTENTION,
-    "daamlib.attention.record_file imports daamlib.attention.trace in a circle": ATTENTION,
-    "daamlib.attention.trace imports daamlib.attention.record in a circle": ATTENTION,
-    "daamlib.attention.real_images uses _announced of another module": ATTENTION,
-    "daamlib.attention.real_images imports diffusers.image_processor.VaeImageProcessor in a function": ATTENTION,
-    "daamlib.attention.record_file imports daamlib.attention.record.AttentionRecord in a function": ATTENTION,
-    "daamlib.attention.record_file imports daamlib.attention.trace.fingerprint_of in a function": ATTENTION,
-    "daamlib.urban.annotator imports daamlib.urban.training.data": URBAN,
-    "daamlib.urban.annotator imports daamlib.urban.training.job": URBAN,
-    "daamlib.datasets.build uses _path of another module": DATASETS,
-    "daamlib.datasets.export uses _bar of another module": DATASETS,
-    "daamlib.datasets.export uses _path of another module": DATASETS,
-    "daamlib.widgets.session uses _clean of another module": DATASETS,
-    "test_build uses _sentence of another module": DATASETS,
-    "test_export uses _fingerprint of another module": DATASETS,
-    "test_export uses _path of another module": DATASETS,
-    "test_generate uses _path of another module": DATASETS,
-    "test_metrics uses _exceeded of another module": "daamlib.metrics is being rewritten",
-    "test_segmentation uses _augment of another module": "daamlib.experiments is being rewritten",
-    "test_segmentation uses _loss of another module": "daamlib.experiments is being rewritten",
-}
-
 
 def module_name(path):
     """daamlib/tokens/token.py is daamlib.tokens.token, and an __init__.py is its package."""
@@ -155,8 +127,7 @@ def floors():
     """The floor of each room, from 1: one above the highest room that it imports."""
     rooms = defaultdict(set)
     for a in GRAPH:
-        known = {b for b in GRAPH[a] if f"{a} imports {b}" in KNOWN}
-        rooms[room(a)] |= {room(b) for b in GRAPH[a] - known} - {room(a)}
+        rooms[room(a)] |= {room(b) for b in GRAPH[a]} - {room(a)}
     found = {}
     for name in TopologicalSorter(rooms).static_order():  # it raises CycleError, and names the circle
         found[name] = 1 + max((found[other] for other in rooms[name]), default=0)
@@ -168,11 +139,7 @@ CHECKS = [circles, imports_of_the_training, private_names_of_others, imports_in_
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_the_modules_keep_to(check):
-    assert check() - KNOWN.keys() == set()
-
-
-def test_what_is_known_to_be_amiss_still_is():
-    assert KNOWN.keys() - set().union(*(check() for check in CHECKS)) == set()
+    assert check() == set()
 
 
 def test_the_rooms_stand_on_few_floors():

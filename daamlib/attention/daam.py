@@ -12,6 +12,7 @@ import functools
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Float
 
 from .heatmaps import upsample
 from .layers import Layer
@@ -19,8 +20,11 @@ from .softmax import MAX_BYTES, summed_probabilities
 
 
 def daam(
-    layers: Sequence[Layer], embeddings: torch.Tensor, grid: tuple[int, int], max_bytes: int = MAX_BYTES
-) -> torch.Tensor:
+    layers: Sequence[Layer],
+    embeddings: Float[torch.Tensor, "m d_text"],
+    grid: tuple[int, int],
+    max_bytes: int = MAX_BYTES,
+) -> Float[torch.Tensor, "m height width"]:
     """D of the module's formula, differentiable in the embeddings.
 
     Args:
@@ -40,7 +44,9 @@ def daam(
     return functools.reduce(torch.add, maps)
 
 
-def summed_probabilities_plainly(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+def summed_probabilities_plainly(
+    queries: Float[torch.Tensor, "steps n channels"], keys: Float[torch.Tensor, "heads m d_head"]
+) -> Float[torch.Tensor, "m n"]:
     """The inner sum of the formula as it is written, in memory for all steps at once; `softmax.py` is its fast form.
 
     Args:

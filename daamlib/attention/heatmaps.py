@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import SupportsIndex
 
 import torch
+from jaxtyping import Float
 from torch.nn import functional as F
 
 from .text import Word, find_word
@@ -19,7 +20,7 @@ class HeatMaps:
         words: the words the tokens make.
     """
 
-    values: torch.Tensor
+    values: Float[torch.Tensor, "m height width"]
     tokens: tuple[str, ...]
     words: tuple[Word, ...] = ()
 
@@ -40,7 +41,7 @@ class HeatMaps:
     def __len__(self) -> int:
         return len(self.values)
 
-    def __getitem__(self, word: str | SupportsIndex) -> torch.Tensor:
+    def __getitem__(self, word: str | SupportsIndex) -> Float[torch.Tensor, "height width"]:
         """The (H, W) map of a word, or of one row by its number.
 
         The tokens of a word, and of all its occurrences, are averaged. Raises ValueError, listing the tokens, for a
@@ -73,7 +74,9 @@ def upsample(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return F.interpolate(maps[None], size, mode="bilinear", align_corners=False)[0]
 
 
-def normalize(maps: torch.Tensor) -> torch.Tensor:
+def normalize(
+    maps: Float[torch.Tensor, "m height width"],
+) -> Float[torch.Tensor, "m height width"]:
     """(m, H, W) maps, each scaled to its own [0, 1] (min-max); a constant map becomes zero."""
     low = maps.amin(dim=(1, 2), keepdim=True)
     span = maps.amax(dim=(1, 2), keepdim=True) - low

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+from jaxtyping import Float
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,9 +27,9 @@ class Layer:
     grid: tuple[int, int]
     heads: int
     scale: float
-    key_weight: torch.Tensor
-    queries: torch.Tensor | None = None
-    query_sum: torch.Tensor | None = None
+    key_weight: Float[torch.Tensor, "channels d_text"]
+    queries: Float[torch.Tensor, "steps positions channels"] | None = None
+    query_sum: Float[torch.Tensor, "positions channels"] | None = None
     maps: Mapping[str | None, torch.Tensor] = field(default_factory=dict)
 
     def keys(self, embeddings: torch.Tensor) -> torch.Tensor:

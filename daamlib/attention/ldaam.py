@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch.nn import functional as F
 
 from .heatmaps import upsample
@@ -30,9 +31,9 @@ class LinearMap:
         weight: (H, W, d_text) float32, A in the derivation above.
     """
 
-    weight: torch.Tensor
+    weight: Float[torch.Tensor, "height width d_text"]
 
-    def __call__(self, embeddings: torch.Tensor | TokenEmbeddings) -> torch.Tensor:
+    def __call__(self, embeddings: torch.Tensor | TokenEmbeddings) -> Float[torch.Tensor, "m height width"]:
         """(m, d_text) token embeddings -> (m, H, W) maps, differentiable in the embeddings.
 
         Raises ValueError if the embeddings are not (m, d_text).

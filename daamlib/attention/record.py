@@ -168,8 +168,8 @@ class AttentionRecord:
         """
         if self.layers[0].queries is None:
             raise ValueError(
-                'DAAM needs the queries of every step, which this record does not hold: trace with store="queries", '
-                "or use ldaam"
+                'DAAM needs the queries of every step, this record was made with store="linear" or "maps": trace with '
+                'store="queries", or use ldaam'
             )
         values = check_embeddings(embeddings, self.d_text, self.device)
         return _named(daam(self.layers, values, self.grid, max_bytes), embeddings)

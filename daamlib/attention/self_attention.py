@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch.nn import functional as F
 
 LARGEST = 32 * 32  # positions of the grid that is read: the largest one of the model with no more
@@ -38,11 +39,11 @@ class SelfAttention:
     grid: tuple[int, int]
     heads: int
     scale: float
-    queries: torch.Tensor | None = None
-    keys: torch.Tensor | None = None
-    mean: torch.Tensor | None = None
+    queries: Float[torch.Tensor, "passes positions channels"] | None = None
+    keys: Float[torch.Tensor, "passes positions channels"] | None = None
+    mean: Float[torch.Tensor, "positions positions"] | None = None
 
-    def propagate(self, maps: torch.Tensor) -> torch.Tensor:
+    def propagate(self, maps: Float[torch.Tensor, "m positions"]) -> Float[torch.Tensor, "m positions"]:
         """A M for each map M: (m, n) -> (m, n), differentiable in the maps."""
         if self.mean is not None:
             return maps @ self.mean.to(maps).T

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
 
 PAD = "<pad>"  # the name of padding rows
 
@@ -27,7 +28,7 @@ class TokenEmbeddings:
         words: the words they make, without the special tokens.
     """
 
-    values: torch.Tensor
+    values: Float[torch.Tensor, "m d_text"]
     tokens: tuple[str, ...]
     words: tuple[Word, ...] = ()
 
@@ -50,7 +51,9 @@ class TokenEmbeddings:
         return TokenEmbeddings(self.values[: self.length], self.tokens[: self.length], self.words)
 
 
-def check_embeddings(embeddings: torch.Tensor | TokenEmbeddings, d_text: int, device: torch.device) -> torch.Tensor:
+def check_embeddings(
+    embeddings: torch.Tensor | TokenEmbeddings, d_text: int, device: torch.device
+) -> Float[torch.Tensor, "m d_text"]:
     """The (m, d_text) values on `device`, in float32 (float64 stays); TypeError or ValueError if they are not that."""
     values = embeddings.values if isinstance(embeddings, TokenEmbeddings) else embeddings
     if not isinstance(values, torch.Tensor) or not values.is_floating_point():
@@ -118,6 +121,7 @@ def prompt_tokens(pipe: Any, prompt: str) -> tuple[tuple[str, ...], tuple[Word, 
     return read_tokens(tokenizer, ids)
 
 
+@torch.no_grad()
 def embed_prompt(pipe: Any, prompt: str, options: Mapping[str, Any] = {}) -> tuple:
     """What `pipe.encode_prompt` returns for one prompt without guidance; options: such as `clip_skip`."""
     device = pipe._execution_device

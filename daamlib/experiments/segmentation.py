@@ -191,8 +191,8 @@ def train(
             while len(queue) < batch:
                 queue += torch.randperm(len(data), generator=generator).tolist()
             chosen, queue = queue[:batch], queue[batch:]
-            pixels, targets = _augment(*_tensors(data.take(chosen)), generator)
-            loss = _loss(model(pixels.to(device)).logits, targets.to(device), weights)
+            pixels, targets = augment(*_tensors(data.take(chosen)), generator)
+            loss = segmentation_loss(model(pixels.to(device)).logits, targets.to(device), weights)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -266,7 +266,7 @@ def _tensors(data: Labelled) -> tuple[torch.Tensor, torch.Tensor]:
     return _pixels(data.images), torch.from_numpy(data.targets).long()
 
 
-def _augment(
+def augment(
     pixels: torch.Tensor, targets: torch.Tensor, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Flip half of (B, 3, H, W) pixels with their (B, H, W) targets; change contrast, brightness and tint of all."""
@@ -282,7 +282,7 @@ def _augment(
     return (pixels + uniform(-0.2, 0.2) + uniform(-0.08, 0.08, channels=3)).clamp(-1, 1), targets
 
 
-def _loss(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def segmentation_loss(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Weighted cross-entropy plus soft Dice loss, as the annotator's, over the pixels that count.
 
     logits: (B, K, h, w), up-sampled to the targets; targets: (B, H, W) int64, 255 where a pixel does not count.

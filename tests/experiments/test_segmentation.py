@@ -12,13 +12,13 @@ from daamlib import datasets
 from daamlib.datasets import export
 from daamlib.experiments.segmentation import (
     Labelled,
-    _augment,
-    _loss,
+    augment,
     evaluate,
     ious,
     new_network,
     predict,
     read,
+    segmentation_loss,
     train,
 )
 
@@ -122,7 +122,9 @@ def test_the_loss_is_weighted_cross_entropy_and_dice():
     large = F.interpolate(logits, (16, 16), mode="bilinear", align_corners=False)
     shares, truth = large.softmax(1), F.one_hot(targets, 3).movedim(-1, 1)
     dice = 1 - (2 * (shares * truth).sum((0, 2, 3)) + 1) / ((shares + truth).sum((0, 2, 3)) + 1)
-    assert torch.allclose(_loss(logits, targets, weights), F.cross_entropy(large, targets, weights) + dice.mean())
+    assert torch.allclose(
+        segmentation_loss(logits, targets, weights), F.cross_entropy(large, targets, weights) + dice.mean()
+    )
 
 
 def test_uncertain_pixels_have_no_say():
@@ -131,10 +133,10 @@ def test_uncertain_pixels_have_no_say():
     targets[:, :8] = 255
     changed = logits.clone()
     changed[:, :, :8] += 5 * torch.randn(1, 3, 8, 16)
-    assert torch.equal(_loss(logits, targets, weights), _loss(changed, targets, weights))
-    assert not torch.equal(_loss(logits, targets, weights), _loss(-logits, targets, weights))
+    assert torch.equal(segmentation_loss(logits, targets, weights), segmentation_loss(changed, targets, weights))
+    assert not torch.equal(segmentation_loss(logits, targets, weights), segmentation_loss(-logits, targets, weights))
     nothing = logits.requires_grad_()
-    _loss(nothing, torch.full_like(targets, 255), weights).backward()
+    segmentation_loss(nothing, torch.full_like(targets, 255), weights).backward()
     assert not nothing.grad.any()
 
 
@@ -144,13 +146,13 @@ def test_augmentation_flips_labels_with_their_image_and_repeats():
     targets[:, 20] = 255
     pixels = targets.eq(1)[:, None].expand(-1, 3, -1, -1).float() - 0.5
     before = pixels.clone(), targets.clone()
-    got, flipped = _augment(pixels, targets, torch.Generator().manual_seed(0))
+    got, flipped = augment(pixels, targets, torch.Generator().manual_seed(0))
     assert torch.equal(pixels, before[0]) and torch.equal(targets, before[1])
     assert 0.25 < (flipped != targets).any(dim=2).any(dim=1).float().mean() < 0.75
     assert set(flipped.unique().tolist()) == {0, 1, 255}
     inside, outside = (got.mean(1) * (flipped == number) for number in (1, 0))
     assert (inside.amax((1, 2)) > outside.amax((1, 2))).all()
-    assert torch.equal(_augment(pixels, targets, torch.Generator().manual_seed(0))[0], got)
+    assert torch.equal(augment(pixels, targets, torch.Generator().manual_seed(0))[0], got)
 
 
 # -- training and test -------------------------------------------------------------------------------------------
