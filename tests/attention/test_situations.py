@@ -15,11 +15,13 @@ from diffusers import (
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    UNet2DConditionModel,
     UNetMotionModel,
 )
 from helpers import assert_close, capture, generate, naive_maps
 from peft import LoraConfig
-from tiny import BLOCKS
+from tiny import BLOCKS, SDXL
 
 import daamlib
 from daamlib import AttentionRecord
@@ -279,6 +281,38 @@ def test_another_pipeline_on_the_traced_unet(sd1_pipe):
     first = of_passes(captures, slice(2))
     assert_close(trace[0].daam().values, naive_maps(first, GRIDS, image=1))
     assert_close(trace[0].daam("a car").values, trace[0].daam().values[:4])
+
+
+def test_sdxls_refiner(sdxl_pipe):
+    """It goes on with the latents of the base model, at the last noise levels, with the second text encoder alone."""
+    parts = dict(sdxl_pipe.components, tokenizer=None, text_encoder=None)
+    parts["unet"] = refiner_unet()
+    refiner = StableDiffusionXLImg2ImgPipeline(**parts, requires_aesthetics_score=False, add_watermarker=False)
+    refiner.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 10, "denoising_start": 0.8}
+    with daamlib.trace(refiner) as trace:
+        generate(refiner, "a car", image=latents(), **options)
+    assert expected_of(trace) == [("a car", 2)]
+    assert trace[0].daam("a tree")["tree"].max() > 0
+
+
+def refiner_unet():
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        **{**SDXL, "cross_attention_dim": 16},
+    ).eval()
+
+
+@pytest.mark.parametrize("situation", ["one image", "a batch", "own loop, halves apart", "own loop after a call"])
+def test_compiled_unets(fresh, situation):
+    act, expected = ANY_PIPELINE[situation]
+    pipe = fresh("sd1")
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    with daamlib.trace(pipe) as trace:
+        act(pipe)
+    assert expected_of(trace) == expected
 
 
 def test_videos_are_refused():
