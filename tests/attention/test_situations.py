@@ -30,15 +30,15 @@ GRIDS = [(16, 24), (8, 12)]
 GUIDED, UNGUIDED = {"guidance_scale": 5.0}, {"guidance_scale": 1.0}
 
 
-def latents(images=1, seed=0):
-    return torch.randn(images, 4, 16, 24, generator=torch.Generator().manual_seed(seed))
+def latents(pipe, images=1, seed=0):
+    return torch.randn(images, 4, 16, 24, generator=torch.Generator().manual_seed(seed)).to(pipe.device)
 
 
 def conditions(pipe, images):
     """What SDXL's U-Net wants besides the text."""
     if not hasattr(pipe, "tokenizer_2"):
         return None
-    return {"text_embeds": torch.zeros(images, 16), "time_ids": torch.zeros(images, 6)}
+    return {name: torch.zeros(images, n, device=pipe.device) for name, n in (("text_embeds", 16), ("time_ids", 6))}
 
 
 def denoise(pipe, text, sample, *, negative=None, apart=False, steps=2):
@@ -65,9 +65,9 @@ def denoise(pipe, text, sample, *, negative=None, apart=False, steps=2):
 def own_loop(pipe, prompt="a car", images=1, *, guided=True, **options):
     prompts = [prompt] if isinstance(prompt, str) else prompt
     text, negative, *_ = pipe.encode_prompt(
-        prompts, device="cpu", num_images_per_prompt=images, do_classifier_free_guidance=guided
+        prompts, device=pipe.device, num_images_per_prompt=images, do_classifier_free_guidance=guided
     )
-    denoise(pipe, text, latents(len(text)), negative=negative if guided else None, **options)
+    denoise(pipe, text, latents(pipe, len(text)), negative=negative if guided else None, **options)
 
 
 def after_a_pipeline_call(pipe):
@@ -112,8 +112,8 @@ def another_prompt_in_a_callback(pipe):
 
 def apart_encodings(pipe):
     """Both texts by calls of their own, side by side in one pass."""
-    text, negative = (pipe.encode_prompt(prompt, "cpu", 1, False)[0] for prompt in ("a car", ""))
-    denoise(pipe, text, latents(), negative=negative)
+    text, negative = (pipe.encode_prompt(prompt, pipe.device, 1, False)[0] for prompt in ("a car", ""))
+    denoise(pipe, text, latents(pipe), negative=negative)
 
 
 BATCH = [("a car", 2), ("a car", 2), ("a tree", 2), ("a tree", 2)]
@@ -181,16 +181,16 @@ def test_both_texts_embedded_apart_in_one_pass(sd1_pipe):
 
 def test_texts_that_nothing_tells_apart(sd1_pipe):
     """Embedded before the trace, denoised apart: which of them is the prompt?"""
-    text, negative = (sd1_pipe.encode_prompt(prompt, "cpu", 1, False)[0] for prompt in ("a car", ""))
+    text, negative = (sd1_pipe.encode_prompt(prompt, sd1_pipe.device, 1, False)[0] for prompt in ("a car", ""))
     with daamlib.trace(sd1_pipe) as trace, pytest.raises(ValueError, match="two texts"):
-        denoise(sd1_pipe, text, latents(), apart=True, negative=negative)
+        denoise(sd1_pipe, text, latents(sd1_pipe), apart=True, negative=negative)
     assert len(trace) == 0
 
 
 def test_texts_embedded_before_the_trace(sd1_pipe):
-    text, negative = (sd1_pipe.encode_prompt(prompt, "cpu", 1, False)[0] for prompt in ("a car", ""))
+    text, negative = (sd1_pipe.encode_prompt(prompt, sd1_pipe.device, 1, False)[0] for prompt in ("a car", ""))
     with daamlib.trace(sd1_pipe) as trace, capture(sd1_pipe.unet) as captures:
-        denoise(sd1_pipe, text, latents(), negative=negative)
+        denoise(sd1_pipe, text, latents(sd1_pipe), negative=negative)
     assert expected_of(trace) == [(None, 2)]
     assert_close(trace[0].daam().values, naive_maps(captures, GRIDS, image=1))
 
@@ -199,10 +199,10 @@ def test_an_own_loop_that_ignores_the_scheduler(sd1_pipe):
     """Its end is the end of the `with`, or where the noise levels begin again."""
     sd1_pipe.scheduler.set_timesteps(7)
     with daamlib.trace(sd1_pipe) as trace:
-        text = sd1_pipe.encode_prompt("a car", "cpu", 1, False)[0]
+        text = sd1_pipe.encode_prompt("a car", sd1_pipe.device, 1, False)[0]
         for t in (800, 500, 100, 700, 300):
             with torch.no_grad():
-                sd1_pipe.unet(latents(seed=t), t, encoder_hidden_states=text)
+                sd1_pipe.unet(latents(sd1_pipe, seed=t), t, encoder_hidden_states=text)
     assert [record.timesteps for record in trace] == [[800, 500, 100], [700, 300]]
     assert all(len(layer.queries) == 3 for layer in trace[0].layers)
 
@@ -245,7 +245,7 @@ def controlnet(pipe):
         attention_head_dim=4,
         conditioning_embedding_out_channels=(4, 8),
     )
-    return of_components(StableDiffusionControlNetPipeline, pipe, controlnet=net.eval())
+    return of_components(StableDiffusionControlNetPipeline, pipe, controlnet=net.eval().to(pipe.device))
 
 
 OTHERS = {
@@ -286,12 +286,12 @@ def test_another_pipeline_on_the_traced_unet(sd1_pipe):
 def test_sdxls_refiner(sdxl_pipe):
     """It goes on with the latents of the base model, at the last noise levels, with the second text encoder alone."""
     parts = dict(sdxl_pipe.components, tokenizer=None, text_encoder=None)
-    parts["unet"] = refiner_unet()
+    parts["unet"] = refiner_unet().to(sdxl_pipe.device)
     refiner = StableDiffusionXLImg2ImgPipeline(**parts, requires_aesthetics_score=False, add_watermarker=False)
     refiner.set_progress_bar_config(disable=True)
     options = {"num_inference_steps": 10, "denoising_start": 0.8}
     with daamlib.trace(refiner) as trace:
-        generate(refiner, "a car", image=latents(), **options)
+        generate(refiner, "a car", image=latents(refiner), **options)
     assert expected_of(trace) == [("a car", 2)]
     assert trace[0].daam("a tree")["tree"].max() > 0
 
@@ -351,7 +351,10 @@ def test_a_later_text_is_embedded_as_the_prompt_was(sd1_pipe, tmp_path):
             pytest.skip(f"this diffusers cannot skip CLIP's layers with this transformers: {error}")
     record = trace[0]
     assert record.embedded_with == {"clip_skip": 1}
-    skipped, plain = record.encode("a car and a tree"), sd1_pipe.encode_prompt("a car and a tree", "cpu", 1, False)[0]
+    skipped, plain = (
+        record.encode("a car and a tree"),
+        sd1_pipe.encode_prompt("a car and a tree", sd1_pipe.device, 1, False)[0],
+    )
     assert_close(skipped.values, record.prompt_embeddings.values[: len(skipped.values)])
     assert (skipped.values - plain[0, : len(skipped.values)]).norm() > 0.01 * plain.norm()
     record.save(tmp_path / "a.safetensors")

@@ -152,7 +152,8 @@ def test_roundings_of_the_queries_stay_roundings_in_the_maps(records, masks, met
     noise = torch.Generator().manual_seed(0)
 
     def rounded(layer):
-        return replace(layer, queries=layer.queries * (1 + 1e-6 * torch.randn(layer.queries.shape, generator=noise)))
+        relative = 1e-6 * torch.randn(layer.queries.shape, generator=noise).to(layer.queries)
+        return replace(layer, queries=layer.queries * (1 + relative))
 
     others = [replace(r, layers=tuple(rounded(layer) for layer in r.layers)) for r in records]
     fits = [optimize_token(given, masks, word="car", method=method, loss=loss) for given in (records, others)]
