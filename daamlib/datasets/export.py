@@ -100,8 +100,9 @@ def coco(
     """Write COCO's folders, `<split>/00007.png` and `annotations/instances_<split>.json`.
 
     An annotation is a connected piece (8 neighbours) of a class: two cars that touch are one, one behind a pole is two.
-    Its mask is given by compressed run lengths in `segmentation`; its bbox is [x, y, width, height], and its point, which
-    COCO does not know, [x, y] of the pixel farthest inside. Category ids are those of Cityscapes. The file is read back by `datasets.import_masks`.
+    Its mask is given by compressed run lengths in `segmentation`; its bbox is [x, y, width, height]. Its point, unknown
+    to COCO, is the [x, y] of the pixel farthest inside. Category ids are those of Cityscapes. The file is read back by
+    `datasets.import_masks`.
 
     COCO has no word for pixels to ignore (255): they are annotated by nothing, so most tools take them for background;
     each image's entry has their run lengths, where there are any, under "ignored".
@@ -266,7 +267,7 @@ def _instances(ids: np.ndarray, wanted: set[int] | None, min_pixels: int) -> Ite
 
 
 def _farthest_inside(mask: np.ndarray) -> tuple[int, int]:
-    """(x, y) of the pixel with the largest distance to any that is not of the mask, the array's surroundings included."""
+    """(x, y) of the pixel farthest from all that is not of the mask, the surroundings of the array among it."""
     distance = distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
     y, x = np.unravel_index(distance.argmax(), mask.shape)
     return int(x), int(y)

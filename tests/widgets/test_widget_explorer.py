@@ -201,9 +201,9 @@ def test_a_record_of_sums(linear, image):
     assert explorer.state["method"] == "ldaam" and explorer.result.message == ""
     assert control(explorer, "Steps").disabled
     explorer.change(method="ov-daam")
-    assert 'store="linear"' in explorer.result.message
+    assert 'store="queries"' in explorer.result.message
     explorer.change(method="ldaam", steps=(0, 0))
-    assert 'store="linear"' in explorer.result.message
+    assert 'store="queries"' in explorer.result.message
     explorer.change(steps=(0, 1), grids=[(8, 12)])  # its layers can be taken apart
     assert explorer.result.message == ""
 
