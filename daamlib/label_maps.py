@@ -94,11 +94,17 @@ def token_probabilities(
     Of a token that was fitted with `background=True` the logits are those above its own background's. The probabilities
     of one token are thus its own (`OptimizedToken.probabilities`); several compete.
 
+    Propagation averages, so that few pixels of an object stay above one half. What it knows is the order of the
+    pixels:
+    of each class the n-th most probable pixel afterwards gets the n-th highest probability from before. (Mean IoU of the
+    most probable class over the four things of 40 rendered scenes, by tokens of five images: without propagation 53 %,
+    with it 29, with the probabilities put back 58.)
+
     Args:
         record: Of the image.
         tokens: Fitted on the record's model, each for one class or several.
         names: Of the classes that take part, default all.
-        iterations: Of `record.refine` on the probabilities; 0 leaves them as they are.
+        iterations: Of `record.refine`; 0 leaves the probabilities as they are.
 
     Returns:
         (K + 1, H, W) probabilities that sum to one at every pixel, by class, the last one of the background.
@@ -118,7 +124,16 @@ def token_probabilities(
         logits.insert(-1, of_token[rows])
         found += [token.words[row] for row in rows]
     maps = HeatMaps.of_words(torch.cat(logits).softmax(dim=0), (*found, BACKGROUND))
-    return record.refine(maps, iterations=iterations) if iterations else maps
+    if not iterations:
+        return maps
+    values = _in_order_of(record.refine(maps, iterations=iterations).values, maps.values)
+    return replace(maps, values=values / values.sum(dim=0))
+
+
+def _in_order_of(ranking: Float[torch.Tensor, "K H W"], values: Float[torch.Tensor, "K H W"]) -> torch.Tensor:
+    """The values of each map, placed so that its pixels have the order that they have in `ranking`."""
+    ranks = ranking.flatten(1).argsort(dim=1, stable=True).argsort(dim=1)
+    return values.flatten(1).sort(dim=1).values.gather(1, ranks).view_as(values)
 
 
 def check_tokens(tokens: Sequence[OptimizedToken]) -> tuple[str, ...]:

@@ -117,7 +117,13 @@ def test_tokens_compete_with_each_other_and_the_background(record, tokens):
     both = token_probabilities(record, tokens, iterations=0)
     odds = [token.logits(record)[0].exp() for token in tokens]
     assert_close(both["person"], odds[1] / (1 + odds[0] + odds[1]))
-    assert torch.equal(token_probabilities(record, tokens).values, record.refine(both).values)
+    refined, order = token_probabilities(record, tokens), record.refine(both).values.flatten(1)
+    assert_close(refined.values.sum(dim=0), torch.ones(record.grid, device=record.device))
+    placed = torch.zeros_like(order)
+    for row, (ranking, values) in enumerate(zip(order, both.values.flatten(1), strict=True)):
+        for pixel, value in zip(ranking.argsort().tolist(), sorted(values.tolist()), strict=True):
+            placed[row, pixel] = value
+    assert_close(refined.values.flatten(1), placed / placed.sum(dim=0), 1e-4)
     assert token_probabilities(record, tokens, ["person"]).tokens == ("person", "background")
 
 
@@ -126,6 +132,12 @@ def test_a_token_with_a_background_keeps_its_probabilities(record):
     found = token_probabilities(record, [token], iterations=0)
     assert found.tokens == ("car", "person", "background")
     assert_close(found.values, token.probabilities(record))
+
+
+def test_refining_one_token_moves_its_probabilities_and_changes_none(record, tokens):
+    before, after = (token_probabilities(record, tokens[:1], iterations=i)["car"] for i in (0, 1))
+    assert not torch.equal(before, after)
+    assert_close(before.flatten().sort().values, after.flatten().sort().values, 1e-4)
 
 
 @pytest.mark.parametrize("iterations", [0, 1])

@@ -48,6 +48,8 @@ def choose_settings(
     Raises:
         ValueError: See `optimize_token`; or there is no part without which every class is still there.
     """
+    if options.get("method", "ldaam") != "ldaam" or options.get("loss", "bce") != "bce":
+        raise ValueError(f'settings are chosen for LDAAM with loss="bce", got {options}')
     records, masks = list(records), list(masks)
     tried = [
         {"layers": layers, "max_timestep": timestep} for layers in _layers(records) for timestep in _timesteps(records)
