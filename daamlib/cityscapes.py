@@ -80,6 +80,23 @@ COLOURS.setflags(write=False)
 _TRAIN_IDS = np.array([BY_ID[i].train_id % 256 for i in range(-1, 34)], np.uint8)
 
 
+def label_id(name: str) -> int:
+    """The id of a class in a label map.
+
+    Args:
+        name: of the class.
+
+    Returns:
+        Its Cityscapes id.
+
+    Raises:
+        ValueError: for a name that is no label, or has no id in uint8 (the licence plate).
+    """
+    if name not in BY_NAME or BY_NAME[name].id < 0:
+        raise ValueError(f"{name!r} is no Cityscapes label of a pixel: expected one such as 'car' or 'traffic light'")
+    return BY_NAME[name].id
+
+
 def to_train_ids(ids: ArrayLike) -> np.ndarray:
     """Map Cityscapes ids to train ids.
 

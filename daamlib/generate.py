@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from .datasets.generation import GPU_BATCH
-from .datasets.labelling import Threshold
 from .datasets.urban import urban_prompts
 from .datasets.workers import SHARD, Job, WorkerError, run_shards
+from .label_maps import Threshold
 from .pipeline import cpu_threads
 
 
@@ -125,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, help="images denoised at once; the bytes depend on it (default: 1; on a GPU 4)")
     add("--threshold", nargs="+", default=["0.6"], metavar="P", help="label from this probability on (default: 0.6)")
     add("--ignore-from", nargs="+", default=["0.4"], metavar="P", help="255 from this one on, 0 below (default: 0.4)")
+    add("--iterations", type=int, default=1, help="of refining along the self-attention (default: 1; 0: none)")
     add("--all-classes", action="store_true", help="label also the classes that an image's prompt does not name")
     add("--workers", type=int, help="processes or Ray actors (default: 1; with Ray as many as there is room for)")
     add("--threads", type=int, default=1, help="of each worker on a CPU; the bytes depend on it (default: 1)")

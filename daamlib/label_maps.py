@@ -1,18 +1,25 @@
 """Label maps read from an image's attention: from words alone (zero-shot), or from optimised tokens.
 
-Classes compete at every pixel, the probabilities are propagated along the image's self-attention where the record holds
-it, and each pixel takes the most probable class, or 255 (ignore) where the best two are close.
+Maps are propagated along the image's self-attention, classes compete at every pixel, and each pixel takes the most
+probable one, or 255 (ignored) where the best two are close.
+
+    label_map(record)                                   # words alone, `STREET_WORDS`
+    label_map(record, {"sky": "sky", "car": "cars"})    # {class: word}
+    label_map(record, [token], size=(512, 512))         # optimised tokens
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
+from jaxtyping import Float, UInt8
 
 from .attention.heatmaps import HeatMaps, upsample
 from .attention.record import AttentionRecord
-from .cityscapes import BY_NAME, IGNORED
-from .tokens.token import OptimizedToken
+from .cityscapes import IGNORED, label_id
+from .tokens.optimize import BACKGROUND
+from .tokens.token import OptimizedToken, require_calibrated
 
 # class -> the word that stands for it; the surroundings take part, so that no thing need claim what is not its own
 STREET_WORDS = {
@@ -26,89 +33,254 @@ STREET_WORDS = {
     "sky": "sky",
     "vegetation": "trees",
 }
-BACKGROUND = "background"
 
-
-def word_probabilities(record: AttentionRecord, words: Mapping[str, str] | None = None) -> HeatMaps:
-    """How the words of a class list share each pixel's attention (zero-shot segmentation).
-
-    All words stand in one text, "a car, a person, ...", so DAAM's softmax compares them; start token, end token and
-    padding are left out, and each pixel's attention is divided among the rest.
-
-    Args:
-        record: of the image; made with `store="maps"`, it must have been told the text (`text_of`).
-        words: {class: word}, default `STREET_WORDS`.
-
-    Returns:
-        (K, H, W) shares that sum to one at every pixel, by class.
-    """
-    words = STREET_WORDS if words is None else words
-    maps = record.daam(text_of(words))
-    shares = torch.stack([maps[word] for word in words.values()])
-    return HeatMaps.of_words(shares / shares.sum(dim=0), tuple(words))
+Classes = Mapping[str, str] | Sequence[OptimizedToken]  # {class: word}, or tokens
+Threshold = float | Mapping[str, float]  # one for all classes, or one for each by its name
 
 
 def text_of(words: Mapping[str, str]) -> str:
-    """The text in which the words of a class list compete."""
+    """The text in which the words of a class list compete: "a car, a person, ...".
+
+    Args:
+        words: {class: word}.
+
+    Returns:
+        The text, which `trace(pipe, store="maps", texts=[...])` has to be told.
+    """
     return ", ".join(word if word.endswith("s") else f"a {word}" for word in words.values())
 
 
-def token_probabilities(record: AttentionRecord, tokens: Sequence[OptimizedToken]) -> HeatMaps:
-    """The softmax of all tokens' calibrated logits, and of a background whose logit is 0.
+def word_probabilities(
+    record: AttentionRecord, words: Mapping[str, str] | None = None, *, iterations: int = 1
+) -> HeatMaps:
+    """How words compete for each pixel (zero-shot segmentation).
+
+    All words stand in one text, so DAAM's softmax compares them. Start token, end token and padding are left out. Some
+    words have more attention everywhere: each refined map is standardised, (D_k - mean) / deviation over the image,
+    before a softmax over the words. (Of 24 rendered scenes the most probable class had a mean IoU of 19 % over the four
+    things; by each word's part of the attention, without or with a division by its mean, it was 2 and 9 %.)
 
     Args:
-        record: of the image.
-        tokens: fitted on the record's model with a scale and a bias, each for one class or several.
+        record: Of the image; made with `store="maps"`, it must have been told the text (`text_of`).
+        words: {class: word}, default `STREET_WORDS`.
+        iterations: Of `record.refine` on the words' maps, before they compete; 0 leaves them as they are.
+
+    Returns:
+        (K, H, W) probabilities that sum to one at every pixel, by class.
+
+    Raises:
+        ValueError: There are less than two words, or see `AttentionRecord.daam` and `refine`.
+    """
+    words = STREET_WORDS if words is None else words
+    if len(words) < 2:
+        raise ValueError(f"words compete with each other: expected two or more, got {list(words)}")
+    of_text = record.daam(text_of(words))
+    maps = HeatMaps.of_words(torch.stack([of_text[word] for word in words.values()]), tuple(words))
+    values = (record.refine(maps, iterations=iterations) if iterations else maps).values
+    deviation = values.std(dim=(1, 2), keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
+    standardised = (values - values.mean(dim=(1, 2), keepdim=True)) / deviation
+    return replace(maps, values=standardised.softmax(dim=0))
+
+
+def token_probabilities(
+    record: AttentionRecord,
+    tokens: Sequence[OptimizedToken],
+    names: Collection[str] | None = None,
+    *,
+    iterations: int = 1,
+) -> HeatMaps:
+    """The softmax of all tokens' calibrated logits and of a background, whose logit is 0.
+
+    Of a token that was fitted with `background=True` the logits are those above its own background's. The probabilities
+    of one token are thus its own (`OptimizedToken.probabilities`); several compete.
+
+    Propagation averages, so that few pixels of an object stay above one half. What it knows is the order of the
+    pixels:
+    of each class the n-th most probable pixel afterwards gets the n-th highest probability from before. (Mean IoU of the
+    most probable class over the four things of 40 rendered scenes, by tokens of five images: without propagation 53 %,
+    with it 29, with the probabilities put back 58.)
+
+    Args:
+        record: Of the image.
+        tokens: Fitted on the record's model, each for one class or several.
+        names: Of the classes that take part, default all.
+        iterations: Of `record.refine`; 0 leaves the probabilities as they are.
 
     Returns:
         (K + 1, H, W) probabilities that sum to one at every pixel, by class, the last one of the background.
 
     Raises:
-        ValueError: a token has no calibration, or is of another model.
+        ValueError: There is no token, one has no calibration or is of another model, two read one class, or one was
+            fitted to tell its classes apart but not from the background.
     """
-    logits, names = [], []
+    check_tokens(tokens)
+    logits = [torch.zeros(1, *record.grid, device=record.device)]
+    found = []
     for token in tokens:
         of_token = token.logits(record)
-        keep = [row for row, word in enumerate(token.words) if word != BACKGROUND]
-        logits.append(of_token[keep])
-        names += [token.words[row] for row in keep]
-    every = torch.cat(logits)
-    return HeatMaps.of_words(torch.cat([every, torch.zeros_like(every[:1])]).softmax(dim=0), (*names, BACKGROUND))
+        if BACKGROUND in token.words:
+            of_token = of_token - of_token[token.words.index(BACKGROUND)]
+        rows = [row for row, word in enumerate(token.words) if word != BACKGROUND and (names is None or word in names)]
+        logits.insert(-1, of_token[rows])
+        found += [token.words[row] for row in rows]
+    maps = HeatMaps.of_words(torch.cat(logits).softmax(dim=0), (*found, BACKGROUND))
+    if not iterations:
+        return maps
+    values = _in_order_of(record.refine(maps, iterations=iterations).values, maps.values)
+    return replace(maps, values=values / values.sum(dim=0))
+
+
+def _in_order_of(ranking: Float[torch.Tensor, "K H W"], values: Float[torch.Tensor, "K H W"]) -> torch.Tensor:
+    """The values of each map, placed so that its pixels have the order that they have in `ranking`."""
+    ranks = ranking.flatten(1).argsort(dim=1, stable=True).argsort(dim=1)
+    return values.flatten(1).sort(dim=1).values.gather(1, ranks).view_as(values)
+
+
+def check_tokens(tokens: Sequence[OptimizedToken]) -> tuple[str, ...]:
+    """The classes that tokens read together, in their order, the background left out.
+
+    Args:
+        tokens: As of `token_probabilities`.
+
+    Returns:
+        The names of the classes.
+
+    Raises:
+        ValueError: See `token_probabilities`.
+    """
+    classes = [word for token in tokens for word in token.words if word != BACKGROUND]
+    if not classes:
+        raise ValueError("there is no class to label: expected one optimised token or more")
+    twice = sorted({word for word in classes if classes.count(word) > 1})
+    if twice:
+        raise ValueError(f"two tokens read {', '.join(twice)}: give one token a class")
+    for token in tokens:
+        require_calibrated(token)
+        if token.info.get("joint") and BACKGROUND not in token.words:
+            raise ValueError(
+                f"the token of {', '.join(token.words)} was fitted to tell its classes apart, not to tell them "
+                "from the rest of an image: use background=True, or joint=False"
+            )
+    return tuple(classes)
 
 
 def label_map(
     record: AttentionRecord,
+    classes: Classes | None = None,
     *,
-    tokens: Sequence[OptimizedToken] = (),
-    words: Mapping[str, str] | None = None,
     size: tuple[int, int] | None = None,
     iterations: int = 1,
     margin: float = 0.1,
-) -> np.ndarray:
-    """The label map of an image, from optimised tokens or, without any, from words alone.
+    threshold: Threshold | None = None,
+    ignore_from: Threshold = 0.0,
+    names: Collection[str] | None = None,
+    ids: Mapping[str, int] | None = None,
+) -> UInt8[np.ndarray, "height width"]:
+    """The label map of an image, from optimised tokens or, zero-shot, from words alone.
+
+    Without a threshold a pixel has the most probable class, the background of tokens among them (0), or 255 where the
+    margin to the second is small. With one, see `assign_labels`.
 
     Args:
-        record: of the image; its maps are refined where it holds self-attention.
-        tokens: one for each class, or several classes each.
-        words: {class: word} for zero-shot label maps, default `STREET_WORDS`.
+        record: Of the image, traced with `self_attention=True`.
+        classes: Tokens, or {class: word}; default `STREET_WORDS`.
         size: (height, width); default the record's grid.
-        iterations: of `record.refine`; 0 leaves the probabilities as they are.
-        margin: a pixel whose best two probabilities differ by less is 255.
+        iterations: Of `record.refine`; 0 for a record without self-attention.
+        margin: A pixel whose best two probabilities differ by less is 255.
+        threshold: Probability from which on a pixel is of a class; one number, or {class: number}.
+        ignore_from: With a threshold, the lower end of the ignore band, likewise.
+        names: Of the tokens' classes that a pixel may be of, such as those that the prompt names; default all. With a
+            threshold, a pixel where another may be is ignored.
+        ids: {class: id}; default those of Cityscapes.
 
     Returns:
-        (height, width) uint8 Cityscapes ids: 0 for the background, 255 where it is not clear.
+        (height, width) ids: 0 for the background of tokens, 255 where it is not clear.
 
     Raises:
-        ValueError: a class is no Cityscapes label, a token does not fit, or see `word_probabilities`.
+        ValueError: A class has no id, the record holds no self-attention, or see `word_probabilities`,
+            `token_probabilities` and `assign_labels`.
     """
-    maps = token_probabilities(record, tokens) if tokens else word_probabilities(record, words)
-    unknown = [name for name in maps.tokens if name != BACKGROUND and name not in BY_NAME]
-    if unknown:
-        raise ValueError(f"the classes {unknown} are no Cityscapes labels: expected names such as {list(STREET_WORDS)}")
-    if iterations and record.self_attention is not None:
-        maps = record.refine(maps, iterations=iterations)
-    probabilities = upsample(maps.values, size or record.grid)
-    best, second = probabilities.topk(2, dim=0)[0] if len(probabilities) > 1 else (probabilities[0], 0)
-    ids = torch.tensor([0 if name == BACKGROUND else BY_NAME[name].id for name in maps.tokens], dtype=torch.uint8)
-    found = ids.to(probabilities.device)[probabilities.argmax(dim=0)]
-    return found.masked_fill(best - second < margin, IGNORED).cpu().numpy()
+    words = STREET_WORDS if classes is None else classes
+    if isinstance(words, Mapping):
+        maps, among = word_probabilities(record, words, iterations=iterations), None
+    else:
+        maps = token_probabilities(record, words, iterations=iterations)
+        among = None if names is None else token_probabilities(record, words, names, iterations=iterations)
+    competing = [name for name in maps.tokens if threshold is None or name != BACKGROUND]
+    # what is not named takes no part in the softmax of what is
+    found = {name: among[name] if among is not None and name in among.tokens else maps[name] for name in competing}
+    values = upsample(torch.stack(list(found.values())), size or record.grid).clamp(0, 1)
+    numbers = [0 if name == BACKGROUND else label_id(name) if ids is None else ids[name] for name in competing]
+    named = None if among is None else [name in among.tokens for name in competing]
+    limits = (0.0, 0.0) if threshold is None else (of_each(threshold, competing), of_each(ignore_from, competing))
+    return assign_labels(values, numbers, *limits, margin=margin, named=named)
+
+
+def of_each(threshold: Threshold, names: Sequence[str]) -> float | list[float]:
+    """One number, or that of each class.
+
+    Args:
+        threshold: One number, or {class: number}.
+        names: Of the classes.
+
+    Returns:
+        The number, or a number for each name.
+    """
+    return [threshold[name] for name in names] if isinstance(threshold, Mapping) else threshold
+
+
+def assign_labels(
+    probabilities: Float[torch.Tensor, "K H W"] | Float[np.ndarray, "K H W"],
+    ids: Sequence[int],
+    threshold: float | Sequence[float] = 0.0,
+    ignore_from: float | Sequence[float] = 0.0,
+    *,
+    margin: float = 0.0,
+    named: Sequence[bool] | None = None,
+) -> UInt8[np.ndarray, "H W"]:
+    """The id of each pixel's most probable class where that is probable enough, 255 in the ignore band, 0 below it.
+
+    A pixel has the id of the named class with the highest probability p (the first of equals) if p >= threshold and p
+    is `margin` above the second. It is 255, to be ignored, if only the margin is missing, if p >= ignore_from, or if
+    that holds of any class that is not named; else 0, none of these.
+
+    Args:
+        probabilities: In [0, 1].
+        ids: Of the K classes.
+        threshold: One number, or K of them.
+        ignore_from: The ignore band's lower end, one number or K of them, at most the threshold.
+        margin: Between the best two named classes.
+        named: K times whether a pixel may be of the class; None: all.
+
+    Returns:
+        The ids.
+
+    Raises:
+        ValueError: Other probabilities, thresholds without 0 <= ignore_from <= threshold <= 1, or a margin outside of
+            [0, 1].
+    """
+    if isinstance(probabilities, torch.Tensor):
+        probabilities = probabilities.detach().float().cpu().numpy()
+    values = np.asarray(probabilities, np.float32)
+    if values.ndim != 3 or len(values) != len(ids):
+        raise ValueError(f"expected (K, H, W) probabilities of {len(ids)} classes, got shape {values.shape}")
+    if not ((values >= 0) & (values <= 1)).all():  # false for NaN too
+        raise ValueError("the probabilities are not all in [0, 1], some may be NaN: look at the model's dtype")
+    upper, lower = (np.broadcast_to(np.asarray(t, np.float32), len(ids)) for t in (threshold, ignore_from))
+    if not ((lower >= 0) & (lower <= upper) & (upper <= 1)).all():
+        raise ValueError(f"expected 0 <= ignore_from <= threshold <= 1, got {ignore_from} and {threshold}")
+    if not 0 <= margin <= 1:
+        raise ValueError(f"margin must be in [0, 1], got {margin}")
+    chosen = np.flatnonzero(np.ones(len(ids), bool) if named is None else named)
+    others = np.setdiff1d(np.arange(len(ids)), chosen)
+    ignored = (values[others] >= lower[others, None, None]).any(axis=0)
+    labels = np.zeros(values.shape[1:], np.uint8)
+    if not len(chosen):
+        return np.where(ignored, np.uint8(IGNORED), labels)
+    best, ordered = chosen[values[chosen].argmax(axis=0)], np.sort(values[chosen], axis=0)
+    highest = ordered[-1]
+    probable = highest >= upper[best]
+    ignored |= highest >= lower[best]
+    labels = np.where(probable, np.asarray(ids, np.uint8)[best], np.where(ignored, np.uint8(IGNORED), labels))
+    close = highest - ordered[-2] < margin if len(chosen) > 1 else np.zeros_like(probable)
+    return np.where(probable & close, np.uint8(IGNORED), labels)

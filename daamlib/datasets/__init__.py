@@ -20,7 +20,7 @@ from .generation import weight_hash as weight_hash
 from .labelling import AnnotatorLabeller as AnnotatorLabeller
 from .labelling import Labeller as Labeller
 from .labelling import TokenLabeller as TokenLabeller
-from .labelling import label_map as label_map
+from .labelling import WordLabeller as WordLabeller
 from .masks import check_masks as check_masks
 from .masks import import_masks as import_masks
 from .urban import render as render

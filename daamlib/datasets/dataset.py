@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from ..attention.record import AttentionRecord
-from ..cityscapes import BY_NAME
+from ..cityscapes import label_id
 from ..extras import needs
 from . import folder as files
 
@@ -154,10 +154,3 @@ def names(class_name: str, prompt: str) -> bool:
     plural = re.sub(r"([^aeiou])y$", r"\1ie", name) + ("es" if name.endswith(("s", "x", "ch", "sh")) else "s")
     forms = "|".join(re.escape(form).replace(r"\ ", r"[\s-]+") for form in (name, plural, IRREGULAR.get(name, name)))
     return re.search(rf"\b(?:{forms})\b", prompt.casefold()) is not None
-
-
-def label_id(name: str) -> int:
-    """The Cityscapes id of a class. Raises ValueError for a name that is none, or has none in uint8."""
-    if name not in BY_NAME or BY_NAME[name].id < 0:
-        raise ValueError(f"{name!r} is no Cityscapes label of a pixel: expected one such as {CLASSES}")
-    return BY_NAME[name].id

@@ -2,6 +2,7 @@
 
     export.cityscapes(dataset, "out", classes=("car", "person"))
     export.coco(dataset, "out")
+    export.overlays(dataset, "out")  # for a quick look
     export.hugging_face(dataset).push_to_hub(...)
 
 Every file is written whole or not at all, and an export that was stopped is finished by the same call. Calling one
@@ -18,15 +19,16 @@ from typing import Any
 
 import numpy as np
 
-from ..cityscapes import BY_ID, IGNORED, to_train_ids
+from ..cityscapes import BY_ID, IGNORED, label_id, overlay, to_train_ids
 from ..extras import needs
 from . import folder as files
-from .dataset import Dataset, label_id
+from .dataset import Dataset
 from .masks import check_ids
 from .progress import bar
 
 with needs("datasets"):
     from pycocotools import mask as coco_mask
+    from scipy.ndimage import distance_transform_edt
     from skimage.measure import label as connected
 
 CLASSES = "classes.json"
@@ -98,8 +100,9 @@ def coco(
     """Write COCO's folders, `<split>/00007.png` and `annotations/instances_<split>.json`.
 
     An annotation is a connected piece (8 neighbours) of a class: two cars that touch are one, one behind a pole is two.
-    Its mask is given by compressed run lengths in `segmentation`; its bbox is [x, y, width, height]. Category ids are
-    those of Cityscapes. The file is read back by `datasets.import_masks`.
+    Its mask is given by compressed run lengths in `segmentation`; its bbox is [x, y, width, height]. Its point, unknown
+    to COCO, is the [x, y] of the pixel farthest inside. Category ids are those of Cityscapes. The file is read back by
+    `datasets.import_masks`.
 
     COCO has no word for pixels to ignore (255): they are annotated by nothing, so most tools take them for background;
     each image's entry has their run lengths, where there are any, under "ignored".
@@ -118,10 +121,8 @@ def coco(
         ValueError: for an image without a label map, a class that is no Cityscapes label, a split that is no file
             name, and where `<split>` holds files of another export.
     """
-    folder, wanted = Path(folder), None if classes is None else {label_id(name) for name in classes}
+    folder, wanted = Path(folder), _wanted(classes, min_pixels)
     _check_names("", split=split)
-    if min_pixels < 1:
-        raise ValueError(f"min_pixels must be 1 or more, got {min_pixels}")
     dataset.require_labels()
     _require_own(folder / split, {f"{i:05d}.png" for i in dataset.indices})
     images, found, path = [], set(wanted or ()), folder / "annotations" / f"instances_{split}.json"
@@ -186,10 +187,68 @@ def hugging_face(dataset: Dataset) -> Any:
     return datasets.Dataset(table, info=datasets.DatasetInfo(features=features), fingerprint=fingerprint)
 
 
+def prompts(labels: np.ndarray, *, classes: Sequence[str] | None = None, min_pixels: int = 1) -> list[dict[str, Any]]:
+    """Boxes and points for a promptable segmenter (such as SAM), of each connected piece of a label map.
+
+    Args:
+        labels: (H, W) uint8 Cityscapes ids, 255 to be ignored.
+        classes: names of the classes; None: all that occur but "unlabeled" (0).
+        min_pixels: smaller pieces are left out.
+
+    Returns:
+        One a piece: {"class": name, "box": [x0, y0, x1, y1], "points": [[x, y]], "point_labels": [1]} in pixels, the
+        lower right corner included, the point the pixel farthest inside.
+
+    Raises:
+        ValueError: for a class or an id that is no Cityscapes label, or min_pixels below 1.
+    """
+    wanted = _wanted(classes, min_pixels)
+    check_ids(labels[labels != IGNORED], "the label map")
+    found = []
+    for piece in _instances(labels, wanted, min_pixels):
+        x, y, width, height = piece["bbox"]
+        box = [x, y, x + width - 1, y + height - 1]
+        name = BY_ID[piece["category_id"]].name
+        found.append({"class": name, "box": box, "points": [piece["point"]], "point_labels": [1]})
+    return found
+
+
+def overlays(dataset: Dataset, folder: str | Path, *, opacity: float = 0.55) -> Path:
+    """Write `overlays/00007.png`, the label map painted over its image, for a quick look.
+
+    Args:
+        dataset: all its images have a label map.
+        folder: to write to.
+        opacity: of the colours, in [0, 1].
+
+    Returns:
+        The folder of the pictures.
+
+    Raises:
+        ValueError: for an image without a label map, another opacity, and where `overlays` holds files of another
+            export.
+    """
+    if not 0 <= opacity <= 1:
+        raise ValueError(f"opacity must be in [0, 1], got {opacity}")
+    dataset.require_labels()
+    pictures = Path(folder) / "overlays"
+    _require_own(pictures, {f"{i:05d}.png" for i in dataset.indices})
+    for i in bar(dataset.indices, "overlays"):
+        files.write_png(pictures / f"{i:05d}.png", overlay(dataset.image(i), _checked(dataset, i), opacity=opacity))
+    return pictures
+
+
 def run_lengths(mask: np.ndarray) -> dict[str, Any]:
     """COCO's compressed run lengths of an (H, W) mask, as JSON has them."""
     encoded = coco_mask.encode(np.asfortranarray(mask, np.uint8))
     return {"size": list(encoded["size"]), "counts": encoded["counts"].decode("ascii")}
+
+
+def _wanted(classes: Sequence[str] | None, min_pixels: int) -> set[int] | None:
+    """The ids of some classes, None for all."""
+    if min_pixels < 1:
+        raise ValueError(f"min_pixels must be 1 or more, got {min_pixels}")
+    return None if classes is None else {label_id(name) for name in classes}
 
 
 def _instances(ids: np.ndarray, wanted: set[int] | None, min_pixels: int) -> Iterator[dict[str, Any]]:
@@ -201,8 +260,17 @@ def _instances(ids: np.ndarray, wanted: set[int] | None, min_pixels: int) -> Ite
             mask = run_lengths(pieces == piece)
             area = int(coco_mask.area(mask))
             if area >= min_pixels:
-                box = [int(number) for number in coco_mask.toBbox(mask)]
-                yield {"category_id": category, "segmentation": mask, "area": area, "bbox": box, "iscrowd": 0}
+                x, y, width, height = (int(number) for number in coco_mask.toBbox(mask))
+                point = _farthest_inside(pieces[y : y + height, x : x + width] == piece)
+                found = {"category_id": category, "segmentation": mask, "area": area, "bbox": [x, y, width, height]}
+                yield {**found, "point": [x + point[0], y + point[1]], "iscrowd": 0}
+
+
+def _farthest_inside(mask: np.ndarray) -> tuple[int, int]:
+    """(x, y) of the pixel farthest from all that is not of the mask, the surroundings of the array among it."""
+    distance = distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
+    y, x = np.unravel_index(distance.argmax(), mask.shape)
+    return int(x), int(y)
 
 
 def _train_ids(classes: Sequence[str] | None) -> tuple[np.ndarray, dict[str, str]]:

@@ -155,9 +155,13 @@ class Generator:
         """An image is done when its file is there, so that is written last; files that are there stay as they are."""
         prompts, keep_steps = [self.settings["prompts"][i] for i in batch], self.settings["keep_steps"]
         store = getattr(self.labeller, "store", None)
+        keep: dict[str, Any] = {"store": "queries" if keep_steps else store}
+        keep["self_attention"] = getattr(self.labeller, "self_attention", False)
+        if keep["store"] == "maps":
+            keep["texts"] = getattr(self.labeller, "texts", ())
         if files.missing(self.folder, self.drawn, batch):
             seeds = [files.image_seed(self.settings, i) for i in batch]
-            images, records = draw(self.pipe, prompts, seeds, self.settings, "queries" if keep_steps else store)
+            images, records = draw(self.pipe, prompts, seeds, self.settings, **keep)
         else:
             images = [files.read_png(self.folder / files.file_name("images", i)) for i in batch]
             records = [None] * len(images)
@@ -176,11 +180,16 @@ class Generator:
 
 
 def draw(
-    pipe, prompts: Sequence[str], seeds: Sequence[int], settings: dict[str, Any], store: Store | None = None
+    pipe,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    settings: dict[str, Any],
+    store: Store | None = None,
+    **keep: Any,
 ) -> tuple[list[np.ndarray], list[AttentionRecord] | list[None]]:
-    """One batch of images, (H, W, 3) uint8, and with `store` their records."""
+    """One batch of images, (H, W, 3) uint8, and with `store` their records; `keep` are more arguments of `trace`."""
     height, width = settings["size"] or (None, None)
-    with trace(pipe, store=store) if store else nullcontext() as traced:
+    with trace(pipe, store=store, **keep) if store else nullcontext() as traced:
         images = pipe(
             list(prompts),
             num_inference_steps=settings["steps"],
@@ -200,10 +209,10 @@ def _source(labeller: Labeller) -> str:
 
 
 def _thinned(record: AttentionRecord, keep_steps: int) -> AttentionRecord:
-    """The record of so many steps, evenly spaced, its queries in half precision."""
+    """The record of so many steps, evenly spaced, its queries in half precision; what a labeller asked for goes."""
     passes = len(record.timesteps)  # of some schedulers more than steps
     record = record.select(steps=[int((j + 0.5) * passes / keep_steps) for j in range(keep_steps)])
-    return replace(record, layers=tuple(_halved(layer) for layer in record.layers))
+    return replace(record, layers=tuple(_halved(layer) for layer in record.layers), self_attention=None)
 
 
 def _halved(layer: Layer) -> Layer:

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..cityscapes import BY_ID, BY_NAME
+from ..cityscapes import BY_ID, BY_NAME, label_id
 from ..extras import needs
 from . import folder as files
-from .dataset import Dataset, label_id
+from .dataset import Dataset
 
 
 def import_masks(dataset: Dataset, source: str | Path) -> Dataset:

@@ -20,12 +20,13 @@ from typing import Any
 import torch
 
 from ..extras import needs
+from ..label_maps import Threshold
 from ..pipeline import cpu_threads, load_pipeline
 from ..tokens.token import OptimizedToken
 from . import folder as files
 from .dataset import Dataset, load
 from .generation import Generator, check_prompts
-from .labelling import Threshold, TokenLabeller
+from .labelling import TokenLabeller
 from .progress import bar
 
 log = logging.getLogger("daamlib")
@@ -55,7 +56,7 @@ class Job:
         model: as for `load_pipeline`.
         device: as for `load_pipeline`.
         seed: as for `generate`, and so are steps, guidance, size and batch_size.
-        threshold: as for `TokenLabeller`, and so are ignore_from and named_only.
+        threshold: as for `TokenLabeller`, and so are ignore_from, named_only and iterations.
         threads: of PyTorch on the CPU, in each worker; the bytes of a dataset that is made on a CPU depend on it.
 
     Raises:
@@ -77,6 +78,7 @@ class Job:
     threshold: Threshold = 0.6
     ignore_from: Threshold = 0.4
     named_only: bool = True
+    iterations: int = 1
     threads: int = 1
 
     def __post_init__(self) -> None:
@@ -97,7 +99,8 @@ class Job:
     def labeller(self) -> TokenLabeller | None:
         """What labels the images, None without tokens."""
         tokens = tuple(OptimizedToken.load(path) for path in self.tokens)
-        return TokenLabeller(tokens, self.threshold, self.ignore_from, self.named_only) if tokens else None
+        options = (self.threshold, self.ignore_from, self.named_only, self.iterations)
+        return TokenLabeller(tokens, *options) if tokens else None
 
     def open(self, device: str | None = None) -> Generator:
         """Load the model and the tokens. Raises what `generate` raises."""

@@ -15,6 +15,23 @@ Masks = list[Bool[torch.Tensor, "K _ _"]]  # one an image
 Rows = tuple[tuple[int, ...], ...]
 
 
+def select_steps(record: AttentionRecord, max_timestep: int | None) -> list[int] | None:
+    """The numbers of a record's passes with a timestep up to `max_timestep`; None where those are all."""
+    steps = [i for i, t in enumerate(record.timesteps) if max_timestep is None or t <= max_timestep]
+    return None if len(steps) == len(record.timesteps) else steps
+
+
+def select_part(record: AttentionRecord, layers: Sequence[str] | None, max_timestep: int | None) -> AttentionRecord:
+    """The record of the layers and steps that a token reads, the record itself where those are all.
+
+    Raises ValueError if nothing is left, or steps are to be taken apart of a record without queries.
+    """
+    steps = select_steps(record, max_timestep)
+    if steps is None and layers is None:
+        return record
+    return record.select(layers=None if layers is None else lambda layer: layer.name in layers, steps=steps)
+
+
 def read_masks(
     records: list[AttentionRecord], masks: list, words: tuple[str, ...], *, joint: bool, background: str | None
 ) -> tuple[Masks, tuple[str, ...]]:

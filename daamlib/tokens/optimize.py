@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from ..attention.record import MAX_BYTES, AttentionRecord
-from .inputs import Rows, read_masks, start_text, start_tokens
+from .inputs import Rows, read_masks, select_part, start_text, start_tokens
 from .objective import Objective, linear_maps, linear_rows, loss_of, pixel_weights, softmax_maps
 from .solvers import newton, novograd
 from .token import OptimizedToken
@@ -40,6 +40,8 @@ def optimize_token(
     joint: bool = False,
     background: bool = False,
     iterations: int | None = None,
+    layers: Sequence[str] | None = None,
+    max_timestep: int | None = None,
     weight_decay: float = 1e-5,
     seed: int = 0,
     max_bytes: int = MAX_BYTES,
@@ -65,7 +67,10 @@ def optimize_token(
             are left out.
         background: A softmax with one class more, of those pixels (LDAAM: a token of its own; DAAM: the start token).
         iterations: At most so many of Newton's method, which ends sooner (default 100), or so many of NovoGrad (80).
-        weight_decay: w in the formula above.
+        layers: Names of the layers to read, by default all. The token reads other records likewise.
+        max_timestep: Read only the passes with a timestep up to this one (of the training schedule, 0 ... 999 for
+            Stable Diffusion), the less noisy ones. Other records likewise.
+        weight_decay: w in the formula above. `choose_settings` finds these three for LDAAM.
         seed: Of the random start.
         max_bytes: Of attention probabilities held at a time (DAAM).
 
@@ -81,8 +86,9 @@ def optimize_token(
     if iterations is not None and iterations < 1:
         raise ValueError(f"iterations must be 1 or more, got {iterations!r}")
     records = list(records)
+    reading = [select_part(record, layers, max_timestep) for record in records]
     objective = token_objective(
-        records, masks, method=method, word=word, text=text, loss=loss, joint=joint, background=background,
+        reading, masks, method=method, word=word, text=text, loss=loss, joint=joint, background=background,
         weight_decay=weight_decay, seed=seed, max_bytes=max_bytes
     )  # fmt: skip
     solve = newton if method == "ldaam" and loss == "bce" else novograd
@@ -109,13 +115,15 @@ def optimize_token(
             "model": str(getattr(records[0].pipe, "name_or_path", None)),  # it may be a Path
             "fingerprint": {name: list(numbers) for name, numbers in records[0].fingerprint.layers.items()},
             "prompts": [record.prompt for record in records],
-            "passes": [len(record.timesteps) for record in records],  # whose sum a map is
+            "passes": [len(record.timesteps) for record in reading],  # whose sum a map is
             "text": text,
             "word": [word] if isinstance(word, str) else list(word or ()) or None,
             "loss": loss,
             "joint": objective.joint,
             "optimizer": solve.__name__,
             "iterations": iterations,
+            "layers": None if layers is None else list(layers),
+            "max_timestep": max_timestep,
             "weight_decay": weight_decay,
             "seed": seed,
         },

@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Float
 
 from ..attention.fingerprint import Fingerprint
-from ..attention.heatmaps import HeatMaps
+from ..attention.heatmaps import HeatMaps, upsample
 from ..attention.record import AttentionRecord
 from ..io import load_tensors, save_tensors
+from .inputs import select_part, select_steps
 
 FORMAT = "daamlib-token-2"
 
@@ -31,7 +32,8 @@ class OptimizedToken:
         losses: The objective at every iteration, and where it stopped.
         gradient_norm: Of the objective where it stopped, for steps as long as the initial token.
         seconds: Of the optimisation alone.
-        info: What made it (model, prompts, text, loss, optimiser, weight decay, seed ...), of JSON's own types.
+        info: What made it (model, prompts, text, loss, optimiser, weight decay, seed ...) and what it reads (layers,
+            max_timestep), of JSON's own types.
     """
 
     embedding: Float[torch.Tensor, "m d_text"]
@@ -46,7 +48,7 @@ class OptimizedToken:
     info: Mapping[str, Any] = field(default_factory=dict)
 
     def maps(self, record: AttentionRecord) -> HeatMaps:
-        """The maps of an image of the same model.
+        """The maps of an image of the same model, of the layers and steps that the token was fitted to.
 
         Args:
             record: Of any image, by any prompt.
@@ -55,12 +57,13 @@ class OptimizedToken:
             (K, H, W) maps at the record's grid, looked up by word.
 
         Raises:
-            ValueError: The record is of another model.
+            ValueError: The record is of another model, or does not hold the steps that the token reads.
         """
         self.require_model(record.fingerprint)
-        maps = record.ldaam_from(self.embedding) if self.method == "ldaam" else record.daam_from(self.embedding)
+        part = select_part(record, self.info.get("layers"), self.info.get("max_timestep"))
+        maps = part.ldaam_from(self.embedding) if self.method == "ldaam" else part.daam_from(self.embedding)
         values = torch.stack([maps.values[list(rows)].mean(dim=0) for rows in self.rows])
-        return HeatMaps.of_words(values, self.words)
+        return HeatMaps.of_words(upsample(values, record.grid), self.words)
 
     def probabilities(
         self, record: AttentionRecord, words: Sequence[str] | None = None
@@ -106,7 +109,8 @@ class OptimizedToken:
         rows = [self.words.index(word) for word in words]
         values = self.maps(record).values[rows]
         scale, bias = (torch.tensor(numbers)[rows].view(-1, 1, 1) for numbers in (self.scale, self.bias))
-        steps, passes = len(record.timesteps), self.info.get("passes", ())
+        passes, chosen = self.info.get("passes", ()), select_steps(record, self.info.get("max_timestep"))
+        steps = len(record.timesteps if chosen is None else chosen)
         if passes and steps not in passes:
             scale = scale * sum(passes) / len(passes) / steps
         return scale.to(values) * values + bias.to(values)

@@ -92,7 +92,13 @@ class Annotator(anywidget.AnyWidget):
             self.revision += 1
 
 
-def annotate(images: Sequence | Dataset, classes: Iterable[str], folder: str | Path) -> Annotator:
+def annotate(
+    images: Sequence | Dataset,
+    classes: Iterable[str],
+    folder: str | Path,
+    *,
+    proposals: Sequence[np.ndarray] | None = None,
+) -> Annotator:
     """Draw masks of some images by hand: the last line of a notebook's cell.
 
     `datasets.import_masks(dataset, folder / "labels")` makes them the labels of the dataset whose images they are.
@@ -102,12 +108,15 @@ def annotate(images: Sequence | Dataset, classes: Iterable[str], folder: str | P
         classes: names of `daamlib.cityscapes`, such as ["car", "traffic light"].
         folder: gets images/00000.png and labels/00000.png (Cityscapes ids) after every stroke, and where it has some,
             one goes on with them.
+        proposals: label maps to begin with and correct, (H, W) uint8 ids, one for each image, such as
+            `daamlib.label_map`'s. One counts as drawn once something is drawn on it, or it is saved.
 
     Returns:
         The widget.
 
     Raises:
         TypeError: for images or classes of another type.
-        ValueError: for unknown classes, no images, and a folder of other images or of a dataset.
+        ValueError: for unknown classes, no images, proposals that do not fit them, and a folder of other images or of a
+            dataset.
     """
-    return Annotator(AnnotationSession(images, classes, folder))
+    return Annotator(AnnotationSession(images, classes, folder, proposals))

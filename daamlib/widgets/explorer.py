@@ -77,10 +77,10 @@ class Explorer(widgets.VBox):
         self.model.change(**values)
 
     def _arranged(self) -> list[widgets.Widget]:
-        word, method, text, path, steps, threshold, opacity, colour_map = self._controls.values()
+        word, method, text, path, refined, steps, threshold, opacity, colour_map = self._controls.values()
         title = {"display": "flex", "justify_content": "flex-end", "width": LABEL_WIDTH, "margin": "0 8px 0 2px"}
         layers = widgets.HBox([widgets.Label("Layers", layout=title), *self._grids.values()])
-        left = widgets.VBox([word, method, text, path, layers])
+        left = widgets.VBox([word, method, text, path, layers, refined])
         right = widgets.VBox([threshold, steps, opacity, colour_map])
         prompt = self.model.record.prompt
         image = widgets.HTML(pictures.figure(self.model.image, "the image", f"“{prompt}”" if prompt else "image"))
@@ -173,6 +173,12 @@ def _controls(model: ExplorerModel) -> dict[str, widgets.Widget]:
         ),
         "text": widgets.Text(description="In the text", **LOOK),
         "token_path": widgets.Text(description="Token file", placeholder="car-token.safetensors", **LOOK),
+        "refined": widgets.Checkbox(
+            description="refined",
+            disabled=model.record.self_attention is None,
+            tooltip="propagate the map along the self-attention, of a trace with self_attention=True",
+            **LOOK,
+        ),
         "steps": widgets.IntRangeSlider(
             description="Steps",
             min=0,

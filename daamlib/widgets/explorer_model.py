@@ -34,6 +34,7 @@ class ExplorerState:
         opacity: of the map over the image, in [0, 1].
         colour_map: one of `COLOUR_MAPS`.
         token_path: of the method "token".
+        refined: whether the map is propagated along the image's self-attention.
 
     Raises:
         TypeError: for a word, text or path that is no string.
@@ -49,6 +50,7 @@ class ExplorerState:
     opacity: float = 0.65
     colour_map: str = COLOUR_MAPS[0]
     token_path: str = ""
+    refined: bool = False
 
     def __post_init__(self) -> None:
         for name in ("word", "text", "token_path"):
@@ -195,7 +197,10 @@ class ExplorerModel(traitlets.HasTraits):
     @torch.no_grad()
     def _read_map(self, state: ExplorerState, stamp: int | None) -> tuple[np.ndarray, Any, Any]:
         """The map, and its IoU over thresholds; `stamp` tells apart what was written to the token's file."""
-        values = self._raw_map(state).float().cpu()
+        values = self._raw_map(state)
+        if state.refined:
+            values = self.select(state).refine(HeatMaps(values[None], ("",))).values[0]
+        values = values.float().cpu()
         if not values.isfinite().all():
             raise ValueError("the map holds NaN or infinite values: look at the image that made it")
         maps = HeatMaps(values[None], ("",)).resize(*self.image.shape[:2]).normalized()
@@ -210,8 +215,9 @@ class ExplorerModel(traitlets.HasTraits):
         if state.method == "token":
             token = self._token(state.token_path.strip(), _written(state))
             token.require_model(self.record.fingerprint)
-            # a selection of layers is no other model, so the token was compared with the whole record
-            return replace(token, info={}).maps(selected)[word or token.words[0]]
+            if selected is not self.record:  # no other model, and no choice of the token's own
+                token = replace(token, info={})
+            return token.maps(selected)[word or token.words[0]]
         if not word:
             raise ValueError("type a word, such as car or traffic light")
         if state.method == "daam":

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from ..cityscapes import BY_NAME, Label
+from ..cityscapes import BY_NAME, IGNORED, Label, label_id
 from ..datasets import folder as files
-from ..datasets.dataset import Dataset, label_id
+from ..datasets.dataset import Dataset
 from ..datasets.masks import check_ids
 from .editor import LabelEditor
 from .pictures import rgb
@@ -34,6 +34,8 @@ class AnnotationSession:
         images: PIL images or (H, W, 3) uint8 arrays, or a `Dataset`.
         classes: names of `daamlib.cityscapes`.
         folder: where images and labels go; one goes on with those that are there.
+        proposals: a label map for each image, (H, W) uint8 ids, to begin with where none is in the folder; 255, to be
+            ignored, becomes unlabeled. It is saved by the first action, or "save".
 
     Attributes:
         classes: `Label`s to choose from, "unlabeled" first.
@@ -41,16 +43,26 @@ class AnnotationSession:
 
     Raises:
         TypeError: for images or classes of another type.
-        ValueError: for unknown classes, no images, and a folder of other images or of a dataset.
+        ValueError: for unknown classes, no images, proposals that do not fit them, and a folder of other images or of a
+            dataset.
     """
 
-    def __init__(self, images: Sequence | Dataset, classes: Iterable[str], folder: str | Path) -> None:
+    def __init__(
+        self,
+        images: Sequence | Dataset,
+        classes: Iterable[str],
+        folder: str | Path,
+        proposals: Sequence[np.ndarray] | None = None,
+    ) -> None:
         self.classes = _classes(classes)
         self._images, self.numbers = images, list(range(len(images)))
         if isinstance(images, Dataset):
             self.numbers = [int(i) for i in images.manifest.index]
         if not self.numbers:
             raise ValueError("there are no images to annotate")
+        if proposals is not None and len(proposals) != len(self.numbers):
+            raise ValueError(f"{len(proposals)} proposals for {len(self.numbers)} images: give one for each")
+        self._proposals = proposals
         self.folder = Path(folder)
         position = self._start()
         self._open(position)
@@ -159,13 +171,13 @@ class AnnotationSession:
             raise ValueError(f"{kept} is another image than number {number} here: name another folder")
         path, labels = self._path(number), None
         if path.is_file():
-            labels = files.read_png(path)
-            if labels.shape != image.shape[:2] or labels.dtype != np.uint8:
-                raise ValueError(f"{path} is {labels.shape} {labels.dtype}, its image {image.shape[:2]}")
-            check_ids(labels, str(path))
+            labels = _checked(files.read_png(path), image, str(path))
+        elif self._proposals is not None:
+            labels = np.array(self._proposals[position])
+            labels = _checked(np.where(labels == IGNORED, labels.dtype.type(0), labels), image, f"proposal {position}")
         self.editor = LabelEditor(image, labels)
         self.position = position
-        self._marked = labels is not None  # whether the label map stays when all is undone
+        self._marked = path.is_file()  # whether the label map stays when all is undone
         self._unsaved = False
         progress = {"format": FORMAT, "image": number, "classes": [label.name for label in self.classes]}
         files.write(self.folder / PROGRESS, lambda temporary: temporary.write_text(json.dumps(progress, indent=1)))
@@ -185,6 +197,14 @@ class AnnotationSession:
 
     def _path(self, number: int) -> Path:
         return self.folder / files.file_name("labels", number)
+
+
+def _checked(labels: np.ndarray, image: np.ndarray, what: str) -> np.ndarray:
+    """The label map. Raises ValueError unless it is one of the image."""
+    if labels.shape != image.shape[:2] or labels.dtype != np.uint8:
+        raise ValueError(f"{what} is {labels.shape} {labels.dtype}, its image {image.shape[:2]}")
+    check_ids(labels, what)
+    return labels
 
 
 def _classes(names: Iterable[str]) -> tuple[Label, ...]:

@@ -22,7 +22,7 @@ def bright(image, record, prompt):
 
 
 def traced(pipe, prompt="a car and a person", store="linear"):
-    with daamlib.trace(pipe, store=store) as trace:
+    with daamlib.trace(pipe, store=store, self_attention=True) as trace:
         generator = torch.Generator().manual_seed(0)
         pipe(prompt, num_inference_steps=2, height=16, width=24, generator=generator, output_type="latent")
     return trace[0]

@@ -13,7 +13,7 @@ from pycocotools.coco import COCO
 from small_sets import contents
 
 from daamlib import datasets
-from daamlib.cityscapes import BY_NAME, to_train_ids
+from daamlib.cityscapes import BY_NAME, COLOURS, to_train_ids
 from daamlib.datasets import export
 from daamlib.datasets import folder as files
 
@@ -170,6 +170,49 @@ def test_coco_instances(scenes, tmp_path):
     assert (entry["file_name"], entry["height"], entry["width"]) == ("00001.png", 128, 128)
     assert np.array_equal(coco_mask.decode(entry["ignored"]), ids == 255)
     assert "ignored" not in content["images"][0]
+
+
+def test_points_are_far_inside(scenes, tmp_path):
+    content = json.loads(export.coco(scenes, tmp_path / "out").read_text())
+    for found in content["annotations"]:
+        (x, y), labels = found["point"], scenes.labels(found["image_id"])
+        assert (
+            labels[y, x] == found["category_id"]
+            and COCO(tmp_path / "out/annotations/instances_train.json").annToMask(found)[y, x]
+        )
+
+
+def test_prompts_by_hand():
+    ids = np.zeros((20, 30), np.uint8)
+    ids[4:11, 6:17] = 26  # a bar with a thin handle: the middle of its box is not the point farthest inside
+    ids[7, 17:29] = 26
+    ids[15:18, 0:3] = 24  # at the edge: the picture's border is outside, too
+    ids[0, 29] = 255
+    person, car = export.prompts(ids)
+    assert person == {"class": "person", "box": [0, 15, 2, 17], "points": [[1, 16]], "point_labels": [1]}
+    assert (car["class"], car["box"]) == ("car", [6, 4, 28, 10])
+    ((x, y),) = car["points"]
+    assert y == 7 and 9 <= x <= 13
+    assert export.prompts(ids, classes=["person"]) == [person]
+    assert export.prompts(ids, min_pixels=10) == [car]
+    assert export.prompts(np.full((3, 3), 255, np.uint8)) == []
+    for options, message in (({"classes": ["cat"]}, "cat"), ({"min_pixels": 0}, "min_pixels")):
+        with pytest.raises(ValueError, match=message):
+            export.prompts(ids, **options)
+    with pytest.raises(ValueError, match="99"):
+        export.prompts(np.full((3, 3), 99, np.uint8))
+
+
+def test_overlays(scenes, tmp_path):
+    folder = export.overlays(scenes, tmp_path, opacity=0.25)
+    assert sorted(path.name for path in folder.iterdir()) == [f"{i:05d}.png" for i in scenes.indices]
+    found, image = files.read_png(folder / "00001.png"), np.asarray(scenes.image(1))
+    assert np.abs(found - (0.75 * image + 0.25 * COLOURS[scenes.labels(1)])).max() <= 0.5 + 1e-6
+    (folder / "mine.png").touch()
+    with pytest.raises(ValueError, match="mine"):
+        export.overlays(scenes, tmp_path)
+    with pytest.raises(ValueError, match="opacity"):
+        export.overlays(scenes, tmp_path, opacity=2)
 
 
 def test_wrong_arguments_for_coco(scenes, tmp_path):

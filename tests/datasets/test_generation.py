@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from small_sets import CAR, OPTIONS, PERSON, PROMPTS, bright, contents
+from small_sets import CAR, OPTIONS, PERSON, PROMPTS, TREE, bright, contents
 
 import daamlib
 from daamlib import AttentionRecord, datasets
@@ -531,6 +531,24 @@ def test_a_labeller_that_reads_records_gets_them_also_for_images_that_are_there(
         name: content for name, content in before.items() if "images" in name
     }
     assert all({*np.unique(made.labels(i))} == {CAR, 255} for i in range(3))
+
+
+@pytest.mark.parametrize("keep_steps", [0, 1])
+def test_zero_shot_labels(sd1_pipe, tmp_path, keep_steps):
+    labeller = datasets.WordLabeller({"car": "car", "vegetation": "trees", "sky": "sky"}, margin=0.0)
+    options = {**OPTIONS, "keep_steps": keep_steps}
+    dataset = datasets.generate(sd1_pipe, PROMPTS[:2], tmp_path / "set", labeller=labeller, **options)
+    assert dataset.settings["labels"] == ["daamlib.datasets.WordLabeller"]
+    assert dataset.settings["label_maps"] == labeller.settings
+    plain = datasets.generate(sd1_pipe, PROMPTS[:2], tmp_path / "plain", **options)
+    for i in range(2):
+        assert dataset.path("images", i).read_bytes() == plain.path("images", i).read_bytes()
+        if keep_steps:  # what a labeller asks for is not kept
+            assert dataset.path("records", i).read_bytes() == plain.path("records", i).read_bytes()
+        assert set(np.unique(dataset.labels(i))) <= {CAR, TREE, 23} and len(np.unique(dataset.labels(i))) > 1
+    with pytest.raises(ValueError, match="label_maps"):
+        other = datasets.WordLabeller(labeller.words, iterations=0)
+        datasets.generate(sd1_pipe, PROMPTS[:2], dataset.folder, labeller=other, **options)
 
 
 WRONG_LABELS = {

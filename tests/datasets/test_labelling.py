@@ -6,11 +6,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import assert_close
+from helpers import assert_close, generate
 from small_sets import CAR, PERSON, token_for, traced
 from torch.nn import functional as F
 
-from daamlib.datasets import AnnotatorLabeller, TokenLabeller, label_map
+import daamlib
+from daamlib.datasets import AnnotatorLabeller, TokenLabeller, WordLabeller
+from daamlib.label_maps import assign_labels, label_map, token_probabilities
 
 IMAGE = np.zeros((16, 24, 3), np.uint8)
 BOTH = "a car and a person"
@@ -30,59 +32,32 @@ def enlarged(probabilities):
     return F.interpolate(probabilities[None], (16, 24), mode="bilinear", align_corners=False)[0]
 
 
-def test_a_label_map_by_hand():
-    car = [[0.9, 0.6, 0.59, 0.4, 0.39, 0.7, 0.5]]
-    person = [[0.1, 0.5, 0.2, 0.1, 0.38, 0.7, 0.55]]
-    ids = label_map(np.array([car, person]), [CAR, PERSON], 0.6, 0.4)
-    assert ids.tolist() == [[CAR, CAR, 255, 255, 0, CAR, 255]]  # the first of equals
-    assert ids.dtype == np.uint8
-    ids = label_map(torch.tensor([car, person]), [CAR, PERSON], (0.95, 0.5), (0.6, 0.5))
-    assert ids.tolist() == [[255, 255, 0, 0, 0, 255, PERSON]]
-    ids = label_map(np.array([car]), [CAR], 0.5, 0.5)
-    assert ids.tolist() == [[CAR, CAR, CAR, 0, 0, CAR, CAR]]
-    assert label_map(np.zeros((0, 2, 3)), []).tolist() == [[0, 0, 0]] * 2
+def read(record, tokens, iterations=0):
+    """The probabilities of the tokens' classes, at the image's size."""
+    return enlarged(token_probabilities(record, tokens, iterations=iterations).values[:-1]).clamp(0, 1)
 
 
-def test_a_class_that_is_not_named_is_ignored_where_it_may_be():
-    car = [[0.9, 0.9, 0.5, 0.1, 0.1, 0.1]]
-    person = [[0.1, 0.95, 0.9, 0.9, 0.4, 0.39]]
-    ids = label_map(np.array([car, person]), [CAR, PERSON], named=[True, False])
-    assert ids.tolist() == [[CAR, CAR, 255, 255, 255, 0]]
-    ids = label_map(np.array([car, person]), [CAR, PERSON], 0.95, (0.6, 0.9), named=[False, False])
-    assert ids.tolist() == [[255, 255, 255, 255, 0, 0]]
-
-
-WRONG_MAPS = {
-    "one map": ((np.zeros((2, 3)), [CAR]), "shape"),
-    "two ids": ((np.zeros((1, 2, 3)), [CAR, PERSON]), "shape"),
-    "logits": ((np.full((1, 2, 3), 1.5), [CAR]), "probabilities"),
-    "nan": ((np.full((1, 2, 3), np.nan), [CAR]), "NaN"),
-    "the wrong way round": ((np.zeros((1, 2, 3)), [CAR], 0.4, 0.6), "threshold"),
-    "percent": ((np.zeros((1, 2, 3)), [CAR], 60, 40), "threshold"),
-}
-
-
-@pytest.mark.parametrize(("arguments", "message"), WRONG_MAPS.values(), ids=WRONG_MAPS)
-def test_what_is_no_label_map(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        label_map(*arguments)
-
-
-def test_probabilities_are_the_tokens_own(tokens, record):
-    probabilities = enlarged(torch.cat([token.probabilities(record) for token in tokens]))
-    found = TokenLabeller(tuple(tokens), 0.7, 0.5)(IMAGE, record, BOTH)
-    assert np.array_equal(found, label_map(probabilities, [CAR, PERSON], 0.7, 0.5))
+def test_classes_compete_and_are_refined(tokens, record):
+    found = TokenLabeller(tuple(tokens), 0.55, 0.4, iterations=0)(IMAGE, record, BOTH)
+    assert np.array_equal(found, assign_labels(read(record, tokens), [CAR, PERSON], 0.55, 0.4))
+    assert {*np.unique(found)} == {0, CAR, PERSON, 255}
+    found = TokenLabeller(tuple(tokens), 0.55, 0.4)(IMAGE, record, BOTH)
+    assert np.array_equal(found, assign_labels(read(record, tokens, 1), [CAR, PERSON], 0.55, 0.4))
     assert {*np.unique(found)} == {0, CAR, PERSON, 255}
 
 
 def test_only_the_classes_of_the_prompt(tokens, record):
-    labeller = TokenLabeller(tuple(tokens))
-    probabilities = enlarged(torch.cat([token.probabilities(record) for token in tokens]))
+    labeller = TokenLabeller(tuple(tokens), 0.55, 0.4, iterations=0)
     for prompt, named in (("a car, red", [1, 0]), ("a scar and cars", [1, 0]), ("Person", [0, 1]), ("", [0, 0])):
         found = labeller(IMAGE, record, prompt)
-        assert np.array_equal(found, label_map(probabilities, [CAR, PERSON], named=np.array(named, bool)))
+        # what is named competes with the background alone; the other, where it may be, is ignored
+        alone = torch.cat([read(record, [token]) for token in tokens])
+        mask = torch.tensor(named, dtype=torch.bool, device=alone.device)[:, None, None]
+        probabilities = torch.where(mask, alone, read(record, tokens))
+        expected = assign_labels(probabilities, [CAR, PERSON], 0.55, 0.4, named=np.array(named, bool))
+        assert np.array_equal(found, expected)
         assert {*np.unique(found)} == {0, 255, *[CAR] * named[0], *[PERSON] * named[1]}
-    everything = TokenLabeller(tuple(tokens), named_only=False)(IMAGE, record, "a tree")
+    everything = TokenLabeller(tuple(tokens), 0.55, 0.4, named_only=False, iterations=0)(IMAGE, record, "a tree")
     assert np.array_equal(everything, labeller(IMAGE, record, BOTH))
 
 
@@ -91,16 +66,17 @@ def test_a_joint_token_is_read_by_its_softmax(record):
     scale, bias = (torch.tensor(n, device=record.device).view(-1, 1, 1) for n in (token.scale, token.bias))
     logits = scale * token.maps(record).values + bias
     assert_close(token.probabilities(record), logits.softmax(dim=0))
+    labeller = TokenLabeller((token,), iterations=0)
     every = enlarged(logits.softmax(0))[:2]
-    assert np.array_equal(TokenLabeller((token,))(IMAGE, record, BOTH), label_map(every, [CAR, PERSON]))
+    assert np.array_equal(labeller(IMAGE, record, BOTH), assign_labels(every, [CAR, PERSON], 0.6, 0.4))
     # of what the prompt names; the person, where it may be, is ignored
     car = enlarged(logits[[0, 2]].softmax(0))[:1]
-    expected = label_map(torch.cat([car, every[1:]]), [CAR, PERSON], named=[True, False])
-    found = TokenLabeller((token,))(IMAGE, record, "a car")
+    expected = assign_labels(torch.cat([car, every[1:]]), [CAR, PERSON], 0.6, 0.4, named=[True, False])
+    found = labeller(IMAGE, record, "a car")
     assert np.array_equal(found, expected)
-    assert (found == 255).sum() > (label_map(car, [CAR]) == 255).sum()
-    expected = label_map(every, [CAR, PERSON], named=[False, False])
-    assert np.array_equal(TokenLabeller((token,))(IMAGE, record, "a tree"), expected)
+    assert (found == 255).sum() > (assign_labels(car, [CAR], 0.6, 0.4) == 255).sum()
+    expected = assign_labels(every, [CAR, PERSON], 0.6, 0.4, named=[False, False])
+    assert np.array_equal(labeller(IMAGE, record, "a tree"), expected)
 
 
 def test_maps_of_more_steps_are_scaled_to_the_tokens(tokens, record):
@@ -124,8 +100,11 @@ def test_daam_tokens_read_the_queries(sd1_pipe, tokens):
     token = dataclasses.replace(token, scale=(scale,), bias=(float(-scale * maps.mean()),))
     assert TokenLabeller((token, tokens[1])).store == "queries"
     assert TokenLabeller((tokens[1],)).store == "linear"
-    found = TokenLabeller((token,), named_only=False)(IMAGE, record, "")
-    assert np.array_equal(found, label_map(enlarged(token.probabilities(record)), [CAR]))
+    late = dataclasses.replace(tokens[1], info={**tokens[1].info, "max_timestep": 500})
+    assert TokenLabeller((late,)).store == "queries"
+    assert TokenLabeller((late,)).self_attention and not TokenLabeller((late,), iterations=0).self_attention
+    found = TokenLabeller((token,), named_only=False, iterations=0)(IMAGE, record, "")
+    assert np.array_equal(found, assign_labels(enlarged(token.probabilities(record)), [CAR], 0.6, 0.4))
 
 
 def test_labellers_that_cannot_be(record, tokens):
@@ -152,6 +131,26 @@ def test_the_settings_are_jsons_own_types(tokens):
     assert json.loads(json.dumps(settings)) == settings
     other = dataclasses.replace(tokens[0], bias=(0.0,))
     assert TokenLabeller((other,)).settings["tokens"][0]["sha256"] != settings["tokens"][0]["sha256"]
+
+
+def test_words_are_read_without_a_mask(sd1_pipe):
+    labeller = WordLabeller({"car": "car", "vegetation": "trees", "sky": "sky"}, margin=0.05)
+    with daamlib.trace(sd1_pipe, store=labeller.store, texts=labeller.texts, self_attention=True) as trace:
+        generate(sd1_pipe, height=16, width=24)
+    words = dict(labeller.words)
+    found = labeller(IMAGE, trace[0], "anything")
+    assert np.array_equal(found, label_map(trace[0], words, size=(16, 24), margin=0.05))
+    assert json.loads(json.dumps(labeller.settings)) == labeller.settings
+    assert labeller.settings != WordLabeller(words).settings
+    for options, message in (
+        ({"words": {"cat": "cat", "car": "car"}}, "cat"),
+        ({"words": {"car": "car"}}, "two"),
+        ({"margin": 2}, "margin"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            WordLabeller(**options)
+    with pytest.raises(TypeError, match="record"):
+        labeller(IMAGE, None, "")
 
 
 def test_an_annotator_sees_one_image():

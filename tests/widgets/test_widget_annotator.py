@@ -332,6 +332,41 @@ def test_a_full_disk_is_said_and_nothing_is_lost(session, folder, monkeypatch):
     np.testing.assert_array_equal(on_disk(folder, 0), before | np.where(stroke([[25, 10]], 3, SHAPE), CAR, 0))
 
 
+def test_a_proposal_is_corrected_and_counts_once_it_is_touched(folder):
+    proposals = [np.full(SHAPE, value, np.uint8) for value in (CAR, 255, PERSON)]
+    proposals[0][:5] = 255
+    widget = annotate(pictures(), CLASSES, folder, proposals=proposals)
+    assert widget.done == 0 and contents(folder) == ["annotation.json"]
+    expected = np.full(SHAPE, CAR)
+    expected[:5] = 0
+    assert np.array_equal(widget.label_map, expected) and proposals[0][0, 0] == 255
+    widget.act(brush(value=PERSON))
+    assert widget.done == 1 and np.array_equal(on_disk(folder, 0), widget.label_map)
+    assert (widget.label_map == PERSON).any() and (widget.label_map == CAR).any()
+    widget.act({"type": "undo"})
+    assert widget.done == 0 and np.array_equal(widget.label_map, expected)
+    widget.act({"type": "go", "position": 2})
+    widget.act({"type": "save"})
+    assert widget.done == 1 and (on_disk(folder, 2) == PERSON).all()
+    # what is drawn goes before what is proposed
+    again = annotate(pictures(), CLASSES, folder, proposals=[np.zeros(SHAPE, np.uint8)] * 3)
+    assert (again.label_map == PERSON).all()
+
+
+@pytest.mark.parametrize(
+    ("proposals", "message"),
+    [
+        ([np.zeros(SHAPE, np.uint8)], "proposals"),
+        ([np.zeros((3, 3), np.uint8)] * 3, "proposal"),
+        ([np.zeros(SHAPE)] * 3, "float64"),
+        ([np.full(SHAPE, 99, np.uint8)] * 3, "99"),
+    ],
+)
+def test_proposals_that_do_not_fit(folder, proposals, message):
+    with pytest.raises(ValueError, match=message):
+        annotate(pictures(), CLASSES, folder, proposals=proposals)
+
+
 def test_the_masks_become_labels_of_a_dataset(tmp_path, folder):
     rendered = datasets.render(tmp_path / "scenes", 3)
     session = AnnotationSession(rendered, ["car", "traffic light"], folder)

@@ -110,6 +110,32 @@ def test_a_state_shows_what_the_library_says(record, image, mask, state, heat):
     assert result.iou == pytest.approx(curve[40])
 
 
+def test_refined_maps(sd1_pipe, record, image):
+    with daamlib.trace(sd1_pipe, self_attention=True) as trace:
+        generate(sd1_pipe)
+    explorer = explore(trace[0], image, state={"word": "car"})
+    plain = explorer.result.heat
+    control(explorer, "refined").value = True
+    assert explorer.state["refined"]
+    expected = trace[0].refine(trace[0].ldaam("car")).resize(*SIZE).normalized()["car"]
+    np.testing.assert_allclose(explorer.result.heat, expected.cpu(), atol=1e-5)
+    assert not np.allclose(plain, explorer.result.heat, atol=0.01)
+    without = explore(record, image)
+    assert control(without, "refined").disabled
+    without.change(refined=True)
+    assert "self_attention" in without.result.message
+
+
+def test_a_token_that_chose_its_layers(record, image, tmp_path):
+    mask = np.zeros(SIZE, bool)
+    mask[5:20, 10:30] = True
+    token = optimize_token([record], [mask], word="car", layers=[record.layers[-1].name], weight_decay=1e-2)
+    token.save(tmp_path / "car.safetensors")
+    explorer = explore(record, image, state={"method": "token", "token_path": str(tmp_path / "car.safetensors")})
+    expected = token.maps(record).resize(*SIZE).normalized()["car"]
+    np.testing.assert_allclose(explorer.result.heat, expected.cpu(), atol=1e-5)
+
+
 def test_without_a_mask_there_is_no_iou(record, image):
     result = explore(record, image).result
     assert (result.iou, result.thresholds, result.curve) == (None, None, None)
@@ -201,9 +227,9 @@ def test_a_record_of_sums(linear, image):
     assert explorer.state["method"] == "ldaam" and explorer.result.message == ""
     assert control(explorer, "Steps").disabled
     explorer.change(method="ov-daam")
-    assert 'store="linear"' in explorer.result.message
+    assert 'store="queries"' in explorer.result.message
     explorer.change(method="ldaam", steps=(0, 0))
-    assert 'store="linear"' in explorer.result.message
+    assert "sums" in explorer.result.message
     explorer.change(steps=(0, 1), grids=[(8, 12)])  # its layers can be taken apart
     assert explorer.result.message == ""
 

@@ -1,0 +1,193 @@
+"""Label maps from words and from tokens, against what their docstrings say."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from helpers import assert_close, generate
+
+import daamlib
+from daamlib import label_map
+from daamlib.label_maps import (
+    STREET_WORDS,
+    assign_labels,
+    check_tokens,
+    text_of,
+    token_probabilities,
+    word_probabilities,
+)
+
+CAR, PERSON, TREE = 26, 24, 21
+WORDS = {"car": "car", "person": "a red person", "vegetation": "trees"}
+
+
+@pytest.fixture(scope="module")
+def record(sd1_pipe):
+    with daamlib.trace(sd1_pipe, self_attention=True) as trace:
+        generate(sd1_pipe, "a car and a person")
+    return trace[0]
+
+
+def token_for(record, *words, seed=0, **options):
+    """Fitted to where a random token's map is high."""
+    random = torch.randn(len(words), record.d_text, generator=torch.Generator().manual_seed(seed))
+    maps = record.ldaam_from(random.to(record.device)).values
+    high = maps >= maps.flatten(1).quantile(0.8, dim=1)[:, None, None]
+    masks = high & (high.cumsum(dim=0) == 1)  # each pixel of one class
+    return daamlib.optimize_token([record], [masks], word=words, weight_decay=1e-2, **options)
+
+
+@pytest.fixture(scope="module")
+def tokens(record):
+    return [token_for(record, "car"), token_for(record, "person", seed=1)]
+
+
+def test_labels_by_hand():
+    car = [[0.9, 0.6, 0.59, 0.4, 0.39, 0.7, 0.5]]
+    person = [[0.1, 0.5, 0.2, 0.1, 0.38, 0.7, 0.55]]
+    ids = assign_labels(np.array([car, person]), [CAR, PERSON], 0.6, 0.4)
+    assert ids.tolist() == [[CAR, CAR, 255, 255, 0, CAR, 255]]  # the first of equals
+    assert ids.dtype == np.uint8
+    ids = assign_labels(torch.tensor([car, person]), [CAR, PERSON], (0.95, 0.5), (0.6, 0.5))
+    assert ids.tolist() == [[255, 255, 0, 0, 0, 255, PERSON]]
+    ids = assign_labels(np.array([car, person]), [CAR, PERSON])  # the most probable
+    assert ids.tolist() == [[CAR, CAR, CAR, CAR, CAR, CAR, PERSON]]
+    ids = assign_labels(np.array([car, person]), [CAR, PERSON], 0.5, 0.4, margin=0.075)
+    assert ids.tolist() == [[CAR, CAR, CAR, 255, 0, 255, 255]]
+    ids = assign_labels(np.array([car]), [CAR], 0.5, 0.5)
+    assert ids.tolist() == [[CAR, CAR, CAR, 0, 0, CAR, CAR]]
+    assert assign_labels(np.zeros((0, 2, 3)), []).tolist() == [[0, 0, 0]] * 2
+
+
+def test_a_class_that_is_not_named_is_ignored_where_it_may_be():
+    car = [[0.9, 0.9, 0.5, 0.1, 0.1, 0.1]]
+    person = [[0.1, 0.95, 0.9, 0.9, 0.4, 0.39]]
+    ids = assign_labels(np.array([car, person]), [CAR, PERSON], 0.6, 0.4, named=[True, False])
+    assert ids.tolist() == [[CAR, CAR, 255, 255, 255, 0]]
+    ids = assign_labels(np.array([car, person]), [CAR, PERSON], 0.95, (0.6, 0.9), named=[False, False])
+    assert ids.tolist() == [[255, 255, 255, 255, 0, 0]]
+
+
+WRONG_MAPS = {
+    "one map": ((np.zeros((2, 3)), [CAR]), "shape"),
+    "two ids": ((np.zeros((1, 2, 3)), [CAR, PERSON]), "shape"),
+    "logits": ((np.full((1, 2, 3), 1.5), [CAR]), "probabilities"),
+    "nan": ((np.full((1, 2, 3), np.nan), [CAR]), "NaN"),
+    "the wrong way round": ((np.zeros((1, 2, 3)), [CAR], 0.4, 0.6), "threshold"),
+    "percent": ((np.zeros((1, 2, 3)), [CAR], 60, 40), "threshold"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG_MAPS.values(), ids=WRONG_MAPS)
+def test_what_is_no_assign_labels(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        assign_labels(*arguments)
+
+
+def test_words_compete(record):
+    assert text_of(WORDS) == "a car, a a red person, trees"
+    words = {"car": "car", "person": "person", "vegetation": "trees"}
+    maps = record.daam(text_of(words))
+    refined = record.refine(maps)
+    found = word_probabilities(record, words)
+    assert found.tokens == tuple(words)
+    assert_close(found.values.sum(dim=0), torch.ones(record.grid, device=record.device))
+    rows = torch.stack([refined[word].flatten() for word in words.values()])
+    scores = (rows - rows.mean(dim=1, keepdim=True)) / rows.std(dim=1, keepdim=True)
+    expected = scores.exp() / scores.exp().sum(dim=0)
+    assert_close(found["vegetation"].flatten(), expected[2], 1e-4)
+    plain = word_probabilities(record, words, iterations=0)
+    assert not torch.equal(plain.values, found.values)
+    bare = dataclasses.replace(record, self_attention=None)
+    assert torch.equal(word_probabilities(bare, words, iterations=0).values, plain.values)
+
+
+def test_a_word_that_is_strong_everywhere_does_not_win_everywhere(record):
+    """What words have in all of the image is no evidence for a place."""
+    found = word_probabilities(record, STREET_WORDS).values
+    winners = found.argmax(dim=0).unique()
+    assert len(winners) > len(STREET_WORDS) / 2
+
+
+def test_tokens_compete_with_each_other_and_the_background(record, tokens):
+    one = token_probabilities(record, tokens[:1], iterations=0)
+    assert one.tokens == ("car", "background")
+    assert_close(one["car"], tokens[0].probabilities(record)[0])
+    both = token_probabilities(record, tokens, iterations=0)
+    odds = [token.logits(record)[0].exp() for token in tokens]
+    assert_close(both["person"], odds[1] / (1 + odds[0] + odds[1]))
+    refined, order = token_probabilities(record, tokens), record.refine(both).values.flatten(1)
+    assert_close(refined.values.sum(dim=0), torch.ones(record.grid, device=record.device))
+    placed = torch.zeros_like(order)
+    for row, (ranking, values) in enumerate(zip(order, both.values.flatten(1), strict=True)):
+        for pixel, value in zip(ranking.argsort().tolist(), sorted(values.tolist()), strict=True):
+            placed[row, pixel] = value
+    assert_close(refined.values.flatten(1), placed / placed.sum(dim=0), 1e-4)
+    assert token_probabilities(record, tokens, ["person"]).tokens == ("person", "background")
+
+
+def test_a_token_with_a_background_keeps_its_probabilities(record):
+    token = token_for(record, "car", "person", background=True)
+    found = token_probabilities(record, [token], iterations=0)
+    assert found.tokens == ("car", "person", "background")
+    assert_close(found.values, token.probabilities(record))
+
+
+def test_refining_one_token_moves_its_probabilities_and_changes_none(record, tokens):
+    before, after = (token_probabilities(record, tokens[:1], iterations=i)["car"] for i in (0, 1))
+    assert not torch.equal(before, after)
+    assert_close(before.flatten().sort().values, after.flatten().sort().values, 1e-4)
+
+
+@pytest.mark.parametrize("iterations", [0, 1])
+def test_label_maps_of_tokens(record, tokens, iterations):
+    maps = token_probabilities(record, tokens, iterations=iterations)
+    first, second = maps.values.topk(2, dim=0).values
+    margin = float((first - second).median())  # those of random weights are small
+    expected = torch.tensor([CAR, PERSON, 0], device=record.device)[maps.values.argmax(dim=0)]
+    expected[first - second < margin] = 255
+    found = label_map(record, tokens, margin=margin, iterations=iterations)
+    assert found.dtype == np.uint8 and np.array_equal(found, expected.cpu().numpy())
+    assert {0, 255} <= {*np.unique(found)}
+
+
+def test_what_label_maps_of_tokens_may_hold(record, tokens):
+    plain = {"iterations": 0, "margin": 0}
+    assert label_map(record, tokens, size=(50, 70), **plain).shape == (50, 70)
+    assert {*np.unique(label_map(record, tokens, **plain))} == {0, CAR, PERSON}
+    assert {*np.unique(label_map(record, tokens, names=["car"], **plain))} == {0, CAR}
+    assert {*np.unique(label_map(record, tokens, ids={"car": 1, "person": 2}, **plain))} == {0, 1, 2}
+    threshold, lower = {"car": 0.6, "person": 0.5}, {"person": 0.3, "car": 0.4}
+    found = label_map(record, tokens, threshold=threshold, ignore_from=lower, **plain)
+    values = token_probabilities(record, tokens, iterations=0).values[:2]
+    assert np.array_equal(found, assign_labels(values, [CAR, PERSON], (0.6, 0.5), (0.4, 0.3)))
+    # a class may be found below the background's probability, if its threshold says so
+    low = label_map(record, tokens, threshold=0.2, ignore_from=0.2, **plain)
+    assert (low > 0).sum() > (label_map(record, tokens, **plain) > 0).sum()
+
+
+def test_label_maps_of_words(record):
+    found = label_map(record, margin=0)
+    expected = word_probabilities(record).values.argmax(dim=0)
+    assert {*np.unique(found)} <= {26, 24, 19, 25, 11, 7, 8, 23, 21}
+    order = [26, 24, 19, 25, 11, 7, 8, 23, 21]
+    assert np.array_equal(found, np.array(order, np.uint8)[expected.cpu().numpy()])
+    assert (label_map(record, margin=0.2) == 255).any()
+
+
+def test_what_cannot_be_read(record, tokens):
+    bare = dataclasses.replace(record, self_attention=None)
+    with pytest.raises(ValueError, match="self_attention"):
+        label_map(bare)
+    assert label_map(bare, iterations=0).shape == record.grid
+    for classes, message in (
+        ({"car": "car"}, "two"),
+        ({"cat": "cat", "car": "car"}, "cat"),
+        ([], "no class"),
+        ([tokens[0], tokens[0]], "two tokens"),
+        ([token_for(record, "car", "person", joint=True)], "background=True"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            label_map(record, classes)
+    assert check_tokens(tokens) == ("car", "person")
