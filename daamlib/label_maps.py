@@ -95,10 +95,9 @@ def token_probabilities(
     of one token are thus its own (`OptimizedToken.probabilities`); several compete.
 
     Propagation averages, so that few pixels of an object stay above one half. What it knows is the order of the
-    pixels:
-    of each class the n-th most probable pixel afterwards gets the n-th highest probability from before. (Mean IoU of the
-    most probable class over the four things of 40 rendered scenes, by tokens of five images: without propagation 53 %,
-    with it 29, with the probabilities put back 58.)
+    pixels: of each class the n-th most probable pixel afterwards gets the n-th highest probability from before. (Mean
+    IoU of the most probable class over the four things of 40 rendered scenes, by tokens of five images: without
+    propagation 53 %, with it 29, with the probabilities put back 58.)
 
     Args:
         record: Of the image.
