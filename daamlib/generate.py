@@ -20,8 +20,8 @@ from typing import Any
 from .datasets.generation import GPU_BATCH
 from .datasets.urban import urban_prompts
 from .datasets.workers import SHARD, Job, WorkerError, run_shards
-from .label_maps import Threshold
 from .pipeline import cpu_threads
+from .tokens.label_maps import Threshold
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -243,7 +243,7 @@ class AttentionRecord:
             names = [f"{layer.name} {layer.grid}" for layer in self.layers]
             raise ValueError(f"nothing is left of {len(self.timesteps)} steps and the layers {names}")
         if steps is not None and kept[0].queries is None:
-            raise ValueError('steps cannot be taken apart: this record was made with store="linear" or "maps"')
+            raise ValueError('steps cannot be taken apart: this record holds sums, made with store="linear" or "maps"')
         return replace(
             self,
             layers=tuple(layer.select(steps, heads) for layer in kept),

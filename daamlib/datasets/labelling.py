@@ -24,7 +24,7 @@ import torch
 from ..attention.record import AttentionRecord
 from ..attention.unet import fingerprint_of
 from ..cityscapes import IGNORED, label_id
-from ..label_maps import STREET_WORDS, Threshold, assign_labels, check_tokens, label_map, of_each, text_of
+from ..tokens.label_maps import STREET_WORDS, Threshold, assign_labels, check_tokens, label_map, of_each, text_of
 from ..tokens.token import OptimizedToken
 from .dataset import names
 from .masks import check_ids
@@ -50,7 +50,7 @@ class AnnotatorLabeller:
 
 @dataclass(frozen=True, eq=False)
 class TokenLabeller:
-    """The labeller of optimised tokens, see `daamlib.label_maps.label_map`.
+    """The labeller of optimised tokens, see `daamlib.tokens.label_maps.label_map`.
 
     LDAAM tokens need memory that does not grow with the steps, DAAM tokens the queries of every step.
 
@@ -129,7 +129,7 @@ class TokenLabeller:
 
 @dataclass(frozen=True, eq=False)
 class WordLabeller:
-    """The zero-shot labeller: words compete for each pixel, see `daamlib.label_maps.word_probabilities`.
+    """The zero-shot labeller: words compete for each pixel, see `daamlib.tokens.label_maps.word_probabilities`.
 
     Attributes:
         words: {class: word}, the classes named as in `daamlib.cityscapes`.

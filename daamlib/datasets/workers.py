@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from ..extras import needs
-from ..label_maps import Threshold
 from ..pipeline import cpu_threads, load_pipeline
+from ..tokens.label_maps import Threshold
 from ..tokens.token import OptimizedToken
 from . import folder as files
 from .dataset import Dataset, load

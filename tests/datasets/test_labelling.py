@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import daamlib
 from daamlib.datasets import AnnotatorLabeller, TokenLabeller, WordLabeller
-from daamlib.label_maps import assign_labels, label_map, token_probabilities
+from daamlib.tokens.label_maps import assign_labels, label_map, token_probabilities
 
 IMAGE = np.zeros((16, 24, 3), np.uint8)
 BOTH = "a car and a person"

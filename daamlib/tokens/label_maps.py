@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 
-from .attention.heatmaps import HeatMaps, upsample
-from .attention.record import AttentionRecord
-from .cityscapes import IGNORED, label_id
-from .tokens.optimize import BACKGROUND
-from .tokens.token import OptimizedToken, require_calibrated
+from ..attention.heatmaps import HeatMaps, upsample
+from ..attention.record import AttentionRecord
+from ..cityscapes import IGNORED, label_id
+from .optimize import BACKGROUND
+from .token import OptimizedToken, require_calibrated
 
 # class -> the word that stands for it; the surroundings take part, so that no thing need claim what is not its own
 STREET_WORDS = {

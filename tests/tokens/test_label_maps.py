@@ -9,7 +9,7 @@ from helpers import assert_close, generate
 
 import daamlib
 from daamlib import label_map
-from daamlib.label_maps import (
+from daamlib.tokens.label_maps import (
     STREET_WORDS,
     assign_labels,
     check_tokens,
