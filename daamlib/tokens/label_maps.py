@@ -34,6 +34,10 @@ STREET_WORDS = {
     "vegetation": "trees",
 }
 
+# Of the softmax between words: at 1 the margin of `label_map` ignored 65 % of the pixels of 40 scenes, at 4 17 %, for
+# the same mIoU
+SHARPNESS = 4.0
+
 Classes = Mapping[str, str] | Sequence[OptimizedToken]  # {class: word}, or tokens
 Threshold = float | Mapping[str, float]  # one for all classes, or one for each by its name
 
@@ -47,7 +51,8 @@ def text_of(words: Mapping[str, str]) -> str:
     Returns:
         The text, which `trace(pipe, store="maps", texts=[...])` has to be told.
     """
-    return ", ".join(word if word.endswith("s") else f"a {word}" for word in words.values())
+    bare = lambda word: word.endswith("s") or word.startswith(("a ", "an ", "the "))  # noqa: E731
+    return ", ".join(word if bare(word) else f"a {word}" for word in words.values())
 
 
 def word_probabilities(
@@ -79,7 +84,7 @@ def word_probabilities(
     values = (record.refine(maps, iterations=iterations) if iterations else maps).values
     deviation = values.std(dim=(1, 2), keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
     standardised = (values - values.mean(dim=(1, 2), keepdim=True)) / deviation
-    return replace(maps, values=standardised.softmax(dim=0))
+    return replace(maps, values=(SHARPNESS * standardised).softmax(dim=0))
 
 
 def token_probabilities(

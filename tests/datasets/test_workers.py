@@ -46,7 +46,7 @@ def test_images_and_their_labels(labelled, sd1_pipe, tokens, tmp_path):
     plain = datasets.generate(sd1_pipe, PROMPTS, tmp_path / "set", **OPTIONS)
     for i, prompt in enumerate(PROMPTS):
         assert labelled.path("images", i).read_bytes() == plain.path("images", i).read_bytes()
-        with daamlib.trace(sd1_pipe) as trace:
+        with daamlib.trace(sd1_pipe, self_attention=True) as trace:
             generator = torch.Generator().manual_seed(int(labelled.manifest.seed[i]))
             sd1_pipe(prompt, num_inference_steps=2, guidance_scale=5.0, height=16, width=24, generator=generator)
         expected = TokenLabeller(tokens)(np.asarray(plain.image(i)), trace[0], prompt)

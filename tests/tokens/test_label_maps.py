@@ -10,6 +10,7 @@ from helpers import assert_close, generate
 import daamlib
 from daamlib import label_map
 from daamlib.tokens.label_maps import (
+    SHARPNESS,
     STREET_WORDS,
     assign_labels,
     check_tokens,
@@ -86,7 +87,7 @@ def test_what_is_no_assign_labels(arguments, message):
 
 
 def test_words_compete(record):
-    assert text_of(WORDS) == "a car, a a red person, trees"
+    assert text_of(WORDS) == "a car, a red person, trees"
     words = {"car": "car", "person": "person", "vegetation": "trees"}
     maps = record.daam(text_of(words))
     refined = record.refine(maps)
@@ -94,7 +95,7 @@ def test_words_compete(record):
     assert found.tokens == tuple(words)
     assert_close(found.values.sum(dim=0), torch.ones(record.grid, device=record.device))
     rows = torch.stack([refined[word].flatten() for word in words.values()])
-    scores = (rows - rows.mean(dim=1, keepdim=True)) / rows.std(dim=1, keepdim=True)
+    scores = SHARPNESS * (rows - rows.mean(dim=1, keepdim=True)) / rows.std(dim=1, keepdim=True)
     expected = scores.exp() / scores.exp().sum(dim=0)
     assert_close(found["vegetation"].flatten(), expected[2], 1e-4)
     plain = word_probabilities(record, words, iterations=0)
