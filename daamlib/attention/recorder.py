@@ -240,14 +240,16 @@ class Recorder:
         return (second - first) * (now - last) < 0  # the noise levels turn round
 
     def _begin_call(self, told: Pass, batch: Batch, plan: Any) -> Call | None:
-        if not self._in_pipeline and plan is self._broken_plan and _level(told.timestep) != _level(plan[0]):
+        broken = not self._in_pipeline and plan is not None and plan is self._broken_plan
+        if broken and _level(told.timestep) != _level(plan[0]):
             return None  # the rest of a loop whose earlier pass failed
         self._broken_plan = None
         if any(site.module.to_q is not site.to_q for site in self._reader.sites):
             raise ValueError("layers of the denoiser were replaced inside the `with`, as a LoRA does: load it before")
         known = batch.encoding if batch.conditional is None else None  # the negative text is denoised by itself
         text = known.positive if known is not None else told.text[batch.conditional]
-        expected = getattr(self._pipe, "num_timesteps", None) if self._in_pipeline else len(plan)
+        planned = None if plan is None else len(plan)  # some schedulers have none before their first `set_timesteps`
+        expected = getattr(self._pipe, "num_timesteps", None) if self._in_pipeline else planned
         return Call(
             by_pipeline=self._in_pipeline,
             batch=batch,

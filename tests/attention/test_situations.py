@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import (
     ControlNetModel,
+    PNDMScheduler,
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
@@ -205,6 +206,14 @@ def test_an_own_loop_that_ignores_the_scheduler(sd1_pipe):
                 sd1_pipe.unet(latents(sd1_pipe, seed=t), t, encoder_hidden_states=text)
     assert [record.timesteps for record in trace] == [[800, 500, 100], [700, 300]]
     assert all(len(layer.queries) == 3 for layer in trace[0].layers)
+
+
+def test_a_scheduler_without_a_plan(fresh):
+    pipe = fresh("sd1")
+    pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config)
+    assert pipe.scheduler.timesteps is None
+    record = daamlib.trace_image(pipe, np.zeros((32, 48, 3), np.uint8), prompt="a car", timesteps=(20, 300))
+    assert record.timesteps == [20, 300]
 
 
 def test_an_aborted_call_is_told_of(sd1_pipe):
