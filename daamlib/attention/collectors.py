@@ -56,7 +56,7 @@ class Queries:
     @property
     def nbytes(self) -> int:
         """Bytes of the steps made and expected."""
-        return 0 if self._buffer is None else self._buffer.numel() * self._buffer.element_size()
+        return 0 if self._buffer is None else self._buffer.nbytes
 
 
 class QuerySum:
@@ -80,7 +80,7 @@ class QuerySum:
     @property
     def nbytes(self) -> int:
         """Bytes of the sums."""
-        return 0 if self._sum is None else self._sum.numel() * self._sum.element_size()
+        return 0 if self._sum is None else self._sum.nbytes
 
 
 class OnlineMaps(QuerySum):
@@ -119,4 +119,4 @@ class OnlineMaps(QuerySum):
     def nbytes(self) -> int:
         """Bytes of the sums and maps."""
         maps = [tensor for of_image in self._maps for tensor in of_image.values()]
-        return super().nbytes + sum(tensor.numel() * tensor.element_size() for tensor in maps)
+        return super().nbytes + sum(tensor.nbytes for tensor in maps)

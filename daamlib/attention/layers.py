@@ -52,7 +52,7 @@ class Layer:
     def nbytes(self) -> int:
         """Bytes of what is kept of the image; the key weights are shared by the records of a trace."""
         kept = [self.queries, self.query_sum, *self.maps.values()]
-        return sum(tensor.numel() * tensor.element_size() for tensor in kept if tensor is not None)
+        return sum(tensor.nbytes for tensor in kept if tensor is not None)
 
     def to(self, device: torch.device) -> "Layer":
         """The layer with its tensors on `device`."""

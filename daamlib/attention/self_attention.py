@@ -59,7 +59,7 @@ class SelfAttention:
     def nbytes(self) -> int:
         """Bytes of the queries and keys, or of the mean."""
         kept = (self.queries, self.keys, self.mean)
-        return sum(tensor.numel() * tensor.element_size() for tensor in kept if tensor is not None)
+        return sum(tensor.nbytes for tensor in kept if tensor is not None)
 
     def to(self, device: torch.device) -> "SelfAttention":
         """The same with its tensors on `device`."""
@@ -114,7 +114,7 @@ class SelfAttentionCollector:
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(each.numel() * each.element_size() for each in self._kept)
+        return sum(each.nbytes for each in self._kept)
 
     def kept(self, image: int) -> torch.Tensor:
         """(1, n, n) of the image, or its (pass, 2, n, heads * d_head) queries and keys."""
