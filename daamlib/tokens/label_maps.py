@@ -117,17 +117,26 @@ def token_probabilities(
         ValueError: There is no token, one has no calibration or is of another model, two read one class, or one was
             fitted to tell its classes apart but not from the background.
     """
-    check_tokens(tokens)
-    logits = [torch.zeros(1, *record.grid, device=record.device)]
-    found = []
+    return _competing(record, _token_logits(record, tokens), names, iterations)
+
+
+def _token_logits(record: AttentionRecord, tokens: Sequence[OptimizedToken]) -> HeatMaps:
+    """(K + 1, H, W) logits of all tokens' classes, and last 0 of the background."""
+    classes = check_tokens(tokens)
+    logits = []
     for token in tokens:
         of_token = token.logits(record)
         if BACKGROUND in token.words:
             of_token = of_token - of_token[token.words.index(BACKGROUND)]
-        rows = [row for row, word in enumerate(token.words) if word != BACKGROUND and (names is None or word in names)]
-        logits.insert(-1, of_token[rows])
-        found += [token.words[row] for row in rows]
-    maps = HeatMaps.of_words(torch.cat(logits).softmax(dim=0), (*found, BACKGROUND))
+        logits.append(of_token[[row for row, word in enumerate(token.words) if word != BACKGROUND]])
+    logits.append(torch.zeros(1, *record.grid, device=record.device))
+    return HeatMaps.of_words(torch.cat(logits), (*classes, BACKGROUND))
+
+
+def _competing(record: AttentionRecord, logits: HeatMaps, names: Collection[str] | None, iterations: int) -> HeatMaps:
+    """What `token_probabilities` makes of the logits of the background and of the named classes."""
+    rows = [i for i, name in enumerate(logits.tokens) if name == BACKGROUND or names is None or name in names]
+    maps = HeatMaps.of_words(logits.values[rows].softmax(dim=0), tuple(logits.tokens[i] for i in rows))
     if not iterations:
         return maps
     values = _in_order_of(record.refine(maps, iterations=iterations).values, maps.values)
@@ -208,8 +217,9 @@ def label_map(
     if isinstance(words, Mapping):
         maps, among = word_probabilities(record, words, iterations=iterations), None
     else:
-        maps = token_probabilities(record, words, iterations=iterations)
-        among = None if names is None else token_probabilities(record, words, names, iterations=iterations)
+        logits = _token_logits(record, words)
+        maps = _competing(record, logits, None, iterations)
+        among = None if names is None else _competing(record, logits, names, iterations)
     competing = [name for name in maps.tokens if threshold is None or name != BACKGROUND]
     # what is not named takes no part in the softmax of what is
     found = {name: among[name] if among is not None and name in among.tokens else maps[name] for name in competing}
