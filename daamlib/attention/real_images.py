@@ -43,6 +43,7 @@ def trace_image(
         ValueError: it does, or sizes or timesteps do not fit.
     """
     reader = reader_of(pipe)
+    _ = reader.sites  # an error before anything is computed if it has none
     steps = [int(t) for t in timesteps]
     device = pipe._execution_device
     alphas = pipe.scheduler.alphas_cumprod.to(device)  # a scheduler takes them along to where it was last used

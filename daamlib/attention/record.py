@@ -100,8 +100,7 @@ class AttentionRecord:
             )
         reader = reader_of(self.pipe)
         self._require_text_encoder(reader)
-        options = {name: value for name, value in self.embedded_with.items() if name != "prompt_2"}
-        embeddings = reader.encode(text, padding=padding, options=options)
+        embeddings = reader.encode(text, padding=padding, options=self.embedded_with)
         return replace(embeddings, values=embeddings.values.to(self.device))
 
     def _require_text_encoder(self, reader) -> None:

@@ -102,6 +102,7 @@ class Recorder:
         self.trace = Trace()
         self._pipe, self._branch, self._keep = pipe, branch, keep
         self._reader = reader_of(pipe, middle=middle)
+        self._sites = self._reader.sites  # an error before anything is hooked if it has none
         self._encodings: list[Encoding] = []
         self._in_pipeline = False  # between `check_inputs` and `maybe_free_model_hooks`
         self._embedding = False  # texts of our own
@@ -119,7 +120,7 @@ class Recorder:
         stack.enter_context(_watch(self._pipe, "check_inputs", self._after_check))
         stack.enter_context(_watch(self._pipe, "encode_prompt", self._after_prompt))
         stack.enter_context(_watch(self._pipe, "maybe_free_model_hooks", self._after_pipeline))
-        for site in self._reader.sites:
+        for site in self._sites:
             hook = lambda module, args, output, site=site: self._after_queries(site, output)  # noqa: E731
             stack.callback(site.to_q.register_forward_hook(hook).remove)
         if self._keep.self_attention:
@@ -157,7 +158,6 @@ class Recorder:
 
     def _embed_texts(self, options: Mapping[str, Any]) -> dict[str, TokenEmbeddings]:
         """The texts to keep maps of, padding included, embedded as the prompt was."""
-        options = {name: value for name, value in options.items() if name != "prompt_2"}
         self._embedding = True
         try:
             return {text: self._reader.encode(text, padding=True, options=options) for text in self._keep.texts}
@@ -244,7 +244,7 @@ class Recorder:
         if broken and _level(told.timestep) != _level(plan[0]):
             return None  # the rest of a loop whose earlier pass failed
         self._broken_plan = None
-        if any(site.module.to_q is not site.to_q for site in self._reader.sites):
+        if any(site.module.to_q is not site.to_q for site in self._sites):
             raise ValueError("layers of the denoiser were replaced inside the `with`, as a LoRA does: load it before")
         known = batch.encoding if batch.conditional is None else None  # the negative text is denoised by itself
         text = known.positive if known is not None else told.text[batch.conditional]
@@ -351,7 +351,7 @@ class Recorder:
             self._finish()
 
     def _check_first_pass(self, call: Call) -> None:
-        missing = [site.name for site in self._reader.sites if site.name not in call.collectors]
+        missing = [site.name for site in self._sites if site.name not in call.collectors]
         if self._keep.self_attention and not call.self_attention:
             raise ValueError(
                 f"self_attention=True needs a self-attention in the up blocks with at most {LARGEST} positions, of "
@@ -379,7 +379,7 @@ class Recorder:
         texts = {text: embeddings.to(device) for text, embeddings in call.texts.items()}
         for image, (prompt, values) in enumerate(zip(call.batch.prompts, call.embeddings.to(device), strict=True)):
             layers = []
-            for site in self._reader.sites:
+            for site in self._sites:
                 kept = call.collectors[site.name].kept(image)
                 positions = next(iter(kept.values())).shape[-2]
                 layers.append(self._layer(call, site, positions, **kept))

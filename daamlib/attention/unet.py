@@ -69,15 +69,28 @@ class UNetReader:
 
     Raises:
         TypeError: the pipeline has no U-Net.
-        ValueError: its U-Net has no cross-attention that DAAM can read.
     """
 
     def __init__(self, pipe: Any, *, middle: bool = False):
         self.pipe = pipe
         self.denoiser: Any = unet_of(pipe)
-        self.sites = tuple(_sites(self.denoiser, middle=middle))
-        self.self_sites = tuple(_self_sites(self.denoiser))
-        self._signature = inspect.signature(self.denoiser.forward)
+        self._middle = middle
+
+    # what follows goes through all modules of the U-Net, which a reader that embeds a text has no use for
+
+    @functools.cached_property
+    def sites(self) -> tuple[Site, ...]:
+        """The cross-attentions. ValueError if there is none that DAAM can read."""
+        return tuple(_sites(self.denoiser, middle=self._middle))
+
+    @functools.cached_property
+    def self_sites(self) -> tuple[Site, ...]:
+        """The self-attentions whose mean refines maps."""
+        return tuple(_self_sites(self.denoiser))
+
+    @functools.cached_property
+    def _signature(self) -> inspect.Signature:
+        return inspect.signature(self.denoiser.forward)
 
     @property
     def is_compiled(self) -> bool:
@@ -109,7 +122,8 @@ class UNetReader:
         return h, w
 
     def encode(self, text: str, *, padding: bool = False, options: Mapping[str, Any] | None = None) -> TokenEmbeddings:
-        """Embed any text, see `daamlib.attention.text.encode`."""
+        """Embed any text as a prompt was with these options, see `daamlib.attention.text.encode`."""
+        options = {name: value for name, value in (options or {}).items() if name != "prompt_2"}  # the prompt's alone
         return encode(self.pipe, text, padding=padding, options=options)
 
     def embed(self, prompt: str, options: Mapping[str, Any]) -> torch.Tensor:
@@ -195,7 +209,7 @@ def _self_sites(unet: torch.nn.Module) -> Iterator[Site]:
 
 
 def reader_of(pipe: Any, *, middle: bool = False) -> UNetReader:
-    """The reader of a pipeline's model family. TypeError or ValueError for a pipeline that cannot be read."""
+    """The reader of a pipeline's model family. TypeError for a pipeline of none."""
     return UNetReader(pipe, middle=middle)
 
 
