@@ -39,6 +39,8 @@ class AttentionRecord:
         self_attention: what `refine` propagates maps along, if the trace was asked to keep it.
         embedded_with: the arguments of `encode_prompt` that the prompt was embedded with, such as `clip_skip`.
         pipe: embeds further texts; None for a record that was loaded without one.
+        encoder_state: of its text encoder when it was last found to be the prompt's, under "state"; records of parts of
+            this one share it.
     """
 
     prompt: str | None
@@ -50,6 +52,7 @@ class AttentionRecord:
     self_attention: SelfAttention | None = None
     embedded_with: Mapping[str, Any] = field(default_factory=dict)
     pipe: Any = field(default=None, repr=False)
+    encoder_state: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -106,7 +109,7 @@ class AttentionRecord:
     def _require_text_encoder(self, reader) -> None:
         """ValueError if the prompt would be embedded otherwise now; looked at again only if the encoder changed."""
         state = reader.text_state()
-        if self.prompt is None or self._checked.get("state") == state:
+        if self.prompt is None or self.encoder_state.get("state") == state:
             return
         own = self.prompt_embeddings.values[: self.prompt_embeddings.length].float()
         now = reader.embed(self.prompt, self.embedded_with)[: len(own)].to(own)
@@ -116,12 +119,7 @@ class AttentionRecord:
                 "unloaded since?): a new text would not fit the record's keys. Bring the pipeline back to what it was, "
                 "or give embeddings to daam_from / ldaam_from"
             )
-        self._checked["state"] = state
-
-    @functools.cached_property
-    def _checked(self) -> dict[str, Any]:
-        """The text encoder's state that was last found to be the one of the prompt."""
-        return {}
+        self.encoder_state["state"] = state
 
     def daam(self, text: str | None = None, *, padding: bool = True) -> HeatMaps:
         """DAAM of the prompt, or of any other text: OV-DAAM (thesis: D(X'); formula in `daamlib.attention.daam`).
