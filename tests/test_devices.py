@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 import daamlib
 from daamlib import AttentionRecord, OptimizedToken, datasets, experiments, optimize_token
-from daamlib.attention.unet import fingerprint_of
+from daamlib.attention.readers import fingerprint_of
 from daamlib.cityscapes import BY_NAME
 from daamlib.datasets import export
 from daamlib.experiments import segmentation

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from diffusers.image_processor import VaeImageProcessor
 
+from .readers import reader_of
 from .record import AttentionRecord
 from .trace import trace
-from .unet import reader_of
 
 
 @torch.no_grad()

@@ -15,10 +15,10 @@ from .fingerprint import Fingerprint
 from .heatmaps import HeatMaps, upsample
 from .layers import Layer
 from .ldaam import LinearMap, collapse
+from .readers import fingerprint_of, reader_of
 from .self_attention import SelfAttention
 from .softmax import MAX_BYTES
 from .text import TokenEmbeddings, Word, check_embeddings
-from .unet import fingerprint_of, reader_of
 
 FORMAT = "daamlib-record-2"
 TENSORS = ("key_weight", "queries", "query_sum")  # of a layer, in a file

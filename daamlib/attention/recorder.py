@@ -13,10 +13,11 @@ import torch
 from .batches import Batch, Encoding, halves, known_batch, own_batch
 from .collectors import Collector, OnlineMaps, Queries, QuerySum
 from .layers import Layer
+from .readers import reader_of
+from .readers.sites import Pass, Site
 from .record import AttentionRecord
 from .self_attention import LARGEST, LATE, SelfAttention, SelfAttentionCollector, together
 from .text import TokenEmbeddings
-from .unet import Pass, Site, reader_of
 
 log = logging.getLogger("daamlib")
 

@@ -21,8 +21,8 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from ..attention.readers import fingerprint_of
 from ..attention.record import AttentionRecord
-from ..attention.unet import fingerprint_of
 from ..cityscapes import IGNORED, label_id
 from ..tokens.label_maps import STREET_WORDS, Threshold, assign_labels, check_tokens, label_map, of_each, text_of
 from ..tokens.token import OptimizedToken

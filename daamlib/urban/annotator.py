@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import SegformerForSemanticSegmentation
 
 from ..attention.fingerprint import Fingerprint
-from ..attention.unet import fingerprint_of
+from ..attention.readers import fingerprint_of
 from ..cityscapes import BY_NAME
 from ..pipeline import load_pipeline, quiet_loading
 from ..resources import bundled

@@ -19,8 +19,8 @@ from peft import LoraConfig
 from tiny import BLOCKS
 
 import daamlib
+from daamlib.attention.readers.unet import UNetReader
 from daamlib.attention.recorder import EmptyTraceError
-from daamlib.attention.unet import UNetReader
 
 GRIDS = [(16, 24), (8, 12)]
 

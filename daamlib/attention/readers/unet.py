@@ -1,63 +1,16 @@
-"""The reader of U-Nets: which of their attentions can be read, and what a call of the denoiser means.
-
-A reader is the one place that knows a model family (Stable Diffusion 1.x, 2.x and XL here). It offers
-
-- `denoiser`: the module whose calls are the denoising passes;
-- `sites`: its cross-attentions that can be read, and `self_sites`: self-attentions whose mean refines maps;
-- `read`: the latents, the noise level and the text of one pass;
-- `grid`: the (h, w) of a site's positions;
-- `encode` and `name_tokens`: a text as this family embeds it;
-- `denoise`: one pass on latents of our own.
-"""
+"""The reader of U-Nets: Stable Diffusion 1.x, 2.x and XL."""
 
 import functools
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ..pipeline import unet_of
-from .fingerprint import Fingerprint
-from .text import TokenEmbeddings, embed_prompt, encode, name_tokens
-
-
-@dataclass(frozen=True, eq=False)
-class Site:
-    """One attention that can be read.
-
-    Attributes:
-        name: its module path in the denoiser.
-        module: the attention, whose `to_k` makes keys of text embeddings.
-        to_q: the module whose output the queries are, (batch, h*w, heads * d_head).
-        heads: number of heads.
-        scale: d_head ** -0.5.
-        d_text: the width of the text embeddings.
-    """
-
-    name: str
-    module: Any
-    to_q: torch.nn.Module
-    heads: int
-    scale: float
-    d_text: int
-
-    def key_weight(self, like: torch.Tensor) -> torch.Tensor:
-        """(heads * d_head, d_text): W_k as it acts now, in the type of `like` and where it lies.
-
-        Asked of the layer itself, so that a LoRA, its scale and off-loading count.
-        """
-        return self.module.to_k(torch.eye(self.d_text, dtype=like.dtype, device=like.device)).T.contiguous()
-
-
-@dataclass(frozen=True, eq=False)
-class Pass:
-    """What one call of the denoiser says: sample (batch, channel, h, w), timestep, text (batch, token, d_text)."""
-
-    sample: torch.Tensor
-    timestep: Any
-    text: torch.Tensor
+from ...pipeline import unet_of
+from ..fingerprint import Fingerprint
+from ..text import TokenEmbeddings, embed_prompt, encode, name_tokens
+from .sites import Pass, Site
 
 
 class UNetReader:
@@ -206,13 +159,3 @@ def _self_sites(unet: torch.nn.Module) -> Iterator[Site]:
                 name = f"{name}.transformer_blocks.{last}.attn1".replace("_orig_mod.", "")
                 width = attention.to_k.in_features
                 yield Site(name, attention, attention.to_q, attention.heads, float(attention.scale), width)
-
-
-def reader_of(pipe: Any, *, middle: bool = False) -> UNetReader:
-    """The reader of a pipeline's model family. TypeError for a pipeline of none."""
-    return UNetReader(pipe, middle=middle)
-
-
-def fingerprint_of(pipe: Any, *, middle: bool = False) -> Fingerprint:
-    """The fingerprint of a pipeline as it is now. TypeError or ValueError for a pipeline that cannot be read."""
-    return reader_of(pipe, middle=middle).fingerprint()
