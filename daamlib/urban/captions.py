@@ -1,4 +1,4 @@
-"""Captions of the street scenes: two small grammars over what is in the scene, one sparse and one dense."""
+"""Captions of the street scenes: a small grammar over what is in the scene."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ import numpy as np
 TIMES = {"day": "by day", "sunset": "at sunset", "night": "at night", "fog": "in the fog"}
 PLACES = ("an urban environment", "a city street", "a street", "a city")
 RARE = {"car": "vehicle", "person": "pedestrian", "traffic light": "stop light", "rider": "cyclist"}
-LONGEST = 29  # words and commas of a dense caption: with start and end token they fit a context of 32 tokens
+LONGEST = 29  # words and commas of a caption: with start and end token they fit a context of 32 tokens
 
 
 def _phrase(rng, thing, colour, side):
@@ -44,7 +44,12 @@ def join_words(parts):
 
 
 def caption(rng: np.random.Generator, things: Sequence, time: str, trees: int) -> str:
-    """One caption of at most 40 words, lower case, that leaves part of the scene unsaid.
+    """One caption of at most `LONGEST` words and commas, in lower case.
+
+    It names every thing, and half of the time all stuff too. A word that is always said when its thing is there stands
+    for the thing; where everything has a word of its own, no word need stand for the rest of the picture. One caption
+    in seven names things alone, as short prompts do; one in eight is a list without articles, so that a lone word is
+    nothing new.
 
     Args:
         rng: a numpy Generator.
@@ -57,43 +62,6 @@ def caption(rng: np.random.Generator, things: Sequence, time: str, trees: int) -
 
     Raises:
         ValueError: for an unknown time.
-    """
-    _check(time)
-    named = [things[i] for i in rng.permutation(len(things)) if rng.random() > 0.12]
-    short, timed, stuffed = rng.random() < 0.22, rng.random() < 0.6, rng.random() < 0.4
-    place, where = _place(rng)
-    when = " " + TIMES[time] if timed else ""
-    odds = (0, 0) if short else (0.5, 0.35)
-    parts = [_phrase(rng, thing, *odds) for thing in named]
-    if short and parts:
-        return join_words(parts) + (f" {where}" if rng.random() < 0.5 else "")
-    green = ["trees" if trees > 1 else "a tree"] if trees else []
-    options = ["buildings", "a building", "a road", "a sidewalk", "the sky"] + green * 3
-    stuff = [options[i] for i in rng.permutation(len(options))[: 1 + (rng.random() < 0.4)]]
-    if {"buildings", "a building"} <= set(stuff) or len(set(stuff)) < len(stuff):
-        stuff = stuff[:1]
-    backdrop = f" with {join_words(stuff)}" if stuffed else ""
-    if not parts:
-        return f"{rng.choice(('', 'a photo of '))}{place}{backdrop}{when}"
-    kind = rng.random()
-    if kind < 0.45:
-        return f"{join_words(parts)} {where}{backdrop}{when}"
-    if kind < 0.6:
-        return f"a photo of {place} with {join_words(parts + stuff if stuffed else parts)}{when}"
-    if kind < 0.75:
-        front = "in front of " + ("buildings", "a building", "trees" if trees > 1 else "a building")[rng.integers(3)]
-        return f"{join_words(parts)} {front}{when}"
-    if kind < 0.9:
-        return f"{place}{when} with {join_words(parts + stuff if stuffed else parts)}"
-    return f"a photo of {join_words(parts)}{when}"
-
-
-def dense_caption(rng: np.random.Generator, things: Sequence, time: str, trees: int) -> str:
-    """A caption of at most `LONGEST` words and commas that names every thing, and half of the time all stuff too.
-
-    A word that is always said when its thing is there stands for the thing; where everything has a word of its own, no
-    word need stand for the rest of the picture. One caption in seven names things alone, as short prompts do; one in
-    eight is a list without articles, so that a lone word is nothing new. Its arguments are those of `caption`.
     """
     _check(time)
     style = rng.random()

@@ -214,7 +214,8 @@ def render(seed: int, size: int = SIZE) -> Scene:
         DRAW[thing.kind](pen, rng, thing.colour, night, thing.body, *extra)
     image, index = _develop(canvas, int(size), things, time, ground, kerb)
     table = np.array([BY_NAME[name].id for name in (*STUFF, *(thing.kind for thing in things))], np.uint8)
-    return Scene(image, table[index], caption(rng, things, time, trees), things, time, trees, int(seed))
+    words = caption(np.random.default_rng([seed, 0]), things, time, trees)  # the first of those it is trained with
+    return Scene(image, table[index], words, things, time, trees, int(seed))
 
 
 def to_tensor(images: np.ndarray | torch.Tensor, size: int = SIZE) -> torch.Tensor:

@@ -23,7 +23,7 @@ def call(main, *arguments):
 
 
 SMALL = ["--scenes", 48, "--batch", 8]
-RECIPE = ["--captions", "dense", "--context", 32, "--text-layers", 0, "--channels", 16, 32, 32]
+RECIPE = ["--context", 32, "--text-layers", 0, "--channels", 16, 32, 32]
 RECIPE += ["--attention-levels", 2, "--null-padding", 0.5]
 
 
@@ -50,7 +50,7 @@ def test_a_model_is_trained_written_and_trained_on(tmp_path):
     pipe.set_progress_bar_config(disable=True)
     assert pipe("a car", num_inference_steps=1, height=64, width=64).images[0].size == (64, 64)
 
-    call(train.main, "restore", "--work", again, "--out", out, "--captions", "dense", "--null-padding", 0.5)
+    call(train.main, "restore", "--work", again, "--out", out, "--null-padding", 0.5)
     assert train.Recipe.read(again) == train.Recipe.read(work)
     (again / "scenes").symlink_to(work / "scenes")
     call(train.main, "latents", "--work", again, *SMALL)
@@ -60,7 +60,7 @@ def test_a_model_is_trained_written_and_trained_on(tmp_path):
     assert state["samples"] == 48
     assert any((state["module"][name] != weight).any() for name, weight in state["ema"].items())
     with pytest.raises(ValueError, match="exists"):
-        call(train.main, "restore", "--work", again, "--out", out, "--captions", "dense", "--null-padding", 0.5)
+        call(train.main, "restore", "--work", again, "--out", out, "--null-padding", 0.5)
     with pytest.raises(ValueError, match="recipe"):
         call(train.main, "data", "--work", again, *SMALL)
     assert json.loads((out / "training.json").read_text())["unet"]["samples"] == 16

@@ -11,10 +11,10 @@ import torch
 from tqdm.auto import tqdm
 
 from ...io import atomic_write
-from ..captions import dense_caption
+from ..captions import caption
 from ..scenes import SIZE, render, to_tensor
 
-DENSE = 4  # dense captions of a scene
+CAPTIONS = 4  # of a scene
 
 
 @dataclass(frozen=True)
@@ -24,25 +24,18 @@ class Scenes:
     Attributes:
         images: (n, S, S, 3) uint8.
         labels: (n, S, S) uint8 Cityscapes ids.
-        captions: n sparse ones.
-        dense_captions: `DENSE` for each scene.
+        captions: `CAPTIONS` of each scene.
     """
 
     images: np.ndarray
     labels: np.ndarray
-    captions: list[str]
-    dense_captions: list[list[str]]
-
-    def texts(self, captions: str) -> list[list[str]]:
-        """The "sparse" or the "dense" captions of each scene."""
-        return self.dense_captions if captions == "dense" else [[caption] for caption in self.captions]
+    captions: list[list[str]]
 
 
-def _render_one(seed: int) -> tuple[np.ndarray, np.ndarray, str, list[str]]:
+def _render_one(seed: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
     scene = render(seed, SIZE)
-    rngs = [np.random.default_rng([seed, k]) for k in range(DENSE)]
-    dense = [dense_caption(rng, scene.things, scene.time, scene.trees) for rng in rngs]
-    return scene.image, scene.labels, scene.caption, dense
+    rngs = [np.random.default_rng([seed, k]) for k in range(CAPTIONS)]
+    return scene.image, scene.labels, [caption(rng, scene.things, scene.time, scene.trees) for rng in rngs]
 
 
 def render_scenes(folder: Path, n: int, *, first_seed: int = 0, workers: int | None = None) -> Scenes:
@@ -65,27 +58,24 @@ def render_scenes(folder: Path, n: int, *, first_seed: int = 0, workers: int | N
         folder.mkdir(parents=True, exist_ok=True)
         images = np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8, (n, SIZE, SIZE, 3))
         labels = np.lib.format.open_memmap(folder / "labels.npy", "w+", np.uint8, (n, SIZE, SIZE))
-        captions: dict[str, list] = {"sparse": [], "dense": []}
+        captions: list[list[str]] = []
         seeds = range(first_seed, first_seed + n)
         with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
             rendered = pool.map(_render_one, seeds, chunksize=64)
-            for i, (*maps, sparse, dense) in enumerate(tqdm(rendered, total=n, desc="rendering", mininterval=10)):
+            for i, (*maps, texts) in enumerate(tqdm(rendered, total=n, desc="rendering", mininterval=10)):
                 images[i], labels[i] = maps
-                captions["sparse"].append(sparse)
-                captions["dense"].append(dense)
+                captions.append(texts)
         images.flush()
         labels.flush()
         with atomic_write(done) as temporary:
             temporary.write_text(json.dumps(captions))
     captions = json.loads(done.read_text())
-    found = len(captions["sparse"])
-    if found < n:
-        raise ValueError(f"{folder} holds {found} scenes, {n} were asked for: remove it or name another folder")
+    if len(captions) < n:
+        raise ValueError(f"{folder} holds {len(captions)} scenes, {n} were asked for: remove it or name another folder")
     return Scenes(
         np.load(folder / "images.npy", mmap_mode="c")[:n],
         np.load(folder / "labels.npy", mmap_mode="c")[:n],
-        captions["sparse"][:n],
-        captions["dense"][:n],
+        captions[:n],
     )
 
 

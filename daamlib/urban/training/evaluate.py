@@ -201,7 +201,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--annotator", type=Path, help="the annotator's folder; else `annotator` in --model")
     parser.add_argument("--out", type=Path, help="where to write; else --model")
     parser.add_argument("--images", type=int, default=200, help="images for the PSNR and for the hit rate")
-    parser.add_argument("--captions", choices=["sparse", "dense"], default="sparse", help="those of the words' scenes")
     parser.add_argument("--scenes", type=int, default=WORDS_SCENES, help="scenes that the words are measured on")
     parser.add_argument("--first-seed", type=int, default=WORDS_SEED, help="theirs; choose a model on other scenes")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="the parts to measure")
@@ -232,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings = {"first_seed": HITS_SEED, "steps": STEPS, "guidance": GUIDANCE}
         keep("hits", measure_hits(pipe, annotator, args.images) | settings)
     if "words" in args.only:
-        keep("words", measure_words(pipe, args.scenes, args.first_seed, captions=args.captions))
+        keep("words", measure_words(pipe, args.scenes, args.first_seed))
     if "time" in args.only:
         keep("time", measure_time(pipe) | {"steps": STEPS})
     keep("size_mb", folder_sizes(args.model))

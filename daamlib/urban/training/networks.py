@@ -18,7 +18,7 @@ BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
 
 def train_tokenizer(
-    captions: Iterable[str], folder: Path, context: int = 77, *, vocab_size: int = 1000
+    captions: Iterable[str], folder: Path, context: int = 32, *, vocab_size: int = 1000
 ) -> CLIPTokenizer:
     """Train a byte-level BPE and load it as CLIP's.
 
@@ -84,7 +84,7 @@ def standardise(vae: AutoencoderKL, mean: list[float], deviation: list[float]) -
     vae.register_to_config(scaling_factor=1.0)
 
 
-def new_text_encoder(tokenizer: CLIPTokenizer, *, layers: int = 2) -> CLIPTextModel:
+def new_text_encoder(tokenizer: CLIPTokenizer, *, layers: int = 1) -> CLIPTextModel:
     """A CLIP text model for the tokenizer's context C: (B, C) token ids -> (B, C, 128).
 
     With no layers at all it is an embedding of words and positions: no token knows of another one.
@@ -105,7 +105,7 @@ def new_text_encoder(tokenizer: CLIPTokenizer, *, layers: int = 2) -> CLIPTextMo
     )
 
 
-def new_unet(channels: Sequence[int] = (48, 96, 192), *, attention_levels: int = 3) -> UNet2DConditionModel:
+def new_unet(channels: Sequence[int] = (64, 128, 192), *, attention_levels: int = 2) -> UNet2DConditionModel:
     """A three-level U-Net for 4 x 32 x 32 latents of 128 px images; its largest `attention_levels` attend to the text.
 
     The middle block, on the smallest grid, attends to the text in any case.

@@ -9,9 +9,8 @@
 
     python -m daamlib.urban.training.train restore    # instead: checkpoints from that folder, to train it further
 
-`data` takes what a model is: its captions (`--captions`), `--context`, `--text-layers`, `--null-padding` and the
-U-Net's `--channels` and `--attention-levels`; the other stages read it from `recipe.json`, which `data` or `restore`
-wrote.
+`data` takes what a model is: `--context`, `--text-layers`, `--null-padding` and the U-Net's `--channels` and
+`--attention-levels`; the other stages read it from `recipe.json`, which `data` or `restore` wrote.
 
 `--samples` counts from the very beginning of a stage's network, so the second `unet` line trains 100,000 samples at
 128 px; `--minutes` counts from the beginning of the command. Checkpoints go to `--work` every few minutes; a stopped
@@ -83,7 +82,6 @@ class Recipe:
     """What a model is, besides how long it was trained.
 
     Attributes:
-        captions: "sparse" or "dense" (`daamlib.urban.captions`).
         text_layers: of the text encoder.
         channels: of the U-Net's three levels.
         attention_levels: how many of them, from the largest grid on, attend to the text.
@@ -92,7 +90,6 @@ class Recipe:
             they stand for.
     """
 
-    captions: str
     text_layers: int
     channels: list[int]
     attention_levels: int
@@ -117,8 +114,8 @@ class Recipe:
 
 def make_data(args: argparse.Namespace) -> None:
     """Render the training scenes and train the tokenizer on their captions."""
-    Recipe(args.captions, args.text_layers, args.channels, args.attention_levels, args.null_padding).write(args.work)
-    texts = render_scenes(args.work / "scenes", args.scenes).texts(args.captions)
+    Recipe(args.text_layers, args.channels, args.attention_levels, args.null_padding).write(args.work)
+    texts = render_scenes(args.work / "scenes", args.scenes).captions
     networks.train_tokenizer([text for of_scene in texts for text in of_scene], args.work / "tokenizer", args.context)
 
 
@@ -178,7 +175,7 @@ def train_unet(args: argparse.Namespace) -> None:
     trainer = Trainer(recipe.denoiser(tokenizer), args.work / "unet.pt", args)
     device, n = trainer.device, args.batch
     latents = torch.from_numpy(np.load(args.work / f"latents{args.size}.npy", mmap_mode="c")).to(device)
-    texts = render_scenes(args.work / "scenes", args.scenes).texts(recipe.captions)
+    texts = render_scenes(args.work / "scenes", args.scenes).captions
     # (caption of a scene, scene, token)
     ids = torch.stack([networks.tokenize(tokenizer, list(of_scenes)) for of_scenes in zip(*texts, strict=True)])
     ids, empty = ids.to(device), networks.tokenize(tokenizer, [""]).to(device)
@@ -242,7 +239,7 @@ def restore(args: argparse.Namespace) -> None:
     config, spent = pipe.unet.config, json.loads((args.out / "training.json").read_text())
     levels = sum("CrossAttn" in kind for kind in config.down_block_types)
     layers = pipe.text_encoder.config.num_hidden_layers
-    Recipe(args.captions, layers, list(config.block_out_channels), levels, args.null_padding).write(args.work)
+    Recipe(layers, list(config.block_out_channels), levels, args.null_padding).write(args.work)
     restore_vae(args.out, args.work)
     write_checkpoint(args.work, "unet", Denoiser(pipe.unet, pipe.text_encoder), spent["unet"])
     pipe.tokenizer.save_pretrained(args.work / "tokenizer")
@@ -250,12 +247,11 @@ def restore(args: argparse.Namespace) -> None:
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     """Add the options that say what a model is."""
-    parser.add_argument("--captions", choices=["sparse", "dense"], default="sparse", help="see daamlib.urban.captions")
-    parser.add_argument("--context", type=int, default=77, help="tokens of a text")
-    parser.add_argument("--text-layers", type=int, default=2, help="layers of the text encoder")
-    parser.add_argument("--channels", type=int, nargs=3, default=[48, 96, 192], help="of the U-Net's three levels")
-    parser.add_argument("--attention-levels", type=int, default=3, help="levels that attend to the text, largest first")
-    parser.add_argument("--null-padding", type=float, default=0.0, help="how often end and padding say nothing")
+    parser.add_argument("--context", type=int, default=32, help="tokens of a text")
+    parser.add_argument("--text-layers", type=int, default=1, help="layers of the text encoder")
+    parser.add_argument("--channels", type=int, nargs=3, default=[64, 128, 192], help="of the U-Net's three levels")
+    parser.add_argument("--attention-levels", type=int, default=2, help="levels that attend to the text, largest first")
+    parser.add_argument("--null-padding", type=float, default=0.9, help="how often end and padding say nothing")
 
 
 def begin(args: argparse.Namespace) -> None:

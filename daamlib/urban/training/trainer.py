@@ -21,7 +21,7 @@ def add_options(parser: argparse.ArgumentParser, **defaults) -> None:
     """Add the options of every training; `defaults` are those of one."""
     parser.add_argument("--work", type=Path, default=Path("checkpoints/urban-tiny"), help="checkpoints and caches")
     parser.add_argument("--out", type=Path, help="the folder of the weights in float16")
-    parser.add_argument("--scenes", type=int, default=24_000, help="rendered training scenes")
+    parser.add_argument("--scenes", type=int, default=32_000, help="rendered training scenes")
     parser.add_argument("--samples", type=int, default=math.inf, help="stop when so many were seen in all")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop this command after so long")
     parser.add_argument("--batch", type=int, default=32, help="samples of a step and process")

@@ -15,7 +15,6 @@ from ...attention.real_images import trace_image
 from ...attention.record import AttentionRecord
 from ...cityscapes import BY_NAME
 from ...tokens.optimize import optimize_token
-from ..captions import dense_caption
 from ..scenes import KINDS, SIZE, render
 
 TIMESTEPS = (20, 100, 200, 300)  # noise levels at which a scene is read as a real image
@@ -42,32 +41,28 @@ class Reading:
     named: tuple[str, ...]
 
 
-def read_scenes(pipe, n: int, first_seed: int, captions: str) -> list[Reading]:
-    """Trace the scenes of `n` seeds as real images, each under its own "sparse" or "dense" caption."""
+def read_scenes(pipe, n: int, first_seed: int) -> list[Reading]:
+    """Trace the scenes of `n` seeds as real images, each under its own caption."""
     readings = []
     for seed in range(first_seed, first_seed + n):
         scene = render(seed, SIZE)
-        caption = scene.caption
-        if captions == "dense":
-            caption = dense_caption(np.random.default_rng([seed, 0]), scene.things, scene.time, scene.trees)
-        record = trace_image(pipe, scene.image, prompt=caption, timesteps=TIMESTEPS, seed=seed)
+        record = trace_image(pipe, scene.image, prompt=scene.caption, timesteps=TIMESTEPS, seed=seed)
         masks = {kind: scene.labels == BY_NAME[kind].id for kind in KINDS}
         masks = {kind: mask for kind, mask in masks.items() if mask.mean() >= MIN_SHARE}
-        named = tuple(kind for kind in masks if f" {kind} " in f" {caption.replace(',', ' ')} ")
+        named = tuple(kind for kind in masks if f" {kind} " in f" {scene.caption.replace(',', ' ')} ")
         alone = [record.select(layers=functools.partial(operator.is_, layer)) for layer in record.layers]
         by_layer = {one.layers[0].name: one.daam() for one in alone}
         readings.append(Reading(record, record.daam(), by_layer, masks, named))
     return readings
 
 
-def measure_words(pipe: DiffusionPipeline, n: int, first_seed: int, *, captions: str = "sparse") -> dict:
+def measure_words(pipe: DiffusionPipeline, n: int, first_seed: int) -> dict:
     """Measure how well words and tokens point at what they name, on held-out scenes.
 
     Args:
         pipe: the model; it may have cross-attention in any blocks.
         n: how many scenes.
         first_seed: that of the first scene; the others follow.
-        captions: the grammar of the scenes' captions, "sparse" or "dense".
 
     Returns:
         Maximum mIoU in percent by class, and their mean. `whole_image`: all of the image as the mask, which a map that
@@ -78,7 +73,7 @@ def measure_words(pipe: DiffusionPipeline, n: int, first_seed: int, *, captions:
     Raises:
         ValueError: if fewer than six scenes show a class, or none names it.
     """
-    readings = read_scenes(pipe, n, first_seed, captions)
+    readings = read_scenes(pipe, n, first_seed)
     found: dict[str, dict] = {"whole_image": {}, "daam": {}, "ldaam": {}, "token": {}}
     layers: dict[str, dict] = {name: {} for name in readings[0].by_layer}
     for kind in KINDS:
@@ -99,7 +94,6 @@ def measure_words(pipe: DiffusionPipeline, n: int, first_seed: int, *, captions:
         "daam_by_layer": {name: _with_mean(by_class) for name, by_class in layers.items()},
         "scenes": n,
         "first_seed": first_seed,
-        "captions": captions,
         "timesteps": list(TIMESTEPS),
     }
 
