@@ -1,17 +1,23 @@
 """The notebooks are kept so that nbval checks them: parameters, counts and outputs are all there."""
 
 import ast
+import base64
+import io
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib
+import matplotlib.pyplot as plt
 import nbformat
+import numpy as np
 import papermill
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 from nbformat.v4 import new_code_cell, new_notebook, new_output
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "notebooks"
@@ -97,6 +103,41 @@ def test_no_stored_output_is_an_error_or_tells_of_the_machine(path):
 def test_no_cell_ends_with_a_semicolon(path):
     # nbval runs cells without history, where IPython shows the value of "plot();" in spite of the semicolon
     assert [cell.source for cell in code_cells(path) if cell.source.rstrip().endswith(";")] == []
+
+
+def pictures(path):
+    """The stored pictures of a notebook."""
+    data = [output.get("data", {}) for cell in code_cells(path) for output in cell.outputs]
+    found = [each[mime] for each in data for mime in ("image/png", "image/jpeg") if mime in each]
+    return [Image.open(io.BytesIO(base64.b64decode(picture))) for picture in found]
+
+
+@each_notebook
+def test_stored_pictures_have_a_colour_for_every_pixel(path):
+    # with a palette, colour bars lose the ends of their map and one image has other colours in every figure
+    assert [picture.mode for picture in pictures(path) if picture.mode != "RGB"] == []
+
+
+@pytest.mark.parametrize("name", ["viridis", "RdBu_r"])
+def test_a_shrunk_figure_keeps_its_colours(tmp_path, name):
+    photograph = np.random.default_rng(0).uniform(size=(12, 12, 3)).repeat(8, 0).repeat(8, 1)
+    figure, axes = plt.subplots(1, 2, dpi=100)
+    axes[0].imshow(photograph)
+    bar = figure.colorbar(axes[1].imshow(np.linspace(0, 1, 10_000).reshape(100, 100), cmap=name)).ax.get_window_extent()
+    figure.savefig(tmp_path / "figure.png")
+    plt.close(figure)
+    data = {"image/png": base64.b64encode((tmp_path / "figure.png").read_bytes()).decode()}
+    cell = new_code_cell("", outputs=[new_output("display_data", data=data)], execution_count=1)
+    nbformat.write(new_notebook(cells=[cell]), tmp_path / "00_test.ipynb")
+    before = np.asarray(Image.open(tmp_path / "figure.png").convert("RGB"), float)
+    subprocess.run([sys.executable, FOLDER / "shrink_pictures.py", tmp_path / "00_test.ipynb"], check=True)
+    (picture,) = pictures(tmp_path / "00_test.ipynb")
+    after = np.asarray(picture, float)
+    assert np.abs(after - before).mean() < 2
+    column = int((bar.x0 + bar.x1) / 2)
+    ends = after[[int(len(after) - bar.y1) + 4, int(len(after) - bar.y0) - 4], column]
+    colours = 255 * np.array(matplotlib.colormaps[name]([0.99, 0.01]))[:, :3]
+    assert np.abs(ends - colours).max() < 8
 
 
 @each_notebook
