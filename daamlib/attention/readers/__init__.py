@@ -17,10 +17,11 @@ from typing import Any
 
 from ...pipeline import denoiser_of
 from ..fingerprint import Fingerprint
+from .cross_transformer import CrossTransformerReader
 from .unet import UNetReader
 
-Reader = UNetReader
-READERS: tuple[type[Reader], ...] = (UNetReader,)  # the first that reads a denoiser does
+Reader = CrossTransformerReader | UNetReader
+READERS: tuple[type[Reader], ...] = (CrossTransformerReader, UNetReader)  # the first that reads a denoiser does
 
 
 def reader_of(pipe: Any, *, middle: bool = False) -> Reader:
@@ -30,8 +31,8 @@ def reader_of(pipe: Any, *, middle: bool = False) -> Reader:
         if reader.reads(denoiser):
             return reader(pipe, middle=middle)
     raise TypeError(
-        f"expected a diffusers pipeline with a U-Net (Stable Diffusion 1.x, 2.x, XL), got {type(pipe).__name__} with a "
-        f"transformer, {type(denoiser).__name__}, which no reader knows"
+        "expected a diffusers pipeline with a U-Net (Stable Diffusion 1.x, 2.x, XL) or with a transformer of PixArt or "
+        f"Sana, got {type(pipe).__name__} with a transformer that no reader knows, {type(denoiser).__name__}"
     )
 
 

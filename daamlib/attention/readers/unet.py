@@ -10,7 +10,7 @@ import torch
 from ...pipeline import denoiser_of
 from ..fingerprint import Fingerprint
 from ..text import TokenEmbeddings, embed_prompt, encode, name_tokens
-from .sites import Pass, Site, is_compiled
+from .sites import Pass, Site, fingerprint_of_sites, is_compiled
 
 
 class UNetReader:
@@ -135,15 +135,7 @@ class UNetReader:
 
     def fingerprint(self) -> Fingerprint:
         """What tells the model from others as it is now, with the LoRA it holds."""
-
-        def project(to_k: torch.nn.Module, embeddings: torch.Tensor) -> torch.Tensor:
-            device = next(to_k.parameters()).device
-            # off-loaded layer by layer, weights are on `meta` and come to where the pipeline computes
-            device = self.pipe._execution_device if device.type == "meta" else device
-            return to_k(embeddings.to(device, self.denoiser.dtype))
-
-        keys = {site.name: functools.partial(project, site.module.to_k) for site in self.sites}
-        return Fingerprint.of_keys(keys, self.sites[0].d_text)
+        return fingerprint_of_sites(self.sites, self.denoiser.dtype, self.pipe._execution_device)
 
 
 def _sites(unet: torch.nn.Module, *, middle: bool) -> Iterator[Site]:
