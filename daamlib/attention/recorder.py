@@ -312,7 +312,8 @@ class Recorder:
     def _collector(self, call: Call, site: Site, queries: torch.Tensor) -> Collector:
         device = self._keep.device
         if self._keep.store == "queries":
-            return Queries(min(call.expected or 4, 128), device)
+            planned = len(call.plan) if call.by_pipeline and call.plan is not None else 4
+            return Queries(min(call.expected or planned, 128), device)
         if self._keep.store == "linear":
             return QuerySum(device)
         layer = self._layer(call, site, queries.shape[1])

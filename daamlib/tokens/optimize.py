@@ -14,7 +14,7 @@ Gradient descent whose step length is set by the iteration alone forgets it: Nov
 
 **Other keys.** Keys with a bias make LD_j(x) = A_j x + o_j: the problem stays convex. Keys that are normalised make it
 LD_j(x) = sum_i r_i(x) (A_ji x + o_ji), which is not: NovoGrad again. In a model that projects its text embeddings
-before its attentions read them, x is a projected one. It reads images, but no prompt can be made of it.
+before its attentions read them, x is a projected one.
 """
 
 import time
@@ -54,6 +54,9 @@ def optimize_token(
     """Fit text embeddings to the masks of a few images of one model, to read its other images with.
 
     Newton's method where the problem is convex (LDAAM with "bce", of keys that are not normalised), else NovoGrad.
+
+    The token reads images. No prompt can be made of it where the model projects its text embeddings before attention
+    reads them (PixArt, Sana): the token is such a projected embedding.
 
     Args:
         records: n images of one model; the fit runs where the first lies.

@@ -652,7 +652,7 @@ def test_queries_state_what_they_need_from_the_first_step(sd1_pipe, caplog):
 
 def test_a_pipeline_without_a_unet():
     pipe = types.SimpleNamespace(transformer=torch.nn.Linear(1, 1))
-    with pytest.raises(TypeError, match="pipeline with a U-Net .* got SimpleNamespace with a transformer"):
+    with pytest.raises(TypeError, match="got SimpleNamespace with a transformer .* Linear"):
         with daamlib.trace(pipe):
             pass
     with pytest.raises(TypeError, match="got str: DAAM reads"), daamlib.trace("a model"):

@@ -30,9 +30,12 @@ def reader_of(pipe: Any, *, middle: bool = False) -> Reader:
     for reader in READERS:
         if reader.reads(denoiser):
             return reader(pipe, middle=middle)
+    kind = type(denoiser).__name__
+    if "3D" in kind:
+        raise TypeError(f"a {kind} makes videos: its attention is over time, height and width, maps are of images")
     raise TypeError(
         "expected a diffusers pipeline with a U-Net (Stable Diffusion 1.x, 2.x, XL) or with a transformer of PixArt or "
-        f"Sana, got {type(pipe).__name__} with a transformer that no reader knows, {type(denoiser).__name__}"
+        f"Sana, got {type(pipe).__name__} with a transformer that no reader knows, {kind}"
     )
 
 
