@@ -87,6 +87,19 @@ def test_records_of_one_trace_share_no_storage_on_disk(record, path):
     assert path.stat().st_size < 1.2 * (record.nbytes + 77 * 24 * 4 + sum(a.key_weight.nbytes for a in record.layers))
 
 
+def test_a_file_from_before_there_were_other_keys(sd1_pipe, tmp_path):
+    """Those of U-Nets hold the same tensors as then."""
+    with daamlib.trace(sd1_pipe, self_attention=True) as trace:
+        generate(sd1_pipe, PROMPT)
+    trace[0].save(tmp_path / "a.safetensors")
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        names = {name.partition(".")[2] for name in file.keys() if name[0].isdigit()}
+    assert names == {"key_weight", "queries"}
+    rewrite(tmp_path / "a.safetensors", lambda header, tensors: header["self_attention"].pop("linear"))
+    back = AttentionRecord.load(tmp_path / "a.safetensors", pipe=sd1_pipe)
+    assert torch.equal(back.refine(back.ldaam()).values, trace[0].refine(trace[0].ldaam()).values)
+
+
 def test_without_a_pipeline_there_are_maps_but_no_texts(record, path):
     assert AttentionRecord.load(path).device.type == "cpu"
     back = AttentionRecord.load(path, device=record.device)

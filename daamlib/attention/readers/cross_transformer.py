@@ -61,6 +61,8 @@ class CrossTransformerReader:
         text = torch.ones(1, PROBE_TOKENS, config.caption_channels or config.cross_attention_dim)
         arguments = self._arguments(latents, 0.0, text, torch.ones(1, PROBE_TOKENS), (patch, PROBE_POSITIONS * patch))
         with ExitStack() as stack, torch.no_grad():
+            if self.is_compiled:  # what was compiled before would not call the hooks
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             for name, module in self.denoiser.named_modules():
                 if getattr(module, "to_k", None) is not None and hasattr(module, "to_q"):
                     hook = lambda _, args, name=name: keep(name.replace("_orig_mod.", ""), args)  # noqa: E731
