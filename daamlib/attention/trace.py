@@ -38,11 +38,12 @@ def trace(
     leaves that of the passes made; the records of the calls before stay. In a denoising loop of your own, embed the
     texts by `pipe.encode_prompt` inside the `with`, so that the conditional half of guidance can be told.
 
-    A U-Net that `torch.compile` has compiled runs uncompiled inside the `with`, as everything else that is compiled:
+    A denoiser that `torch.compile` has compiled runs uncompiled inside the `with`, as everything else that is compiled:
     code that was compiled before the hooks came would never call them. Its image is the uncompiled model's.
 
     Args:
-        pipe: a diffusers pipeline with a U-Net with cross-attention (SD 1.x, SD 2.x, SDXL; also img2img, LoRA).
+        pipe: a diffusers pipeline whose denoiser has cross-attention: a U-Net (SD 1.x, SD 2.x, SDXL; also img2img,
+            LoRA), or a transformer of PixArt-alpha, PixArt-Sigma, Sana 1.0 or 1.5.
         branch: the half of classifier-free guidance to read.
         store: "queries" keeps what any later text needs: steps * sum over layers of (h*w * channels) numbers an image
             in the pipeline's dtype (logged after the first step, and `trace.bytes_needed`). "linear" keeps only their
@@ -58,8 +59,8 @@ def trace(
         The records, growing while images are generated.
 
     Raises:
-        TypeError: the pipeline has no U-Net.
-        ValueError: its U-Net has no cross-attention, or an option is unknown.
+        TypeError: the pipeline is of no family that can be read.
+        ValueError: its denoiser has no cross-attention, or an option is unknown.
     """
     for name, value, known in (("branch", branch, Branch), ("store", store, Store)):
         if value not in get_args(known):
