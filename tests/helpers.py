@@ -5,6 +5,7 @@
 
 from collections import defaultdict
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import torch
 from beartype import BeartypeConf, beartype
@@ -39,13 +40,14 @@ class Capture:
     """An attention processor that keeps every pass: (batch, head, h*w, token) probabilities and scaled scores."""
 
     def __init__(self):
-        self.probabilities, self.scores = [], []
+        self.queries, self.probabilities, self.scores = [], [], []  # queries are (batch, head, h*w, d_head)
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **_):
         query = attn.head_to_batch_dim(attn.to_q(hidden_states))
         key = attn.head_to_batch_dim(attn.to_k(encoder_hidden_states))
         value = attn.head_to_batch_dim(attn.to_v(encoder_hidden_states))
         probabilities = attn.get_attention_scores(query, key, attention_mask)
+        self.queries.append(query.unflatten(0, (-1, attn.heads)))
         self.probabilities.append(probabilities.unflatten(0, (-1, attn.heads)))
         self.scores.append((attn.scale * query @ key.transpose(1, 2)).unflatten(0, (-1, attn.heads)))
         hidden_states = attn.batch_to_head_dim(probabilities @ value)
@@ -63,6 +65,23 @@ def capture(unet):
         yield found
     finally:
         unet.set_attn_processor(before)
+
+
+def with_text(unet, captures, embeddings):
+    """What would have been captured under (m, d_text) embeddings of another text, from the queries as they were."""
+    found = {}
+    for name, captured in captures.items():
+        attn = unet.get_submodule(name)
+        key = attn.head_to_batch_dim(attn.to_k(embeddings[None])).transpose(1, 2)
+        scores = [attn.scale * query @ key for query in captured.queries]
+        found[name] = SimpleNamespace(scores=scores, probabilities=[each.softmax(dim=-1) for each in scores])
+    return found
+
+
+def iou(one, other):
+    """Of two boolean arrays, wherever they lie."""
+    one, other = one.cpu(), other.cpu()
+    return ((one & other).sum() / (one | other).sum()).item()
 
 
 def naive_maps(captures, grids, image, *, kind="probabilities", mode="bilinear"):

@@ -71,10 +71,10 @@ def test_refined_maps_are_those_of_the_explicit_matrix(of_image):
         assert_close(refined.values.flatten(1), expected, 1e-5)
 
 
-@pytest.mark.parametrize("family", ["sd2", "sdxl"])
+@pytest.mark.supports(feature="self-attention")
 @pytest.mark.parametrize("store", ["queries", "linear"])
-def test_other_families(request, family, store):
-    record, matrix = traced(request.getfixturevalue(f"{family}_pipe"), store)
+def test_every_family(pipe, store):
+    record, matrix = traced(pipe, store)
     maps = record.ldaam("a tree")
     assert record.self_attention.grid == record.grid
     assert_close(record.refine(maps).values.flatten(1), maps.values.flatten(1) @ matrix.T, 1e-5)
