@@ -46,7 +46,8 @@ class Capture:
         query = attn.head_to_batch_dim(attn.to_q(hidden_states))
         key = attn.head_to_batch_dim(attn.to_k(encoder_hidden_states))
         value = attn.head_to_batch_dim(attn.to_v(encoder_hidden_states))
-        probabilities = attn.get_attention_scores(query, key, attention_mask)
+        mask = attn.prepare_attention_mask(attention_mask, key.shape[1], len(hidden_states))
+        probabilities = attn.get_attention_scores(query, key, mask)
         self.queries.append(query.unflatten(0, (-1, attn.heads)))
         self.probabilities.append(probabilities.unflatten(0, (-1, attn.heads)))
         self.scores.append((attn.scale * query @ key.transpose(1, 2)).unflatten(0, (-1, attn.heads)))
@@ -55,11 +56,12 @@ class Capture:
 
 
 @contextmanager
-def capture(unet):
-    """{module name: Capture} of every cross-attention but the middle block's."""
+def capture(unet, names=None):
+    """{module name: Capture} of these attentions; None: of every cross-attention but the middle block's."""
     before = unet.attn_processors
-    names = [name for name in before if "attn2" in name and "mid_block" not in name]
-    found = {name.removesuffix(".processor"): Capture() for name in names}
+    if names is None:
+        names = [name.removesuffix(".processor") for name in before if "attn2" in name and "mid_block" not in name]
+    found = {name: Capture() for name in names}
     unet.set_attn_processor({**before, **{name + ".processor": capture for name, capture in found.items()}})
     try:
         yield found
