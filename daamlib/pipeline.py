@@ -54,42 +54,42 @@ def image_size(pipe: Any) -> tuple[int, int]:
     """The size of the images that a pipeline makes unless it is told another.
 
     Args:
-        pipe: a diffusers pipeline with a U-Net.
+        pipe: a diffusers pipeline with a U-Net or a transformer.
 
     Returns:
         Height and width in pixels.
 
     Raises:
-        TypeError: for a pipeline without a U-Net.
-        ValueError: for a U-Net whose config does not say it.
+        TypeError: for a pipeline without a denoiser.
+        ValueError: for a denoiser whose config does not say it.
     """
-    unet: Any = unet_of(pipe)
-    cells = unet.config.sample_size
+    cells = getattr(denoiser_of(pipe).config, "sample_size", None)
     height, width = cells if isinstance(cells, list | tuple) else (cells, cells)
     if not height or not width:
-        raise ValueError(f"the U-Net's config has the sample_size {cells!r}: expected the cells of a latent's side")
+        raise ValueError(f"the denoiser's config has the sample_size {cells!r}: expected the cells of a latent's side")
     return height * pipe.vae_scale_factor, width * pipe.vae_scale_factor
 
 
-def unet_of(pipe: Any) -> torch.nn.Module:
-    """The pipeline's U-Net itself, not the wrapper of `torch.compile`, whose signature and layer names are others.
+def denoiser_of(pipe: Any) -> Any:
+    """The pipeline's denoiser itself, not the wrapper of `torch.compile`, whose signature and layer names are others.
 
     Args:
         pipe: a diffusers pipeline.
 
     Returns:
-        The U-Net.
+        Its U-Net or transformer.
 
     Raises:
         TypeError: for a pipeline without one.
     """
-    unet = getattr(pipe, "unet", None)
-    if not isinstance(unet, torch.nn.Module):
-        raise TypeError(
-            f"expected a diffusers pipeline with a U-Net (Stable Diffusion 1.x, 2.x, XL), got {type(pipe).__name__}"
-            f"{' with a transformer' if hasattr(pipe, 'transformer') else ''}: DAAM reads U-Net cross-attention"
-        )
-    return getattr(unet, "_orig_mod", unet)
+    for part in ("unet", "transformer"):
+        denoiser = getattr(pipe, part, None)
+        if isinstance(denoiser, torch.nn.Module):
+            return getattr(denoiser, "_orig_mod", denoiser)
+    raise TypeError(
+        f"expected a diffusers pipeline with a U-Net or a transformer, got {type(pipe).__name__}: DAAM reads the "
+        "attention of its denoiser"
+    )
 
 
 @contextmanager

@@ -23,6 +23,7 @@ class Encoding:
     guided: bool
     options: Mapping[str, Any]
     texts: Mapping[str, TokenEmbeddings]  # further texts embedded in the same way
+    mask: torch.Tensor | None = None  # of the positive text: which tokens take part
 
     def kinds(self, text: torch.Tensor) -> list[str]:
         """For each chunk of n rows of a batch whether it is the "conditional", "unconditional" or an "other" text."""

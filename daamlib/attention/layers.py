@@ -8,6 +8,69 @@ from jaxtyping import Float
 
 
 @dataclass(frozen=True, eq=False)
+class KeyProjection:
+    """What makes keys of text embeddings in one layer: k(c) = n(W c + b), where n is the identity or an RMS norm.
+
+    With r(c) = (mean((W c + b)^2) + eps)^-1/2, one number a token, the norm is n(W c + b) = r(c) g (W c + b).
+
+    Attributes:
+        weight: W.
+        bias: b, or None.
+        norm: g, the weight of the RMS norm across all heads, or None where the keys are not normalised.
+        eps: of the norm.
+    """
+
+    weight: Float[torch.Tensor, "channels d_text"]
+    bias: Float[torch.Tensor, " channels"] | None = None
+    norm: Float[torch.Tensor, " channels"] | None = None
+    eps: float = 0.0
+
+    def __call__(self, embeddings: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        """(m, d_text) embeddings -> (m, heads * d_head) keys times `scale`, in the embeddings' type."""
+        keys = embeddings @ (self.weight.to(embeddings.dtype) * scale).T
+        if self.bias is not None:
+            keys = keys + self.bias.to(keys.dtype) * scale
+        if self.norm is not None:
+            keys = keys * self.norm.to(keys.dtype) * self.norm_factor(embeddings)[:, None]
+        return keys
+
+    def norm_factor(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """(m, d_text) embeddings -> (m,) numbers r(c); ones without a norm."""
+        if self.norm is None:
+            return embeddings.new_ones(len(embeddings))
+        keys = replace(self, norm=None)(embeddings)
+        return (keys.square().mean(dim=1) + self.eps).rsqrt()
+
+    def augmented(self) -> Float[torch.Tensor, "channels columns"]:
+        """g [W, b], what the keys are up to r(c), in float32; without a bias g W, of one column less."""
+        weight = self.weight.float()
+        weight = weight if self.bias is None else torch.cat([weight, self.bias.float()[:, None]], dim=1)
+        return weight if self.norm is None else weight * self.norm.float()[:, None]
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The weight, and the bias and norm that there are, by name."""
+        found = {name: getattr(self, name) for name in ("weight", "bias", "norm")}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    def to(self, device: torch.device) -> "KeyProjection":
+        """The same on `device`."""
+        return KeyProjection(**{name: tensor.to(device) for name, tensor in self.tensors.items()}, eps=self.eps)
+
+    def equals(self, other: "KeyProjection") -> bool:
+        """Whether the two are the same, bit for bit."""
+        own, others = self.tensors, other.tensors
+        same = self.eps == other.eps and {n: t.shape for n, t in own.items()} == {n: t.shape for n, t in others.items()}
+        return same and all(torch.equal(tensor, others[name]) for name, tensor in own.items())
+
+    def of_heads(self, columns: torch.Tensor) -> "KeyProjection":
+        """The keys of some of the channels. ValueError where a norm joins them all."""
+        if self.norm is not None:
+            raise ValueError("heads cannot be taken apart: the keys of this model are normalised across its heads")
+        return KeyProjection(self.weight[columns], None if self.bias is None else self.bias[columns])
+
+
+@dataclass(frozen=True, eq=False)
 class Layer:
     """What one cross-attention layer (thesis: i) leaves behind of one image.
 
@@ -16,7 +79,7 @@ class Layer:
         grid: (h, w) of its positions.
         heads: number of heads.
         scale: d_head ** -0.5, the factor of the scores.
-        key_weight: (heads * d_head, d_text), W_k as it was while generating (LoRA included).
+        to_k: what made keys of the text while generating (LoRA included).
         queries: (step, h*w, heads * d_head) in the pipeline's dtype; None unless the trace stored "queries".
         query_sum: (h*w, heads * d_head) float32, the sum over the steps; None where `queries` is kept.
         maps: text -> (m, h, w) float32, DAAM of the texts that a trace with `store="maps"` was given, and of the prompt
@@ -27,19 +90,23 @@ class Layer:
     grid: tuple[int, int]
     heads: int
     scale: float
-    key_weight: Float[torch.Tensor, "channels d_text"]
+    to_k: KeyProjection
     queries: Float[torch.Tensor, "steps positions channels"] | None = None
     query_sum: Float[torch.Tensor, "positions channels"] | None = None
     maps: Mapping[str | None, torch.Tensor] = field(default_factory=dict)
 
     def keys(self, embeddings: torch.Tensor) -> torch.Tensor:
         """(m, d_text) embeddings -> (heads, m, d_head) keys, scaled, in the embeddings' type."""
-        keys = embeddings @ (self.key_weight.to(embeddings.dtype) * self.scale).T
-        return keys.unflatten(1, (self.heads, -1)).transpose(0, 1)
+        return self.to_k(embeddings, self.scale).unflatten(1, (self.heads, -1)).transpose(0, 1)
 
     def project(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """(m, d_text) embeddings -> (m, heads * d_head) keys as they are, in float32 where the key weights lie."""
-        return embeddings.to(self.key_weight.device) @ self.key_weight.float().T
+        """(m, d_text) embeddings -> (m, heads * d_head) keys as they are, where the key weights lie."""
+        return self.to_k(embeddings.to(self.to_k.weight.device))
+
+    @property
+    def key_weight(self) -> Float[torch.Tensor, "channels d_text"]:
+        """(heads * d_head, d_text), W_k."""
+        return self.to_k.weight
 
     def summed_queries(self) -> torch.Tensor:
         """(h*w, heads * d_head) float32: sum over the steps, accumulated in float32."""
@@ -56,9 +123,10 @@ class Layer:
 
     def to(self, device: torch.device) -> "Layer":
         """The layer with its tensors on `device`."""
-        names = [name for name in ("key_weight", "queries", "query_sum") if getattr(self, name) is not None]
+        names = [name for name in ("queries", "query_sum") if getattr(self, name) is not None]
         maps = {text: values.to(device) for text, values in self.maps.items()}
-        return replace(self, maps=maps, **{name: getattr(self, name).to(device) for name in names})
+        kept = {name: getattr(self, name).to(device) for name in names}
+        return replace(self, to_k=self.to_k.to(device), maps=maps, **kept)
 
     def select(self, steps: Sequence[int] | None, heads: Sequence[int] | None) -> "Layer":
         """The layer with only some steps and heads (by number); kept maps, which are sums over both, are left out."""
@@ -70,7 +138,7 @@ class Layer:
             layer = replace(
                 layer,
                 heads=len(heads),
-                key_weight=layer.key_weight[columns],
+                to_k=layer.to_k.of_heads(columns),
                 queries=None if layer.queries is None else layer.queries[..., columns],
                 query_sum=None if layer.query_sum is None else layer.query_sum[..., columns],
                 maps={},

@@ -9,8 +9,14 @@ Without the softmax everything after the query is linear in the text embedding x
 
 While generating this costs one addition per layer and step, its memory does not grow with the steps, and any word's
 map is one matrix product afterwards.
+
+Where the keys have a bias, k = W_k x + b, A has one column more and LD(x) = A [x; 1]. Where they are normalised,
+k = r_i(x) g (W_k x + b) with one number r_i(x) a token and layer (`KeyProjection`), only steps and heads collapse:
+
+    LD(x) = sum_i r_i(x) A_i [x; 1],        A_i = Up( s * (sum_t Q[t,i]) g [W_k[i], b[i]] )
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,7 +25,7 @@ from jaxtyping import Float
 from torch.nn import functional as F
 
 from .heatmaps import upsample
-from .layers import Layer
+from .layers import KeyProjection, Layer
 from .text import TokenEmbeddings, check_embeddings
 
 
@@ -29,9 +35,11 @@ class LinearMap:
 
     Attributes:
         weight: (H, W, d_text) float32, A in the derivation above.
+        bias: (H, W) float32, the last column of A where the keys have a bias; else None.
     """
 
     weight: Float[torch.Tensor, "height width d_text"]
+    bias: Float[torch.Tensor, "height width"] | None = None
 
     def __call__(self, embeddings: torch.Tensor | TokenEmbeddings) -> Float[torch.Tensor, "m height width"]:
         """(m, d_text) token embeddings -> (m, H, W) maps, differentiable in the embeddings.
@@ -40,15 +48,55 @@ class LinearMap:
         """
         height, width, d_text = self.weight.shape
         values = check_embeddings(embeddings, d_text, self.weight.device)
-        return F.linear(values, self.weight.to(values.dtype).reshape(-1, d_text)).view(-1, height, width)
+        bias = None if self.bias is None else self.bias.to(values.dtype).flatten()
+        return F.linear(values, self.weight.to(values.dtype).reshape(-1, d_text), bias).view(-1, height, width)
 
 
-def collapse(layers: Sequence[Layer], grid: tuple[int, int]) -> LinearMap:
-    """A of the module's derivation: layers of one grid are summed before they are up-sampled, once, to `grid`."""
+@dataclass(frozen=True, eq=False)
+class NormedLinearMap:
+    """The whole of Linear DAAM for one image of a model that normalises its keys: one linear map a layer.
+
+    Attributes:
+        maps: A_i in the derivation above.
+        to_k: of each layer, for r_i.
+    """
+
+    maps: tuple[LinearMap, ...]
+    to_k: tuple[KeyProjection, ...]
+
+    def __call__(self, embeddings: torch.Tensor | TokenEmbeddings) -> Float[torch.Tensor, "m height width"]:
+        """(m, d_text) token embeddings -> (m, H, W) maps, differentiable in the embeddings.
+
+        Raises ValueError if the embeddings are not (m, d_text).
+        """
+        weight = self.maps[0].weight
+        values = check_embeddings(embeddings, weight.shape[2], weight.device)
+        factors = [to_k.norm_factor(values)[:, None, None] for to_k in self.to_k]
+        return functools.reduce(torch.add, [r * part(values) for r, part in zip(factors, self.maps, strict=True)])
+
+    def near(self, embeddings: torch.Tensor) -> LinearMap:
+        """The linear map with each layer's r_i held at its mean over (m, d_text) embeddings."""
+        values = embeddings.to(self.maps[0].weight)
+        factors = [to_k.norm_factor(values).mean() for to_k in self.to_k]
+        return LinearMap(functools.reduce(torch.add, [r * a.weight for r, a in zip(factors, self.maps, strict=True)]))
+
+
+def collapse(layers: Sequence[Layer], grid: tuple[int, int]) -> LinearMap | NormedLinearMap:
+    """A of the module's derivation, or each A_i where the keys are normalised; all are up-sampled to `grid`."""
+    if all(layer.to_k.norm is None for layer in layers):
+        return _sum(layers, grid)
+    return NormedLinearMap(tuple(_sum([layer], grid) for layer in layers), tuple(layer.to_k for layer in layers))
+
+
+def _sum(layers: Sequence[Layer], grid: tuple[int, int]) -> LinearMap:
+    """The sum of A_i over the layers: those of one grid are summed before they are up-sampled, once."""
+    d_text, biased = layers[0].to_k.weight.shape[1], layers[0].to_k.bias is not None
     by_grid: dict[tuple[int, int], torch.Tensor] = {}
     for layer in layers:
-        weight = layer.summed_queries() @ (layer.key_weight.float() * layer.scale)
+        weight = layer.summed_queries() @ (layer.to_k.augmented() * layer.scale)
         by_grid[layer.grid] = by_grid[layer.grid] + weight if layer.grid in by_grid else weight
-    # (h*w, d_text) -> (d_text, h, w) for the interpolation
+    # (h*w, columns) -> (columns, h, w) for the interpolation
     maps = [upsample(weight.T.unflatten(1, (h, w)), grid) for (h, w), weight in by_grid.items()]
-    return LinearMap(torch.stack(maps).sum(dim=0).permute(1, 2, 0).contiguous())
+    columns = torch.stack(maps).sum(dim=0)
+    weight = columns[:d_text].permute(1, 2, 0).contiguous()
+    return LinearMap(weight, columns[d_text] if biased else None)

@@ -49,7 +49,7 @@ def trace_image(
     alphas = pipe.scheduler.alphas_cumprod.to(device)  # a scheduler takes them along to where it was last used
     if not steps or min(steps) < 0 or max(steps) >= len(alphas):
         raise ValueError(f"timesteps must be one or more of 0 ... {len(alphas) - 1}, got {list(timesteps)}")
-    pixels = _pixels(image, pipe.vae_scale_factor).float().to(device)
+    pixels = _pixels(image, reader.image_factor).float().to(device)
     with _wide_enough(pipe.vae) as vae:
         latents = vae.encode(pixels.to(vae.dtype)).latent_dist.mean.float() * vae.config.scaling_factor
     generator = torch.Generator("cpu").manual_seed(seed)

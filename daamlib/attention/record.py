@@ -13,15 +13,15 @@ from ..io import load_tensors, save_tensors
 from .daam import daam
 from .fingerprint import Fingerprint
 from .heatmaps import HeatMaps, upsample
-from .layers import Layer
-from .ldaam import LinearMap, collapse
+from .layers import KeyProjection, Layer
+from .ldaam import LinearMap, NormedLinearMap, collapse
 from .readers import fingerprint_of, reader_of
 from .self_attention import SelfAttention
 from .softmax import MAX_BYTES
 from .text import TokenEmbeddings, Word, check_embeddings
 
 FORMAT = "daamlib-record-2"
-TENSORS = ("key_weight", "queries", "query_sum")  # of a layer, in a file
+TENSORS = ("queries", "query_sum")  # of a layer, in a file, beside the tensors of its keys
 ENCODER_TOLERANCE = 0.05  # of the prompt's embeddings, between two loads of one text encoder in other precisions
 
 
@@ -62,12 +62,12 @@ class AttentionRecord:
     @property
     def d_text(self) -> int:
         """The width of the text embeddings."""
-        return self.layers[0].key_weight.shape[1]
+        return self.layers[0].to_k.weight.shape[1]
 
     @property
     def device(self) -> torch.device:
         """Where the record's tensors lie, and its maps are computed."""
-        return self.layers[0].key_weight.device
+        return self.layers[0].to_k.weight.device
 
     @functools.cached_property
     def fingerprint(self) -> Fingerprint:
@@ -175,13 +175,16 @@ class AttentionRecord:
         """Linear DAAM of (m, d_text) embeddings, differentiable in them. Raises ValueError for another width."""
         return _named(self.linear_map()(embeddings), embeddings)
 
-    def linear_map(self) -> LinearMap:
-        """LDAAM collapsed to one tensor (H, W, d_text), computed once; `daamlib.attention.ldaam` derives it."""
+    def linear_map(self) -> LinearMap | NormedLinearMap:
+        """LDAAM collapsed to one tensor (H, W, d_text), computed once; `daamlib.attention.ldaam` derives it.
+
+        Of a model that normalises its keys, to one tensor a layer.
+        """
         return self._linear_map
 
     @functools.cached_property
     @torch.inference_mode(False)  # it is kept, and a tensor of inference mode can never be differentiated through
-    def _linear_map(self) -> LinearMap:
+    def _linear_map(self) -> LinearMap | NormedLinearMap:
         return collapse(self.layers, self.grid)
 
     def refine(self, heat_maps: HeatMaps, *, iterations: int = 1) -> HeatMaps:
@@ -272,6 +275,7 @@ class AttentionRecord:
         """Write the record to one `.safetensors` file; a file of that name is replaced only when all is written."""
         tensors = {"prompt_embeddings": self.prompt_embeddings.values}
         for number, layer in enumerate(self.layers):
+            tensors |= {f"{number}.key_{name}": tensor for name, tensor in layer.to_k.tensors.items()}
             tensors |= {f"{number}.{name}": getattr(layer, name) for name in TENSORS}
             tensors |= {f"{number}.maps.{key}": values for key, values in enumerate(layer.maps.values())}
         tensors |= {f"texts.{key}": text.values for key, text in enumerate(self.texts.values())}
@@ -279,7 +283,8 @@ class AttentionRecord:
         if beside is not None:
             tensors |= {f"self.{name}": getattr(beside, name) for name in ("queries", "keys", "mean")}
         header = {
-            "self_attention": beside and {"grid": beside.grid, "heads": beside.heads, "scale": beside.scale},
+            "self_attention": beside
+            and {"grid": beside.grid, "heads": beside.heads, "scale": beside.scale, "linear": beside.linear},
             "prompt": self.prompt,
             "tokens": self.prompt_embeddings.tokens,
             "words": self.prompt_embeddings.words,
@@ -289,6 +294,7 @@ class AttentionRecord:
             "texts": {text: [embeddings.tokens, embeddings.words] for text, embeddings in self.texts.items()},
             "layers": [
                 {"name": layer.name, "grid": layer.grid, "heads": layer.heads, "scale": layer.scale}
+                | ({} if layer.to_k.norm is None else {"key_eps": layer.to_k.eps})
                 for layer in self.layers
             ],
         }
@@ -323,11 +329,16 @@ class AttentionRecord:
                 kept = [(text, f"{number}.maps.{key}") for key, text in enumerate([None, *texts])]
                 found["maps"] = {text: tensors[name] for text, name in kept if name in tensors}
                 grid, heads, scale = tuple(fields["grid"]), int(fields["heads"]), float(fields["scale"])
-                layers.append(Layer(fields["name"], grid, heads, scale, **found))
+                keys: dict[str, Any] = {
+                    name: tensors.get(f"{number}.key_{name}") for name in ("weight", "bias", "norm")
+                }
+                to_k = KeyProjection(**keys, eps=float(fields.get("key_eps", 0.0)))
+                layers.append(Layer(fields["name"], grid, heads, scale, to_k, **found))
             beside = header["self_attention"]
             if beside is not None:
                 held = {name: tensors.get(f"self.{name}") for name in ("queries", "keys", "mean")}
-                beside = SelfAttention(tuple(beside["grid"]), int(beside["heads"]), float(beside["scale"]), **held)
+                grid, heads, scale = tuple(beside["grid"]), int(beside["heads"]), float(beside["scale"])
+                beside = SelfAttention(grid, heads, scale, **held, linear=bool(beside.get("linear", False)))
             record = cls(
                 self_attention=beside,
                 prompt=header["prompt"],
@@ -390,6 +401,10 @@ def _check(record: AttentionRecord) -> None:
             raise ValueError(
                 f"the keys of {layer.name} have shape {tuple(layer.key_weight.shape)}, not {layer.heads} heads of "
                 f"width {d_text}"
+            )
+        if any(tensor.shape[:1] != layer.key_weight.shape[:1] for tensor in layer.to_k.tensors.values()):
+            raise ValueError(
+                f"the bias or norm of the keys of {layer.name} does not fit their {len(layer.key_weight)} channels"
             )
         if kept is None or tuple(kept.shape) != expected:
             got = None if kept is None else tuple(kept.shape)

@@ -12,7 +12,7 @@ import torch
 
 from .batches import Batch, Encoding, halves, known_batch, own_batch
 from .collectors import Collector, OnlineMaps, Queries, QuerySum
-from .layers import Layer
+from .layers import KeyProjection, Layer
 from .readers import reader_of
 from .readers.sites import Pass, Site
 from .record import AttentionRecord
@@ -23,7 +23,6 @@ log = logging.getLogger("daamlib")
 
 Branch = Literal["conditional", "unconditional"]
 Store = Literal["queries", "linear", "maps"]
-EMBEDDED_WITH = ("clip_skip", "lora_scale", "prompt_2")  # arguments of `encode_prompt` that later texts need
 
 
 class EmptyTraceError(IndexError, ValueError):
@@ -74,7 +73,7 @@ class Call:
 
     by_pipeline: bool
     batch: Batch
-    embeddings: torch.Tensor  # (image, token, d_text) of the conditional half
+    embeddings: Sequence[TokenEmbeddings]  # of each image's prompt, as the conditional half receives it
     latent: tuple[int, int]
     plan: Any  # the scheduler's timesteps, a new object in every call
     expected: int | None  # passes, if they are known
@@ -83,7 +82,7 @@ class Call:
     latest: Batch
     texts: Mapping[str, TokenEmbeddings]  # to keep maps of
     collectors: dict[str, Collector] = field(default_factory=dict)
-    keys: dict[str, torch.Tensor] = field(default_factory=dict)
+    keys: dict[str, KeyProjection] = field(default_factory=dict)
     self_attention: dict[str, SelfAttentionCollector] = field(default_factory=dict)
     self_positions: dict[str, int] = field(default_factory=dict)  # of each of these
     timesteps: list[Any] = field(default_factory=list)
@@ -111,7 +110,7 @@ class Recorder:
         self._pass: tuple[Pass, slice | None] | None = None  # under way, and its rows to keep
         self._broken_plan: Any = None  # of a loop of one's own that did not end
         self._self_queries: dict[str, torch.Tensor] = {}  # whose keys are about to come
-        self._keys: dict[str, torch.Tensor] = {}  # the latest key weights, shared by the records
+        self._keys: dict[str, KeyProjection] = {}  # the latest, shared by the records
 
     def attach(self, stack: ExitStack) -> None:
         """Register all hooks, to be removed with the stack."""
@@ -123,13 +122,13 @@ class Recorder:
         stack.enter_context(_watch(self._pipe, "maybe_free_model_hooks", self._after_pipeline))
         for site in self._sites:
             hook = lambda module, args, output, site=site: self._after_queries(site, output)  # noqa: E731
-            stack.callback(site.to_q.register_forward_hook(hook).remove)
+            stack.callback(site.queries.register_forward_hook(hook).remove)
         if self._keep.self_attention:
             for site in self._reader.self_sites:
                 hook = lambda module, args, output, site=site: self._after_self_queries(site, output)  # noqa: E731
-                stack.callback(site.to_q.register_forward_hook(hook).remove)
+                stack.callback(site.queries.register_forward_hook(hook).remove)
                 hook = lambda module, args, output, site=site: self._after_self_keys(site, output)  # noqa: E731
-                stack.callback(site.module.to_k.register_forward_hook(hook).remove)
+                stack.callback(site.keys.register_forward_hook(hook).remove)
         denoiser = self._reader.denoiser
         stack.callback(denoiser.register_forward_pre_hook(self._before_pass, with_kwargs=True).remove)
         stack.callback(denoiser.register_forward_hook(lambda *_: self._after_pass()).remove)
@@ -146,15 +145,15 @@ class Recorder:
     def _after_prompt(self, arguments: dict, result: tuple) -> None:
         if self._embedding:
             return
-        positive, negative = result[0].detach().clone(), result[1]
+        positive, mask, negative = map(_copy, self._reader.prompt_of(result))
+        assert positive is not None
         prompt, count = arguments.get("prompt"), arguments.get("num_images_per_prompt") or 1
         prompts = [prompt] if isinstance(prompt, str) else prompt
         names = tuple(p for p in prompts for _ in range(count)) if prompts else ()
         names = names if len(names) == len(positive) else (None,) * len(positive)
-        options = {name: arguments[name] for name in EMBEDDED_WITH if arguments.get(name) is not None}
+        options = {name: arguments[name] for name in self._reader.options if arguments.get(name) is not None}
         guided = arguments.get("do_classifier_free_guidance", negative is not None)
-        negative = None if negative is None else negative.detach().clone()
-        encoding = Encoding(names, positive, negative, bool(guided), options, self._embed_texts(options))
+        encoding = Encoding(names, positive, negative, bool(guided), options, self._embed_texts(options), mask)
         self._encodings = [*self._encodings[-7:], encoding]
 
     def _embed_texts(self, options: Mapping[str, Any]) -> dict[str, TokenEmbeddings]:
@@ -248,13 +247,18 @@ class Recorder:
         if any(site.module.to_q is not site.to_q for site in self._sites):
             raise ValueError("layers of the denoiser were replaced inside the `with`, as a LoRA does: load it before")
         known = batch.encoding if batch.conditional is None else None  # the negative text is denoised by itself
-        text = known.positive if known is not None else told.text[batch.conditional]
+        if known is not None:
+            text, mask = known.positive, known.mask
+        else:
+            text = told.text[batch.conditional].detach().clone()
+            mask = None if told.mask is None else told.mask[batch.conditional]
+        options = batch.encoding.options if batch.encoding else {}
         planned = None if plan is None else len(plan)  # some schedulers have none before their first `set_timesteps`
         expected = getattr(self._pipe, "num_timesteps", None) if self._in_pipeline else planned
         return Call(
             by_pipeline=self._in_pipeline,
             batch=batch,
-            embeddings=text.detach().clone(),
+            embeddings=self._reader.named(batch.prompts, text, mask, options),
             latent=(told.sample.shape[-2], told.sample.shape[-1]),
             plan=plan,
             expected=expected,
@@ -294,15 +298,15 @@ class Recorder:
             return
         queries = output.detach()[rows]
         if site.name not in call.collectors:
-            call.keys[site.name] = self._key_weight(site, output)
+            call.keys[site.name] = self._key_projection(site, output)
             call.collectors[site.name] = self._collector(call, site, queries)
         call.collectors[site.name].add(queries)
 
-    def _key_weight(self, site: Site, like: torch.Tensor) -> torch.Tensor:
-        """W_k as it acts now; the tensor that is kept already, if it is the same."""
-        weight, known = site.key_weight(like).to(self._keep.device or like.device), self._keys.get(site.name)
-        if known is None or known.shape != weight.shape or not torch.equal(known, weight):
-            self._keys[site.name] = weight
+    def _key_projection(self, site: Site, like: torch.Tensor) -> KeyProjection:
+        """What makes the keys now; the one that is kept already, if it is the same."""
+        to_k, known = site.key_projection(like).to(self._keep.device or like.device), self._keys.get(site.name)
+        if known is None or not known.equals(to_k):
+            self._keys[site.name] = to_k
         return self._keys[site.name]
 
     def _collector(self, call: Call, site: Site, queries: torch.Tensor) -> Collector:
@@ -317,7 +321,7 @@ class Recorder:
             return layer.keys(values.to(layer.key_weight.device, torch.float32)).to(queries.device)
 
         known: dict[str | None, torch.Tensor] = {text: keys(each.values) for text, each in call.texts.items()}
-        by_image = [{None: keys(own), **known} for own in call.embeddings]
+        by_image = [{None: keys(own.values), **known} for own in call.embeddings]
         return OnlineMaps(by_image, layer.grid, device)
 
     def _after_self_queries(self, site: Site, output: torch.Tensor) -> None:
@@ -335,7 +339,9 @@ class Recorder:
         told, rows = under_way
         if site.name not in call.self_attention:
             mean = self._keep.store != "queries"
-            collector = SelfAttentionCollector(site.heads, site.scale, mean=mean, device=self._keep.device)
+            collector = SelfAttentionCollector(
+                site.heads, site.scale, linear=site.linear, mean=mean, device=self._keep.device
+            )
             call.self_attention[site.name], call.self_positions[site.name] = collector, positions
         late = _level(told.timestep) <= LATE * self._pipe.scheduler.config.num_train_timesteps
         call.self_attention[site.name].add(queries.detach()[rows].clone(), output.detach()[rows].clone(), late=late)
@@ -355,8 +361,8 @@ class Recorder:
         missing = [site.name for site in self._sites if site.name not in call.collectors]
         if self._keep.self_attention and not call.self_attention:
             raise ValueError(
-                f"self_attention=True needs a self-attention in the up blocks with at most {LARGEST} positions, of "
-                f"which this model has none at latents of {call.latent}"
+                f"self_attention=True needs a self-attention with at most {LARGEST} positions, of which this model has "
+                f"none that can be read at latents of {call.latent}"
             )
         if missing:
             self.abandon()
@@ -376,9 +382,9 @@ class Recorder:
             return
         timesteps = [round(_level(timestep)) for timestep in call.timesteps]
         options = dict(call.batch.encoding.options) if call.batch.encoding else {}
-        device = self._keep.device or call.embeddings.device
+        device = self._keep.device or call.embeddings[0].values.device
         texts = {text: embeddings.to(device) for text, embeddings in call.texts.items()}
-        for image, (prompt, values) in enumerate(zip(call.batch.prompts, call.embeddings.to(device), strict=True)):
+        for image, (prompt, own) in enumerate(zip(call.batch.prompts, call.embeddings, strict=True)):
             layers = []
             for site in self._sites:
                 kept = call.collectors[site.name].kept(image)
@@ -386,7 +392,7 @@ class Recorder:
                 layers.append(self._layer(call, site, positions, **kept))
             record = AttentionRecord(
                 prompt=prompt,
-                prompt_embeddings=self._reader.name_tokens(prompt, values),
+                prompt_embeddings=own.to(device),
                 timesteps=timesteps,
                 layers=tuple(layers),
                 branch=self._branch,
@@ -405,7 +411,8 @@ class Recorder:
         names = [name for name, found in call.self_positions.items() if found == positions]
         site = next(site for site in self._reader.self_sites if site.name == names[0])
         grid = self._reader.grid(call.latent, positions)
-        return together([call.self_attention[name] for name in names], grid, site.heads, site.scale, image)
+        kept = [call.self_attention[name] for name in names]
+        return together(kept, grid, site.heads, site.scale, image, linear=site.linear)
 
     def _layer(self, call: Call, site: Site, positions: int, **kept: Any) -> Layer:
         grid = self._reader.grid(call.latent, positions)
@@ -432,6 +439,10 @@ class Recorder:
         """The end of the `with`."""
         self._warn_of_unfinished()
         self._encodings.clear()
+
+
+def _copy(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.detach().clone()
 
 
 def _level(timestep: Any) -> float:

@@ -7,6 +7,9 @@ In self-attention layer i, head l and step t the image's positions attend to one
 and A M averages a map M over what each position attends to: parts of one object share their values (DiffSegmenter,
 Wang et al. 2023; Dataset Diffusion, Nguyen et al. 2023). The matrix of a head is never kept: M is the VALUE of an
 attention with these queries and keys, or A is accumulated as one running mean.
+
+A linear attention (Xie et al. 2024, arXiv:2410.10629, equation 2) has relu(q) relu(k)^T, divided by the sums of its
+rows, in the place of the softmax. A position whose relu(q) is zero attends to nothing: its row of A is zero.
 """
 
 import functools
@@ -34,6 +37,7 @@ class SelfAttention:
         queries: (layer and step, n, heads * d_head), or None where the mean is kept.
         keys: likewise.
         mean: A itself, (n, n) float32, or None where queries and keys are kept.
+        linear: whether it is a linear attention.
     """
 
     grid: tuple[int, int]
@@ -42,6 +46,7 @@ class SelfAttention:
     queries: Float[torch.Tensor, "passes positions channels"] | None = None
     keys: Float[torch.Tensor, "passes positions channels"] | None = None
     mean: Float[torch.Tensor, "positions positions"] | None = None
+    linear: bool = False
 
     def propagate(self, maps: Float[torch.Tensor, "m positions"]) -> Float[torch.Tensor, "m positions"]:
         """A M for each map M: (m, n) -> (m, n), differentiable in the maps."""
@@ -52,7 +57,10 @@ class SelfAttention:
         means = []
         for queries, keys in zip(self.queries, self.keys, strict=True):
             q, k = (part.to(maps.dtype).unflatten(1, (self.heads, -1)).transpose(0, 1) for part in (queries, keys))
-            means.append(F.scaled_dot_product_attention(q, k, values, scale=self.scale).mean(dim=0))
+            if self.linear:
+                means.append(_linear_attention(q, k, values).mean(dim=0))
+            else:
+                means.append(F.scaled_dot_product_attention(q, k, values, scale=self.scale).mean(dim=0))
         return (functools.reduce(torch.add, means) / len(means)).T
 
     @property
@@ -76,11 +84,14 @@ class SelfAttentionCollector:
         heads: number of heads.
         scale: d_head ** -0.5.
         mean: whether to keep the running mean of A, or the queries and keys of some passes.
+        linear: whether it is a linear attention.
         device: where it is kept; None: where it is made.
     """
 
-    def __init__(self, heads: int, scale: float, *, mean: bool, device: torch.device | None = None):
-        self._heads, self._scale, self._mean, self._device = heads, scale, mean, device
+    def __init__(
+        self, heads: int, scale: float, *, mean: bool, linear: bool = False, device: torch.device | None = None
+    ):
+        self._heads, self._scale, self._mean, self._linear, self._device = heads, scale, mean, linear, device
         self._kept: list[Any] = []  # of each pass (image, n, n), or the pair of (image, n, heads * d_head)
         self._late, self._stride = 0, 1
 
@@ -108,7 +119,10 @@ class SelfAttentionCollector:
         total = queries.new_zeros(len(queries), queries.shape[1], queries.shape[1], dtype=torch.float32)
         by_head = [part.unflatten(2, (self._heads, -1)).unbind(dim=2) for part in (queries, keys)]
         for q, k in zip(*by_head, strict=True):  # one head at a time
-            total += torch.softmax((q @ k.transpose(1, 2)).float() * self._scale, dim=-1)
+            if self._linear:
+                total += _linear_attention(q.float(), k.float(), torch.eye(q.shape[1], device=q.device))
+            else:
+                total += torch.softmax((q @ k.transpose(1, 2)).float() * self._scale, dim=-1)
         return (total / self._heads).to(device)
 
     @property
@@ -122,10 +136,23 @@ class SelfAttentionCollector:
 
 
 def together(
-    collectors: Sequence[SelfAttentionCollector], grid: tuple[int, int], heads: int, scale: float, image: int
+    collectors: Sequence[SelfAttentionCollector],
+    grid: tuple[int, int],
+    heads: int,
+    scale: float,
+    image: int,
+    *,
+    linear: bool = False,
 ) -> SelfAttention:
     """One image's self-attention of all layers of a grid."""
     kept = torch.cat([collector.kept(image) for collector in collectors])
     if kept.ndim == 3:
-        return SelfAttention(grid, heads, scale, mean=kept.mean(dim=0))
-    return SelfAttention(grid, heads, scale, queries=kept[:, 0], keys=kept[:, 1])
+        return SelfAttention(grid, heads, scale, mean=kept.mean(dim=0), linear=linear)
+    return SelfAttention(grid, heads, scale, queries=kept[:, 0], keys=kept[:, 1], linear=linear)
+
+
+def _linear_attention(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """(..., n, d_head) queries and keys, (..., n, m) values -> (..., n, m): the values each position attends to."""
+    queries, keys = F.relu(queries), F.relu(keys)
+    totals = queries @ keys.sum(dim=-2).unsqueeze(-1)
+    return queries @ (keys.transpose(-2, -1) @ values) / totals.clamp(min=torch.finfo(totals.dtype).tiny)

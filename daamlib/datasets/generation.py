@@ -14,6 +14,7 @@ import torch
 from ..attention.layers import Layer
 from ..attention.record import AttentionRecord
 from ..attention.trace import Store, trace
+from ..pipeline import denoiser_of
 from . import folder as files
 from .dataset import Dataset
 from .labelling import Labeller, label_image
@@ -258,7 +259,7 @@ def generation_settings(
             "batch_size": batch_size,
             "model": Path(model).name if Path(model).is_dir() else model,  # a path means nothing elsewhere
             "weights": weight_hash(pipe),
-            "dtype": str(pipe.unet.dtype),
+            "dtype": str(denoiser_of(pipe).dtype),
             "scheduler": type(pipe.scheduler).__name__,
             "scheduler_config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[
                 :16
@@ -278,9 +279,9 @@ def check_prompts(prompts: Sequence[str]) -> None:
 
 
 def weight_hash(pipe) -> str:
-    """16 hexadecimal digits of the SHA-256 of the U-Net's, text encoders' and VAE's weights as they are loaded."""
+    """16 hexadecimal digits of the SHA-256 of the denoiser's, text encoders' and VAE's weights as they are loaded."""
     digest = hashlib.sha256()
-    for part in ("text_encoder", "text_encoder_2", "unet", "vae"):
+    for part in ("text_encoder", "text_encoder_2", "unet", "transformer", "vae"):
         module = getattr(pipe, part, None)
         for name, tensor in sorted(_state(module).items()) if module is not None else ():
             digest.update(f"{part}.{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -115,7 +115,7 @@ def start_text(
 ) -> tuple[Float[torch.Tensor, "m d_text"], Rows]:
     """The embeddings of `text`, and the rows of each class in it: those of its word, or of the closest map's.
 
-    The start token is the background's.
+    The background's is the first token of no word: the start token, or where a text has none the end token.
     """
     if records[0].layers[0].queries is None:
         raise ValueError('DAAM needs the queries of every step: trace with store="queries", or use method="ldaam"')
@@ -133,4 +133,7 @@ def start_text(
         rows = [known[i] for i in correlations.argmax(dim=1).tolist()]
     else:
         raise ValueError("DAAM needs a text with a word in it: give `text`, and the `word` in it")
-    return values, (*rows, (0,)) if background else tuple(rows)
+    if not background:
+        return values, tuple(rows)
+    of_words = {row for word in embeddings.words for row in range(word.start, word.stop)}
+    return values, (*rows, (min(set(range(len(values))) - of_words),))

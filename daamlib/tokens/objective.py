@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from ..attention.heatmaps import upsample
 from ..attention.layers import Layer
+from ..attention.ldaam import LinearMap
 from ..attention.record import AttentionRecord
 from ..attention.softmax import summed_probabilities
 
@@ -32,10 +33,11 @@ class Objective:
         start: x_0.
         targets: 1 inside the masks and 0 outside.
         weights: Of each pixel in the loss; the images weigh the same.
-        matrix: A of all images, a pixel a row (`daamlib.attention.ldaam`). LDAAM's maps are x A^T; of DAAM's it tells
-            how far they move with the embedding.
+        matrix: A of all images, a pixel a row (`daamlib.attention.ldaam`). LDAAM's maps are x A^T + o; of DAAM's, and
+            of a model that normalises its keys, it tells how far they move with the embedding.
+        offset: o, LDAAM of the zero embedding in each pixel: of the keys' bias, 0 where they have none.
         unit: The deviation of each map of x_0.
-        centre: The mean of each map of x_0; None: of x, so that it does not fight the bias (LDAAM).
+        centre: The mean of each map of x_0; None: of x, so that it does not fight the bias (LDAAM that is linear).
         weight_decay: w.
         joint: Whether the loss has a softmax between the classes.
         words: The name of each of the K maps.
@@ -48,6 +50,7 @@ class Objective:
     targets: Float[torch.Tensor, "K P"]
     weights: Float[torch.Tensor, " P"]
     matrix: Float[torch.Tensor, "_ d_text"]
+    offset: Float[torch.Tensor, " P"]
     unit: Float[torch.Tensor, "K 1"]
     centre: Float[torch.Tensor, "K 1"] | None
     weight_decay: float
@@ -60,7 +63,7 @@ class Objective:
     ) -> Float[torch.Tensor, ""]:
         """The value at embeddings x and the (K, 1) bias b and scale s, differentiable in them.
 
-        The scale of LDAAM stays 1: its maps are linear in the embedding, which holds the scale already.
+        The scale stays 1 where the maps are linear in the embedding, which holds the scale already.
         """
         maps = self.maps(x)
         logits = scale * (maps - self.centre_of(maps)) / self.unit + bias
@@ -78,18 +81,30 @@ class Objective:
         return torch.log(frequency / (1 - frequency))
 
 
-def linear_rows(records: Sequence[AttentionRecord]) -> Float[torch.Tensor, "P d_text"]:
-    """A of every image, a pixel a row, in float64: the fit is small and is to converge.
+def linear_rows(
+    records: Sequence[AttentionRecord], start: Float[torch.Tensor, "m d_text"]
+) -> tuple[Float[torch.Tensor, "P d_text"], Float[torch.Tensor, " P"]]:
+    """A and o of every image, a pixel a row, in float64: the fit is small and is to converge.
 
-    It lies where the first record does, but not on Apple's GPUs, which have no float64: there on the CPU.
+    They lie where the first record does, but not on Apple's GPUs, which have no float64: there on the CPU. Of a model
+    that normalises its keys they are A and o near `start`.
     """
     device = torch.device("cpu") if records[0].device.type == "mps" else records[0].device
-    return torch.cat([record.linear_map().weight.to(device).double().flatten(0, 1) for record in records])
+    maps = [record.linear_map() for record in records]
+    linear = [each if isinstance(each, LinearMap) else each.near(start) for each in maps]
+    offsets = [torch.zeros_like(each.weight[..., 0]) if each.bias is None else each.bias for each in linear]
+    matrix = torch.cat([each.weight.to(device).double().flatten(0, 1) for each in linear])
+    return matrix, torch.cat([offset.to(device).double().flatten() for offset in offsets])
 
 
-def linear_maps(matrix: Float[torch.Tensor, "P d_text"]) -> Maps:
-    """LDAAM of tokens: (K, d_text) embeddings -> (K, P) maps, by A of `linear_rows`."""
-    return lambda x: x @ matrix.T
+def linear_maps(matrix: Float[torch.Tensor, "P d_text"], offset: Float[torch.Tensor, " P"]) -> Maps:
+    """LDAAM of tokens: (K, d_text) embeddings -> (K, P) maps, by A and o of `linear_rows`."""
+    return lambda x: x @ matrix.T + offset
+
+
+def normed_maps(records: Sequence[AttentionRecord]) -> Maps:
+    """The same of a model that normalises its keys, whose maps are not linear in the embedding; in float32."""
+    return lambda x: torch.cat([record.ldaam_from(x).values.flatten(1) for record in records], dim=1)
 
 
 def softmax_maps(records: Sequence[AttentionRecord], rows: tuple[tuple[int, ...], ...], max_bytes: int) -> Maps:
@@ -125,8 +140,8 @@ def _stack(layers: Sequence[Layer], device: torch.device) -> Layer:
     """One layer of several images as that of one image of their heights together, on `device`."""
     height, width = layers[0].grid
     queries = torch.cat([layer.queries.to(device) for layer in layers if layer.queries is not None], dim=1)
-    keys = layers[0].key_weight.to(device)
-    return replace(layers[0], grid=(height * len(layers), width), key_weight=keys, queries=queries)
+    to_k = layers[0].to_k.to(device)
+    return replace(layers[0], grid=(height * len(layers), width), to_k=to_k, queries=queries)
 
 
 def pixel_weights(sizes: Sequence[int]) -> Float[torch.Tensor, " P"]:

@@ -11,6 +11,10 @@ that plain gradient descent on x needs thousands of steps.
 All steps, heads and images are one batch, cut to a memory budget and never looped over one by one. This problem is not
 convex, and a line search turns a rounding in the seventh digit into another text within some tens of iterations.
 Gradient descent whose step length is set by the iteration alone forgets it: NovoGrad.
+
+**Other keys.** Keys with a bias make LD_j(x) = A_j x + o_j: the problem stays convex. Keys that are normalised make it
+LD_j(x) = sum_i r_i(x) (A_ji x + o_ji), which is not: NovoGrad again. In a model that projects its text embeddings
+before its attentions read them, x is a projected one. It reads images, but no prompt can be made of it.
 """
 
 import time
@@ -18,9 +22,10 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from ..attention.ldaam import LinearMap
 from ..attention.record import MAX_BYTES, AttentionRecord
 from .inputs import Rows, read_masks, select_part, start_text, start_tokens
-from .objective import Objective, linear_maps, linear_rows, loss_of, pixel_weights, softmax_maps
+from .objective import Objective, linear_maps, linear_rows, loss_of, normed_maps, pixel_weights, softmax_maps
 from .solvers import newton, novograd
 from .token import OptimizedToken
 
@@ -48,7 +53,7 @@ def optimize_token(
 ) -> OptimizedToken:
     """Fit text embeddings to the masks of a few images of one model, to read its other images with.
 
-    Newton's method where the problem is convex (LDAAM with "bce"), else NovoGrad.
+    Newton's method where the problem is convex (LDAAM with "bce", of keys that are not normalised), else NovoGrad.
 
     Args:
         records: n images of one model; the fit runs where the first lies.
@@ -91,7 +96,7 @@ def optimize_token(
         reading, masks, method=method, word=word, text=text, loss=loss, joint=joint, background=background,
         weight_decay=weight_decay, seed=seed, max_bytes=max_bytes
     )  # fmt: skip
-    solve = newton if method == "ldaam" and loss == "bce" else novograd
+    solve = newton if objective.centre is None and loss == "bce" else novograd
     iterations = iterations or ITERATIONS[solve]
     x, bias, scale, losses = solve(objective, iterations)
     last = objective(x.requires_grad_(), bias, scale)
@@ -163,12 +168,18 @@ def token_objective(
     records = list(records)
     outside = BACKGROUND if background else None
     grids, words = read_masks(records, list(masks), names, joint=joint, background=outside)
-    matrix = linear_rows(records)
     if method == "ldaam":
         rows: Rows = tuple((k,) for k in range(len(words)))
-        start, maps = start_tokens(records[0], names, text, len(words), seed).to(matrix), linear_maps(matrix)
+        start = start_tokens(records[0], names, text, len(words), seed).to(records[0].device)
     else:
         start, rows = start_text(records, grids, names, text, background)
+    matrix, offset = linear_rows(records, start)
+    linear = method == "ldaam" and isinstance(records[0].linear_map(), LinearMap)
+    if linear:
+        start, maps = start.to(matrix), linear_maps(matrix, offset)
+    elif method == "ldaam":
+        maps = normed_maps(records)
+    else:
         maps = softmax_maps(records, rows, max_bytes)
     with torch.no_grad():
         first = maps(start)
@@ -184,8 +195,9 @@ def token_objective(
         targets=targets,
         weights=weights,
         matrix=matrix,
+        offset=offset,
         unit=first.std(dim=1, keepdim=True).clamp(min=torch.finfo(first.dtype).tiny),
-        centre=None if method == "ldaam" else first.mean(dim=1, keepdim=True),
+        centre=None if linear else first.mean(dim=1, keepdim=True),
         weight_decay=weight_decay,
         joint=joint,
         words=words,

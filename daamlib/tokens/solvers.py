@@ -22,8 +22,9 @@ def newton(objective: Objective, iterations: int) -> Solution:
         H_kl = sum c (delta_kl p_k - p_k p_l) f f^T + delta_kl D_k                      (softmax)
         H_kk = sum c p_k (1 - p_k) f f^T / K + D_k,   H_kl = 0 for k != l               (sigmoid)
 
-    with D_k = 2 w unit_k^2 / |x_0|^2 for the unknowns of x_k, and 0 for b_k. It ends where the Newton decrement is at
-    the precision of float64, so that the result does not depend on the order in which a processor adds.
+    with D_k = 2 w unit_k^2 / |x_0|^2 for the unknowns of x_k, and 0 for b_k. The offset o of keys with a bias, less its
+    mean, is added to theta f in units of unit_k. It ends where the Newton decrement is at the precision of float64, so
+    that the result does not depend on the order in which a processor adds.
 
     Args:
         objective: Of LDAAM with the loss "bce".
@@ -63,7 +64,8 @@ def newton(objective: Objective, iterations: int) -> Solution:
 
 def _hessian(objective: Objective, features: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
     """(K, n, n), a Hessian a class, or with a softmax (1, K n, K n), that of all classes; n = d_text + 1."""
-    logits, (count, n) = theta @ features, theta.shape
+    offset = (objective.offset - objective.offset.mean()) / objective.unit  # (K, P)
+    logits, (count, n) = theta @ features + offset, theta.shape
     decay = 2 * objective.weight_decay * objective.unit.square() / objective.start.square().sum()
     decay = torch.cat([decay.expand(-1, n - 1), torch.zeros_like(decay)], dim=1)  # (K, n)
 

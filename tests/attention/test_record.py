@@ -8,7 +8,7 @@ from helpers import assert_close, capture, generate, naive_maps
 from torch.nn import functional as F
 
 import daamlib
-from daamlib.attention.layers import Layer
+from daamlib.attention.layers import KeyProjection, Layer
 
 PROMPT = "a car and a bicycle, at night"
 GRIDS = [(16, 24), (8, 12)]  # of the tiny U-Nets' levels
@@ -285,7 +285,7 @@ def test_select_with_nothing_left(record):
 
 def with_keys(record, change):
     """The record as another model's: `change` makes of each layer's key weights others."""
-    layers = [dataclasses.replace(layer, key_weight=change(layer.key_weight)) for layer in record.layers]
+    layers = [dataclasses.replace(layer, to_k=KeyProjection(change(layer.key_weight))) for layer in record.layers]
     return dataclasses.replace(record, layers=tuple(layers))
 
 
@@ -339,7 +339,7 @@ def test_trap_hw_from_sqrt_of_a_token_count(record):
     queries = torch.randn(1, 24, 4, generator=torch.Generator().manual_seed(0))
     keys = torch.randn(4, 5, generator=torch.Generator().manual_seed(1))
     wide, tall = (
-        dataclasses.replace(record, layers=(Layer("a.attn2", grid, 2, 0.7, keys, queries=queries),))
+        dataclasses.replace(record, layers=(Layer("a.attn2", grid, 2, 0.7, KeyProjection(keys), queries=queries),))
         for grid in ((4, 6), (6, 4))
     )
     embeddings = torch.randn(2, 5, generator=torch.Generator().manual_seed(2))

@@ -19,6 +19,7 @@ from peft import LoraConfig
 from tiny import BLOCKS
 
 import daamlib
+from daamlib.attention.layers import KeyProjection
 from daamlib.attention.readers.unet import UNetReader
 from daamlib.attention.recorder import EmptyTraceError
 
@@ -397,7 +398,10 @@ def test_half_precision_pipelines_have_float32_sums(fresh, dtype):
         assert (layer.queries.dtype, layer.key_weight.dtype) == (dtype, dtype)
         assert summed.query_sum.dtype == torch.float32
         assert_close(summed.query_sum, layer.queries.double().sum(dim=0).float(), 1e-6)
-    exact = [dataclasses.replace(a, queries=a.queries.float(), key_weight=a.key_weight.float()) for a in record.layers]
+    exact = [
+        dataclasses.replace(layer, queries=layer.queries.float(), to_k=KeyProjection(layer.key_weight.float()))
+        for layer in record.layers
+    ]
     exact = dataclasses.replace(record, layers=tuple(exact))
     for text in (None, "a tree"):
         assert record.daam(text).values.dtype == record.ldaam(text).values.dtype == torch.float32

@@ -12,7 +12,7 @@ import torch
 
 import daamlib
 from daamlib import metrics
-from daamlib.attention.layers import Layer
+from daamlib.attention.layers import KeyProjection, Layer
 from daamlib.tokens.optimize import token_objective
 from daamlib.widgets import explore
 
@@ -293,7 +293,7 @@ def waits(model: models.Model, repeats: int, device: str) -> list[Row]:
         (image,) = replace(model, batch=1).generate()
     explorer, words = explore(trace[0], image), itertools.cycle(("tree", "car", "building", "road", "person"))
     queries = [torch.randn(64 * 64, 128, generator=torch.Generator().manual_seed(i)) for i in range(5)]
-    layers = [Layer("attn2", (64, 64), 8, 1.0, torch.eye(128), query_sum=query) for query in queries]
+    layers = [Layer("attn2", (64, 64), 8, 1.0, KeyProjection(torch.eye(128)), query_sum=query) for query in queries]
     records = [replace(trace[0], layers=(layer,)) for layer in layers]
     masks = [query[:, :2].sum(dim=1).view(64, 64) > 1 for query in queries]
     maps, truth = torch.rand(200, 32, 32), torch.rand(200, model.size, model.size) > 0.6

@@ -8,7 +8,7 @@ from helpers import assert_close
 
 import daamlib
 from daamlib import choose_settings, optimize_token
-from daamlib.attention.layers import Layer
+from daamlib.attention.layers import KeyProjection, Layer
 
 GRID = 8, 12
 GOOD, BAD = "up_blocks.1.good", "down_blocks.0.bad"
@@ -40,7 +40,9 @@ def made(template, seed, *, steps=(100, 900), noise=0.2):
     shown[:, 0] += mask.flatten().float()
     good = torch.stack([shown if step < 500 else noisy(3.0) for step in steps]).to(device)
     bad = torch.stack([noisy(3.0) for _ in steps]).to(device)
-    layers = tuple(Layer(name, GRID, 1, 1.0, keys, queries=each) for name, each in ((GOOD, good), (BAD, bad)))
+    layers = tuple(
+        Layer(name, GRID, 1, 1.0, KeyProjection(keys), queries=each) for name, each in ((GOOD, good), (BAD, bad))
+    )
     return replace(template, layers=layers, timesteps=list(steps)), mask
 
 

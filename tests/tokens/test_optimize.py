@@ -125,7 +125,14 @@ def test_a_convex_fit_ends_at_the_minimum_whatever_the_order_of_the_pixels(recor
     order = torch.randperm(len(objective.matrix), generator=torch.Generator().manual_seed(0))
     matrix, targets, weights = objective.matrix[order], objective.targets[:, order], objective.weights[order]
     loss = loss_of("bce", targets, weights, [len(order)], joint=objective.joint)
-    mixed = replace(objective, maps=linear_maps(matrix), loss=loss, targets=targets, weights=weights, matrix=matrix)
+    mixed = replace(
+        objective,
+        maps=linear_maps(matrix, objective.offset),
+        loss=loss,
+        targets=targets,
+        weights=weights,
+        matrix=matrix,
+    )
     x, bias, scale, losses = newton(mixed, 100)
     assert_close(x.float(), token.embedding, 1e-6)
     assert losses[0] == pytest.approx(token.losses[0], rel=1e-12)

@@ -2,23 +2,37 @@
 
 A reader is the one place that knows a model family, one module each. It offers
 
+- `reads`: whether a denoiser is of its family;
 - `denoiser`: the module whose calls are the denoising passes;
 - `sites`: its cross-attentions that can be read, and `self_sites`: self-attentions whose mean refines maps;
 - `read`: the latents, the noise level and the text of one pass;
 - `grid`: the (h, w) of a site's positions;
-- `encode` and `name_tokens`: a text as this family embeds it;
+- `prompt_of` and `options`: what a call of `encode_prompt` returned, and which of its arguments later texts need;
+- `named`: the text of a pass as its attentions receive it, with its tokens and words;
+- `encode`: any text likewise;
 - `denoise`: one pass on latents of our own.
 """
 
 from typing import Any
 
+from ...pipeline import denoiser_of
 from ..fingerprint import Fingerprint
 from .unet import UNetReader
 
+Reader = UNetReader
+READERS: tuple[type[Reader], ...] = (UNetReader,)  # the first that reads a denoiser does
 
-def reader_of(pipe: Any, *, middle: bool = False) -> UNetReader:
+
+def reader_of(pipe: Any, *, middle: bool = False) -> Reader:
     """The reader of a pipeline's model family. TypeError for a pipeline of none."""
-    return UNetReader(pipe, middle=middle)
+    denoiser = denoiser_of(pipe)
+    for reader in READERS:
+        if reader.reads(denoiser):
+            return reader(pipe, middle=middle)
+    raise TypeError(
+        f"expected a diffusers pipeline with a U-Net (Stable Diffusion 1.x, 2.x, XL), got {type(pipe).__name__} with a "
+        f"transformer, {type(denoiser).__name__}, which no reader knows"
+    )
 
 
 def fingerprint_of(pipe: Any, *, middle: bool = False) -> Fingerprint:

@@ -5,6 +5,10 @@ from typing import Any
 
 import torch
 
+from ..layers import KeyProjection
+
+PROBE = 256.0  # a power of two: a bias beside weights so much larger costs them no digits in half precision
+
 
 @dataclass(frozen=True, eq=False)
 class Site:
@@ -12,11 +16,12 @@ class Site:
 
     Attributes:
         name: its module path in the denoiser.
-        module: the attention, whose `to_k` makes keys of text embeddings.
-        to_q: the module whose output the queries are, (batch, h*w, heads * d_head).
+        module: the attention, whose `to_k` makes keys of text embeddings, normalised by its `norm_k` if it has one.
+        to_q: the module that makes queries, (batch, h*w, heads * d_head).
         heads: number of heads.
         scale: d_head ** -0.5.
         d_text: the width of the text embeddings.
+        linear: whether it is a linear attention, without a softmax (`daamlib.attention.self_attention`).
     """
 
     name: str
@@ -25,19 +30,59 @@ class Site:
     heads: int
     scale: float
     d_text: int
+    linear: bool = False
 
-    def key_weight(self, like: torch.Tensor) -> torch.Tensor:
-        """(heads * d_head, d_text): W_k as it acts now, in the type of `like` and where it lies.
+    @property
+    def queries(self) -> torch.nn.Module:
+        """The module whose output the queries are: `to_q`, or the norm after it."""
+        return _last(self.to_q, getattr(self.module, "norm_q", None))
 
-        Asked of the layer itself, so that a LoRA, its scale and off-loading count.
+    @property
+    def keys(self) -> torch.nn.Module:
+        """The module whose output the keys are: `to_k`, or the norm after it."""
+        return _last(self.module.to_k, getattr(self.module, "norm_k", None))
+
+    def key_projection(self, like: torch.Tensor) -> KeyProjection:
+        """What makes its keys as it acts now, in the type of `like` and where it lies.
+
+        Asked of the layers themselves, so that a LoRA, its scale and off-loading count.
         """
-        return self.module.to_k(torch.eye(self.d_text, dtype=like.dtype, device=like.device)).T.contiguous()
+        to_k, norm = self.module.to_k, getattr(self.module, "norm_k", None)
+        unit = torch.eye(self.d_text, dtype=like.dtype, device=like.device)
+        bias, eps = None, 0.0
+        if getattr(to_k, "bias", None) is None:
+            weight = to_k(unit).T.contiguous()
+        else:
+            bias = to_k(torch.zeros_like(unit[:1]))[0]
+            weight = ((to_k(PROBE * unit) - to_k(-PROBE * unit)) / (2 * PROBE)).T.contiguous()
+        if norm is not None:
+            eps = float(norm.eps)
+            norm = norm(torch.ones_like(weight[:, :1].T))[0] * (1 + eps) ** 0.5  # of ones it is g / sqrt(1 + eps)
+        return KeyProjection(weight, bias, norm, eps)
+
+
+def _last(module: torch.nn.Module, norm: torch.nn.Module | None) -> torch.nn.Module:
+    return module if norm is None else norm
 
 
 @dataclass(frozen=True, eq=False)
 class Pass:
-    """What one call of the denoiser says: sample (batch, channel, h, w), timestep, text (batch, token, d_text)."""
+    """What one call of the denoiser says.
+
+    Attributes:
+        sample: (batch, channel, h, w) latents.
+        timestep: of the scheduler.
+        text: (batch, token, width) as `encode_prompt` returned it.
+        mask: (batch, token), which tokens take part; None: all.
+    """
 
     sample: torch.Tensor
     timestep: Any
     text: torch.Tensor
+    mask: torch.Tensor | None = None
+
+
+def is_compiled(denoiser: torch.nn.Module) -> bool:
+    """Whether any of it is, by `torch.compile(denoiser)` or, in place, by a module's own `compile()`."""
+    parts = denoiser.modules()
+    return any(hasattr(part, "_orig_mod") or part._compiled_call_impl is not None for part in parts)

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from ...pipeline import unet_of
+from ...pipeline import denoiser_of
 from ..fingerprint import Fingerprint
 from ..text import TokenEmbeddings, embed_prompt, encode, name_tokens
-from .sites import Pass, Site
+from .sites import Pass, Site, is_compiled
 
 
 class UNetReader:
@@ -19,14 +19,18 @@ class UNetReader:
     Args:
         pipe: the pipeline.
         middle: whether the middle block takes part, which DAAM leaves out.
-
-    Raises:
-        TypeError: the pipeline has no U-Net.
     """
+
+    options = ("clip_skip", "lora_scale", "prompt_2")  # arguments of `encode_prompt` that later texts need
+
+    @staticmethod
+    def reads(denoiser: torch.nn.Module) -> bool:
+        """Whether this is the family of the denoiser: the last to be asked, it takes every U-Net."""
+        return "UNet" in type(denoiser).__name__
 
     def __init__(self, pipe: Any, *, middle: bool = False):
         self.pipe = pipe
-        self.denoiser: Any = unet_of(pipe)
+        self.denoiser: Any = denoiser_of(pipe)
         self._middle = middle
 
     # what follows goes through all modules of the U-Net, which a reader that embeds a text has no use for
@@ -47,9 +51,13 @@ class UNetReader:
 
     @property
     def is_compiled(self) -> bool:
-        """Whether any of the U-Net is, by `torch.compile(unet)` or, in place, by a module's own `compile()`."""
-        parts = self.pipe.unet.modules()
-        return any(hasattr(part, "_orig_mod") or part._compiled_call_impl is not None for part in parts)
+        """Whether any of the U-Net is."""
+        return is_compiled(self.pipe.unet)
+
+    @property
+    def image_factor(self) -> int:
+        """What the height and width of an image in pixels must be multiples of."""
+        return self.pipe.vae_scale_factor
 
     def read(self, args: tuple, kwargs: Mapping[str, Any]) -> Pass:
         """The latents, noise level and text that the U-Net is called with. ValueError if they are not of images."""
@@ -79,6 +87,11 @@ class UNetReader:
         options = {name: value for name, value in (options or {}).items() if name != "prompt_2"}  # the prompt's alone
         return encode(self.pipe, text, padding=padding, options=options)
 
+    @staticmethod
+    def prompt_of(result: tuple) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Of what `encode_prompt` returns the positive text, its mask (which a U-Net has not) and the negative text."""
+        return result[0], None, result[1]
+
     def embed(self, prompt: str, options: Mapping[str, Any]) -> torch.Tensor:
         """(context, d_text) of a prompt, by `encode_prompt` with these options."""
         return embed_prompt(self.pipe, prompt, options)[0][0]
@@ -89,9 +102,15 @@ class UNetReader:
         weights = [weight for encoder in encoders if encoder is not None for weight in encoder.parameters()]
         return tuple((id(weight), 0 if weight.is_inference() else weight._version) for weight in weights)
 
-    def name_tokens(self, prompt: str | None, values: torch.Tensor) -> TokenEmbeddings:
-        """The (context, d_text) embeddings of a prompt with its tokens and words."""
-        return name_tokens(self.pipe, prompt, values)
+    def named(
+        self,
+        prompts: Sequence[str | None],
+        text: torch.Tensor,
+        mask: torch.Tensor | None,
+        options: Mapping[str, Any],
+    ) -> list[TokenEmbeddings]:
+        """The (image, context, d_text) text of a pass with the tokens and words of each prompt."""
+        return [name_tokens(self.pipe, prompt, values) for prompt, values in zip(prompts, text, strict=True)]
 
     def denoise(
         self, prompt: str, timesteps: Sequence[int], noisy: Sequence[torch.Tensor], size: tuple[int, int]
