@@ -169,3 +169,26 @@ def name_tokens(pipe: Any, prompt: str | None, values: torch.Tensor) -> TokenEmb
         return TokenEmbeddings.unnamed(values)
     tokens, words = prompt_tokens(pipe, prompt)
     return TokenEmbeddings(values, tokens + (PAD,) * (len(values) - len(tokens)), words)
+
+
+def check_length(tokenizer, text: str) -> None:
+    """TypeError or ValueError unless `text` is a string of at most as many tokens as the text encoder reads."""
+    if not isinstance(text, str):
+        raise TypeError(f"text must be a string, got {type(text).__name__}: {text!r}")
+    count, context = len(tokenizer(text, verbose=False).input_ids), tokenizer.model_max_length
+    if count > context:
+        raise ValueError(f"the text has {count} tokens with its end token, the text encoder reads {context}: {text!r}")
+
+
+def name_pieces(tokenizer, prompt: str | None, values: torch.Tensor) -> TokenEmbeddings:
+    """The (m, d_text) embeddings of a prompt with its sentencepiece tokens and words; numbers without a prompt."""
+    if prompt is None:
+        return TokenEmbeddings.unnamed(values)
+    ids = tokenizer(prompt, truncation=True, max_length=len(values)).input_ids
+    raw = tokenizer.convert_ids_to_tokens(ids)
+    words, start = [], 0
+    for row in range(1, len(raw)):
+        if raw[row].startswith("▁") or ids[row] in tokenizer.all_special_ids:
+            words.append(Word(tokenizer.decode(ids[start:row]).strip(), start, row))
+            start = row
+    return TokenEmbeddings(values, tuple(token.removeprefix("▁") for token in raw), tuple(words))
