@@ -24,14 +24,15 @@ def trace_image(
 ) -> AttentionRecord:
     """The record of a REAL image: encode it, add noise at each timestep, one pass of the denoiser each.
 
-    The noise is the training's (z_t = sqrt(a_t) z + sqrt(1 - a_t) e), whatever sampler the pipeline uses.
+    The noise is the training's, whatever sampler the pipeline uses: z_t = sqrt(a_t) z + sqrt(1 - a_t) e, or of a model
+    of flow matching z_t = (1 - s) z + s e with s = t / 1000 (the length of its schedule).
 
     Args:
         pipe: a pipeline that `trace` reads.
         image: a PIL image, an (H, W, 3) uint8 array, or a (3, H, W) tensor in [0, 1]; H and W multiples of the VAE's
             factor.
         prompt: what the passes are conditioned on.
-        timesteps: of the training schedule, 0 ... 999 for Stable Diffusion.
+        timesteps: of the training schedule, 0 ... 999: which noise a number means differs between models.
         seed: of the noise, drawn anew for each timestep.
         self_attention: as for `trace`.
 
@@ -46,22 +47,35 @@ def trace_image(
     _ = reader.sites  # an error before anything is computed if it has none
     steps = [int(t) for t in timesteps]
     device = pipe._execution_device
-    alphas = pipe.scheduler.alphas_cumprod.to(device)  # a scheduler takes them along to where it was last used
-    if not steps or min(steps) < 0 or max(steps) >= len(alphas):
-        raise ValueError(f"timesteps must be one or more of 0 ... {len(alphas) - 1}, got {list(timesteps)}")
+    count = pipe.scheduler.config.num_train_timesteps
+    if not steps or min(steps) < 0 or max(steps) >= count:
+        raise ValueError(f"timesteps must be one or more of 0 ... {count - 1}, got {list(timesteps)}")
     pixels = _pixels(image, reader.image_factor).float().to(device)
     with _wide_enough(pipe.vae) as vae:
-        latents = vae.encode(pixels.to(vae.dtype)).latent_dist.mean.float() * vae.config.scaling_factor
+        encoded = vae.encode(pixels.to(vae.dtype))
+        mean = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latent
+        latents = mean.float() * vae.config.scaling_factor
     generator = torch.Generator("cpu").manual_seed(seed)
     noisy = []
     for step in steps:
         noise = torch.randn(latents.shape, generator=generator).to(device)
-        noisy.append(alphas[step].sqrt() * latents + (1 - alphas[step]).sqrt() * noise)
+        signal, strength = _levels(pipe.scheduler, step, device)
+        noisy.append(signal * latents + strength * noise)
     with trace(pipe, self_attention=self_attention) as tracer:
         reader.denoise(prompt, steps, noisy, (pixels.shape[-2], pixels.shape[-1]))
     pipe.maybe_free_model_hooks()  # as at the end of the pipeline's own call: off-loaded models go back
     (record,) = tracer
     return record
+
+
+def _levels(scheduler, step: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The factors of the latents and of the noise at a timestep."""
+    # some samplers do either, and know alphas that flow matching does not use
+    if getattr(scheduler.config, "use_flow_sigmas", False) or not hasattr(scheduler, "alphas_cumprod"):
+        sigma = torch.tensor(step / scheduler.config.num_train_timesteps, device=device)
+        return 1 - sigma, sigma
+    alpha = scheduler.alphas_cumprod.to(device)[step]  # a scheduler takes them along to where it was last used
+    return alpha.sqrt(), (1 - alpha).sqrt()
 
 
 @contextmanager

@@ -145,14 +145,17 @@ class Recorder:
     def _after_prompt(self, arguments: dict, result: tuple) -> None:
         if self._embedding:
             return
-        positive, mask, negative = map(_copy, self._reader.prompt_of(arguments, result))
+        positive, mask, negative = map(_copy, self._reader.prompt_of(result))
         assert positive is not None
+        guided = arguments.get("do_classifier_free_guidance", negative is not None)
+        if guided and negative is None:  # both texts are returned as one batch, the negative ones first
+            negative, positive = positive.chunk(2)
+            mask = None if mask is None else mask.chunk(2)[1]
         prompt = arguments.get("prompt")
         prompts = [prompt] if isinstance(prompt, str) else prompt or [None]
         count, rest = divmod(len(positive), len(prompts))  # images of each
         names = (None,) * len(positive) if rest else tuple(p for p in prompts for _ in range(count))
         options = {name: arguments[name] for name in self._reader.options if arguments.get(name) is not None}
-        guided = arguments.get("do_classifier_free_guidance", negative is not None)
         encoding = Encoding(names, positive, negative, bool(guided), options, self._embed_texts(options), mask)
         self._encodings = [*self._encodings[-7:], encoding]
 

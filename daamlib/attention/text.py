@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 
 PAD = "<pad>"  # the name of padding rows
+SPACE = "\u2581"  # sentencepiece's mark of a space
 
 
 class Word(NamedTuple):
@@ -23,7 +24,8 @@ class TokenEmbeddings:
     """The embeddings of a text's tokens, as cross-attention receives them (thesis: x, the columns of X').
 
     Attributes:
-        values: (m, d_text) float tensor, the start token first and the end token last (then padding, if asked for).
+        values: (m, d_text) float tensor, the start token first and the end token last, where a tokenizer has them (then
+            padding, if asked for).
         tokens: the m tokens, readable.
         words: the words they make, without the special tokens.
     """
@@ -75,6 +77,33 @@ def read_tokens(tokenizer, ids: Sequence[int]) -> tuple[tuple[str, ...], tuple[W
             words.append(Word(tokenizer.decode(list(ids[start : i + 1])).strip(), start, i + 1))
             start = i + 1
     return tuple(token.removesuffix("</w>") for token in raw), tuple(words)
+
+
+def read_pieces(tokenizer, ids: Sequence[int], start: int = 0) -> tuple[tuple[str, ...], tuple[Word, ...]]:
+    """The readable tokens of a sentencepiece tokenizer's `ids`, and the words they make from row `start` on.
+
+    A word begins at the mark of a space, and where letters and digits meet other signs: "car," are two words.
+    """
+    raw = tokenizer.convert_ids_to_tokens(list(ids))
+    words: list[Word] = []
+    first, seen = start, ""  # of the word under way
+
+    def end(stop: int) -> None:
+        if seen:
+            words.append(Word(tokenizer.decode(list(ids[first:stop])).strip(), first, stop))
+
+    for row in range(start, len(raw)):
+        text, special = raw[row].removeprefix(SPACE), ids[row] in tokenizer.all_special_ids
+        other_signs = bool(seen and text) and text[0].isalnum() != seen[-1].isalnum()
+        if special or raw[row].startswith(SPACE) or other_signs:
+            end(row)
+            first, seen = row, ""
+        if special:
+            first = row + 1
+        else:
+            seen += text
+    end(len(raw))
+    return tuple(token.replace(SPACE, "") or token for token in raw), tuple(words)
 
 
 def find_word(word: str, words: Sequence[Word], tokens: Sequence[str]) -> list[int]:
@@ -169,26 +198,3 @@ def name_tokens(pipe: Any, prompt: str | None, values: torch.Tensor) -> TokenEmb
         return TokenEmbeddings.unnamed(values)
     tokens, words = prompt_tokens(pipe, prompt)
     return TokenEmbeddings(values, tokens + (PAD,) * (len(values) - len(tokens)), words)
-
-
-def check_length(tokenizer, text: str) -> None:
-    """TypeError or ValueError unless `text` is a string of at most as many tokens as the text encoder reads."""
-    if not isinstance(text, str):
-        raise TypeError(f"text must be a string, got {type(text).__name__}: {text!r}")
-    count, context = len(tokenizer(text, verbose=False).input_ids), tokenizer.model_max_length
-    if count > context:
-        raise ValueError(f"the text has {count} tokens with its end token, the text encoder reads {context}: {text!r}")
-
-
-def name_pieces(tokenizer, prompt: str | None, values: torch.Tensor) -> TokenEmbeddings:
-    """The (m, d_text) embeddings of a prompt with its sentencepiece tokens and words; numbers without a prompt."""
-    if prompt is None:
-        return TokenEmbeddings.unnamed(values)
-    ids = tokenizer(prompt, truncation=True, max_length=len(values)).input_ids
-    raw = tokenizer.convert_ids_to_tokens(ids)
-    words, start = [], 0
-    for row in range(1, len(raw)):
-        if raw[row].startswith("▁") or ids[row] in tokenizer.all_special_ids:
-            words.append(Word(tokenizer.decode(ids[start:row]).strip(), start, row))
-            start = row
-    return TokenEmbeddings(values, tuple(token.removeprefix("▁") for token in raw), tuple(words))

@@ -18,14 +18,15 @@ from typing import Any
 from ...pipeline import denoiser_of
 from ..fingerprint import Fingerprint
 from .audioldm2 import GPT2Reader, T5Reader
+from .cross_transformer import CrossTransformerReader
 from .unet import UNetReader
 
-Reader = UNetReader
-READERS: tuple[type[Reader], ...] = (T5Reader, GPT2Reader, UNetReader)  # the first that reads a denoiser does
+Reader = CrossTransformerReader | UNetReader
+READERS: tuple[type[Reader], ...] = (CrossTransformerReader, T5Reader, GPT2Reader, UNetReader)  # the first that reads
 
 
 def reader_of(pipe: Any, *, middle: bool = False, stream: str | None = None) -> Reader:
-    """The reader of a pipeline's model family and text. TypeError for a pipeline of none, ValueError for no such text."""
+    """The reader of a pipeline's model family and text. TypeError or ValueError where there is none."""
     denoiser = denoiser_of(pipe)
     readers = [reader for reader in READERS if reader.reads(denoiser)]
     for reader in readers:
@@ -35,8 +36,8 @@ def reader_of(pipe: Any, *, middle: bool = False, stream: str | None = None) -> 
         streams = [reader.stream for reader in readers if reader.stream]
         raise ValueError(f"{type(pipe).__name__} has no text stream {stream!r}: {streams or 'it reads one text'}")
     raise TypeError(
-        f"expected a diffusers pipeline with a U-Net (Stable Diffusion 1.x, 2.x, XL), got {type(pipe).__name__} with a "
-        f"transformer, {type(denoiser).__name__}, which no reader knows"
+        "expected a diffusers pipeline with a U-Net (Stable Diffusion 1.x, 2.x, XL) or with a transformer of PixArt or "
+        f"Sana, got {type(pipe).__name__} with a transformer that no reader knows, {type(denoiser).__name__}"
     )
 
 

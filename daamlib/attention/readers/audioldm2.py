@@ -1,15 +1,15 @@
 """The readers of AudioLDM2, whose U-Net reads two texts.
 
-Each block attends in turn to itself, to eight vectors that a GPT-2 generates from the whole prompt, and to the tokens of
-the prompt as Flan-T5 embeds them. Both are cross-attention without a bias, a norm or a projection, so that all formulae
-of images hold exactly. They are read one at a time: the words of the T5, or the vectors of the GPT-2 by their position.
+Each block attends in turn to itself, to eight vectors that a GPT-2 generates from the whole prompt, and to the prompt's
+tokens as Flan-T5 embeds them. Both are cross-attention without a bias, a norm or a projection, so that all formulae of
+images hold exactly. They are read one at a time: the T5's words, or the GPT-2's vectors by their position.
 
 A map's height is time, from the start of the sound, and its width is frequency, mel bins from low to high: its (H, W)
 is that of the latents, which the VAE enlarges to the mel-spectrogram.
 
-Padding to the longest prompt of a batch is masked in the T5's attention: here it is left out. If `librosa` is installed,
-a pipeline sorts the several sounds of one prompt (`num_waveforms_per_prompt`) by how well they fit the prompt after it
-made them; records are in the order in which they were made.
+Padding to the longest prompt of a batch is masked in the T5's attention: here it is left out. Where `librosa` is
+installed, a pipeline sorts the several sounds of one prompt (`num_waveforms_per_prompt`) by how well they fit it, after
+it made them; records are in the order in which they were made.
 """
 
 import functools
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ..text import TokenEmbeddings, check_length, name_pieces
+from ..text import TokenEmbeddings, read_pieces
 from .sites import Pass, Site
 from .unet import UNetReader, cross_attentions
 
@@ -30,7 +30,6 @@ class T5Reader(UNetReader):
     stream = "t5"
     options = ()
     arguments = ("encoder_hidden_states_1", "encoder_attention_mask_1")  # of the U-Net: the text, and its mask
-    result = (0, 1)  # where `encode_prompt` returns them
 
     @staticmethod
     def reads(denoiser: torch.nn.Module) -> bool:
@@ -62,15 +61,10 @@ class T5Reader(UNetReader):
             raise ValueError(f"the U-Net was called without {self.arguments[0]}, the text that is to be read")
         return Pass(arguments["sample"], arguments["timestep"], text, mask)
 
-    def prompt_of(
-        self, arguments: Mapping[str, Any], result: tuple
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """The positive text, its mask and the negative text; with guidance both texts are returned as one batch."""
-        text, mask = (None if place is None else result[place] for place in self.result)
-        if not arguments["do_classifier_free_guidance"]:
-            return text, mask, None
-        negative, positive = text.chunk(2)
-        return positive, None if mask is None else mask.chunk(2)[1], negative
+    @staticmethod
+    def prompt_of(result: tuple) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Of what `encode_prompt` returns the T5's text and its mask; under guidance both texts are in one batch."""
+        return result[0], result[1], None
 
     def embed(self, prompt: str, options: Mapping[str, Any]) -> torch.Tensor:
         """(m, d_text) of a prompt alone, by `encode_prompt`."""
@@ -86,14 +80,38 @@ class T5Reader(UNetReader):
         options: Mapping[str, Any],
     ) -> list[TokenEmbeddings]:
         """The rows of an (image, token, d_text) text that are not masked, with the tokens and words of each prompt."""
-        mask = torch.ones(text.shape[:2]) if mask is None else mask
-        rows = [values[own.to(values.device) > 0] for values, own in zip(text, mask, strict=True)]
-        return [name_pieces(self.pipe.tokenizer_2, prompt, own) for prompt, own in zip(prompts, rows, strict=True)]
+        rows = text if mask is None else [values[own > 0] for values, own in zip(text, mask, strict=True)]
+        return [self._named(prompt, values) for prompt, values in zip(prompts, rows, strict=True)]
+
+    def _named(self, prompt: str | None, values: torch.Tensor) -> TokenEmbeddings:
+        if prompt is None:
+            return TokenEmbeddings.unnamed(values)
+        tokenizer = self.pipe.tokenizer_2
+        ids = tokenizer(prompt, truncation=True, max_length=tokenizer.model_max_length).input_ids
+        return TokenEmbeddings(values, *read_pieces(tokenizer, ids))
 
     def encode(self, text: str, *, padding: bool = False, options: Mapping[str, Any] | None = None) -> TokenEmbeddings:
-        """Embed any text: (m, d_text), its tokens and the end token; there is never any padding."""
-        check_length(self.pipe.tokenizer_2, text)
-        return name_pieces(self.pipe.tokenizer_2, text, self.embed(text, options or {}))
+        """Embed any text as a prompt.
+
+        Args:
+            text: any words.
+            padding: of no meaning here, where attention leaves padding out.
+            options: of no meaning here.
+
+        Returns:
+            (m, d_text) values of its tokens and the end token.
+
+        Raises:
+            TypeError: `text` is no string.
+            ValueError: it is longer than the context length.
+        """
+        if not isinstance(text, str):
+            raise TypeError(f"text must be a string, got {type(text).__name__}: {text!r}")
+        tokenizer = self.pipe.tokenizer_2
+        count, context = len(tokenizer(text, verbose=False).input_ids), tokenizer.model_max_length
+        if count > context:
+            raise ValueError(f"the text has {count} tokens, the text encoder reads {context}: shorten it: {text!r}")
+        return self._named(text, self.embed(text, options or {}))
 
 
 class GPT2Reader(T5Reader):
@@ -101,7 +119,11 @@ class GPT2Reader(T5Reader):
 
     stream = "gpt2"
     arguments = ("encoder_hidden_states", "encoder_attention_mask")
-    result = (2, None)
+
+    @staticmethod
+    def prompt_of(result: tuple) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Of what `encode_prompt` returns the vectors; under guidance those of both texts are in one batch."""
+        return result[2], None, None
 
     def named(
         self,
@@ -125,8 +147,8 @@ class GPT2Reader(T5Reader):
         return TokenEmbeddings.unnamed(self.embed(text, options or {}))
 
 
-def _stream_of(unet: torch.nn.Module, site: str) -> str:
-    """What a cross-attention reads: its U-Net gives the first two transformers of a cycle one text, others the second."""
+def _stream_of(unet: Any, site: str) -> str:
+    """What a cross-attention reads: the first two transformers of each cycle are given one text, others the second."""
     block, _, path = site.partition(".attentions.")
     number, cycle = int(path.split(".")[0]), len(unet.get_submodule(block).cross_attention_dim)
     return "gpt2" if number % cycle <= 1 else "t5"

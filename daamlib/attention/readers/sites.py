@@ -1,10 +1,13 @@
 """What every reader speaks of: the sites of a model, and one pass of its denoiser."""
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ..fingerprint import Fingerprint
 from ..layers import KeyProjection
 
 PROBE = 256.0  # a power of two: a bias beside weights so much larger costs them no digits in half precision
@@ -86,3 +89,16 @@ def is_compiled(denoiser: torch.nn.Module) -> bool:
     """Whether any of it is, by `torch.compile(denoiser)` or, in place, by a module's own `compile()`."""
     parts = denoiser.modules()
     return any(hasattr(part, "_orig_mod") or part._compiled_call_impl is not None for part in parts)
+
+
+def fingerprint_of_sites(sites: Sequence[Site], dtype: torch.dtype, device: torch.device) -> Fingerprint:
+    """The fingerprint of a model's sites. dtype: of its weights; device: where it computes, if they are off-loaded."""
+
+    def project(site: Site, embeddings: torch.Tensor) -> torch.Tensor:
+        to_k, norm = site.module.to_k, getattr(site.module, "norm_k", None)
+        place = next(to_k.parameters()).device
+        # off-loaded layer by layer, weights are on `meta` and come to where the pipeline computes
+        keys = to_k(embeddings.to(device if place.type == "meta" else place, dtype))
+        return keys if norm is None else norm(keys)
+
+    return Fingerprint.of_keys({site.name: functools.partial(project, site) for site in sites}, sites[0].d_text)

@@ -10,7 +10,7 @@ import torch
 from ...pipeline import denoiser_of
 from ..fingerprint import Fingerprint
 from ..text import TokenEmbeddings, embed_prompt, encode, name_tokens
-from .sites import Pass, Site, is_compiled
+from .sites import Pass, Site, fingerprint_of_sites, is_compiled
 
 
 class UNetReader:
@@ -22,11 +22,7 @@ class UNetReader:
     """
 
     stream: str | None = None  # the one of several texts that is read, by its name
-    options: tuple[str, ...] = (
-        "clip_skip",
-        "lora_scale",
-        "prompt_2",
-    )  # arguments of `encode_prompt` that later texts need
+    options: tuple[str, ...] = ("clip_skip", "lora_scale", "prompt_2")  # of `encode_prompt`, that later texts need
 
     @staticmethod
     def reads(denoiser: torch.nn.Module) -> bool:
@@ -93,9 +89,8 @@ class UNetReader:
         options = {name: value for name, value in (options or {}).items() if name != "prompt_2"}  # the prompt's alone
         return encode(self.pipe, text, padding=padding, options=options)
 
-    def prompt_of(
-        self, arguments: Mapping[str, Any], result: tuple
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    @staticmethod
+    def prompt_of(result: tuple) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Of what `encode_prompt` returns the positive text, its mask (which a U-Net has not) and the negative text."""
         return result[0], None, result[1]
 
@@ -142,15 +137,7 @@ class UNetReader:
 
     def fingerprint(self) -> Fingerprint:
         """What tells the model from others as it is now, with the LoRA it holds."""
-
-        def project(to_k: torch.nn.Module, embeddings: torch.Tensor) -> torch.Tensor:
-            device = next(to_k.parameters()).device
-            # off-loaded layer by layer, weights are on `meta` and come to where the pipeline computes
-            device = self.pipe._execution_device if device.type == "meta" else device
-            return to_k(embeddings.to(device, self.denoiser.dtype))
-
-        keys = {site.name: functools.partial(project, site.module.to_k) for site in self.sites}
-        return Fingerprint.of_keys(keys, self.sites[0].d_text)
+        return fingerprint_of_sites(self.sites, self.denoiser.dtype, self.pipe._execution_device)
 
 
 def cross_attentions(unet: Any, *, middle: bool) -> Iterator[Site]:
