@@ -1,6 +1,7 @@
 # make reproduce    run the notebooks headless and print their results
 # make test         lint, types, unit tests, golden tests, and the notebooks under nbval
 # make test-portable   the notebooks under nbval, computed as on other processors; PORTABLE=avx2 or plain chooses one
+# make support-table   run the tests of the supported pipelines and write docs/supported.md
 # make lab          open the notebooks in JupyterLab
 # make notebooks    run the notebooks in place, to store new outputs
 # make bench        time daamlib against plain loops; BENCH="--rows daam --repeats 1" and the like choose
@@ -39,7 +40,7 @@ AS_avx2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTI
 AS_plain := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX OMP_NUM_THREADS=1
 PORTABLE := avx2 plain
 
-.PHONY: reproduce test test-portable lab notebooks bench bench-peers constraints clean
+.PHONY: reproduce test test-portable support-table lab notebooks bench bench-peers constraints clean
 
 reproduce: $(STAMP)
 	@$(PY) -m daamlib.runs \
@@ -58,6 +59,9 @@ test: $(STAMP)
 
 test-portable: $(STAMP)
 	$(foreach as,$(PORTABLE),$(COPY_NOTEBOOKS) && $(AS_$(as)) $(OFFLINE) $(PY) -m pytest $(NBVAL_FLAGS) nbval_run &&) true
+
+support-table: $(STAMP)
+	$(OFFLINE) $(PY) tests/support_table.py
 
 lab: $(STAMP)
 	$(PY) -m jupyterlab notebooks

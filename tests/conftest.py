@@ -86,7 +86,10 @@ def golden_run(golden_pipe):
     return final, trace[0], other[0]
 
 
-@pytest.fixture(params=["sd1", "sd2", "sdxl"])
+ROWS = {"sd1": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL"}  # of docs/supported.md
+
+
+@pytest.fixture(params=[pytest.param(key, marks=pytest.mark.supports(family=name)) for key, name in ROWS.items()])
 def pipe(request):
     """Each family in turn; read-only."""
     return request.getfixturevalue(f"{request.param}_pipe")

@@ -39,6 +39,15 @@ SDXL = {
     "projection_class_embeddings_input_dim": 6 * 4 + 16,
 }
 
+SCHEDULER = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+
 
 def prepare_device(name):
     """Kernels as exact and repeatable as the CPU's; a usage error for a device that is not there."""
@@ -83,15 +92,7 @@ def _parts(unet, prediction="epsilon"):
         norm_num_groups=2,
         sample_size=32,
     )
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        prediction_type=prediction,
-    )
+    scheduler = DDIMScheduler(**SCHEDULER, prediction_type=prediction)
     model = UNet2DConditionModel(sample_size=16, in_channels=4, out_channels=4, **unet).eval()
     with torch.no_grad():  # random weights at their usual size give nearly constant attention, which would prove little
         for name, weight in model.named_parameters():
@@ -127,6 +128,13 @@ BUILDERS = {
     "sd2": lambda: _sd(SD2, 20, 24, "v_prediction"),  # a context length that is not CLIP's 77
     "sdxl": _sdxl,
 }
+
+
+def of_components(kind, pipe, **more):
+    """Another kind of Stable Diffusion pipeline on the parts of `pipe`."""
+    other = kind(**pipe.components, **more, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    return other
 
 
 def build(family, device="cpu"):

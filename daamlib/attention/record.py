@@ -35,6 +35,7 @@ class AttentionRecord:
         timesteps: of each pass of the denoiser, in order; some schedulers repeat one.
         layers: see `Layer`.
         branch: the half of classifier-free guidance that was read.
+        stream: the text that was read, where the denoiser is given several; else None.
         texts: the further texts whose DAAM is kept in `Layer.maps`.
         self_attention: what `refine` propagates maps along, if the trace was asked to keep it.
         embedded_with: the arguments of `encode_prompt` that the prompt was embedded with, such as `clip_skip`.
@@ -48,6 +49,7 @@ class AttentionRecord:
     timesteps: list[int]
     layers: tuple[Layer, ...]
     branch: str = "conditional"
+    stream: str | None = None
     texts: Mapping[str, TokenEmbeddings] = field(default_factory=dict)
     self_attention: SelfAttention | None = None
     embedded_with: Mapping[str, Any] = field(default_factory=dict)
@@ -101,7 +103,7 @@ class AttentionRecord:
                 "this record has no text encoder: load it with AttentionRecord.load(path, pipe=pipe), or give "
                 "embeddings to daam_from / ldaam_from"
             )
-        reader = reader_of(self.pipe)
+        reader = reader_of(self.pipe, stream=self.stream)
         self._require_text_encoder(reader)
         embeddings = reader.encode(text, padding=padding, options=self.embedded_with)
         return replace(embeddings, values=embeddings.values.to(self.device))
@@ -290,6 +292,7 @@ class AttentionRecord:
             "words": self.prompt_embeddings.words,
             "timesteps": self.timesteps,
             "branch": self.branch,
+            "stream": self.stream,
             "embedded_with": dict(self.embedded_with),
             "texts": {text: [embeddings.tokens, embeddings.words] for text, embeddings in self.texts.items()},
             "layers": [
@@ -346,6 +349,7 @@ class AttentionRecord:
                 timesteps=[int(t) for t in header["timesteps"]],
                 layers=tuple(layers),
                 branch=header["branch"],
+                stream=header.get("stream"),
                 texts=texts,
                 embedded_with=header["embedded_with"],
                 pipe=pipe,
@@ -356,7 +360,7 @@ class AttentionRecord:
         if pipe is None:
             return record if device is None else record.to(device)
         middle = any(layer.name.startswith("mid_block") for layer in layers)
-        difference = record.fingerprint.difference(fingerprint_of(pipe, middle=middle))
+        difference = record.fingerprint.difference(fingerprint_of(pipe, middle=middle, stream=record.stream))
         if difference:
             raise ValueError(f"{path} and the pipeline have {difference}: give the model that made it, with its LoRA")
         return record.to(device or pipe._execution_device)

@@ -98,10 +98,10 @@ class Call:
 class Recorder:
     """The hooks of one `trace`, and the call that they are told of."""
 
-    def __init__(self, pipe: Any, branch: Branch, keep: Keep, middle: bool):
+    def __init__(self, pipe: Any, branch: Branch, keep: Keep, middle: bool, stream: str | None = None):
         self.trace = Trace()
         self._pipe, self._branch, self._keep = pipe, branch, keep
-        self._reader = reader_of(pipe, middle=middle)
+        self._reader = reader_of(pipe, middle=middle, stream=stream)
         self._sites = self._reader.sites  # an error before anything is hooked if it has none
         self._encodings: list[Encoding] = []
         self._in_pipeline = False  # between `check_inputs` and `maybe_free_model_hooks`
@@ -147,12 +147,15 @@ class Recorder:
             return
         positive, mask, negative = map(_copy, self._reader.prompt_of(result))
         assert positive is not None
-        prompt, count = arguments.get("prompt"), arguments.get("num_images_per_prompt") or 1
-        prompts = [prompt] if isinstance(prompt, str) else prompt
-        names = tuple(p for p in prompts for _ in range(count)) if prompts else ()
-        names = names if len(names) == len(positive) else (None,) * len(positive)
-        options = {name: arguments[name] for name in self._reader.options if arguments.get(name) is not None}
         guided = arguments.get("do_classifier_free_guidance", negative is not None)
+        if guided and negative is None:  # both texts are returned as one batch, the negative ones first
+            negative, positive = positive.chunk(2)
+            mask = None if mask is None else mask.chunk(2)[1]
+        prompt = arguments.get("prompt")
+        prompts = [prompt] if isinstance(prompt, str) else prompt or [None]
+        count, rest = divmod(len(positive), len(prompts))  # images of each
+        names = (None,) * len(positive) if rest else tuple(p for p in prompts for _ in range(count))
+        options = {name: arguments[name] for name in self._reader.options if arguments.get(name) is not None}
         encoding = Encoding(names, positive, negative, bool(guided), options, self._embed_texts(options), mask)
         self._encodings = [*self._encodings[-7:], encoding]
 
@@ -397,6 +400,7 @@ class Recorder:
                 timesteps=timesteps,
                 layers=tuple(layers),
                 branch=self._branch,
+                stream=self._reader.stream,
                 texts=texts,
                 self_attention=self._self_attention(call, image),
                 embedded_with=options,

@@ -27,6 +27,7 @@ def trace(
     store_device: str | torch.device | None = None,
     self_attention: bool = False,
     middle: bool = False,
+    stream: str | None = None,
 ) -> Iterator[Trace]:
     """Collect the cross-attention of every image that `pipe` generates inside the `with`.
 
@@ -54,6 +55,8 @@ def trace(
             and of the less noisy half of the passes, the queries and keys of up to eight passes of each layer; with
             "linear" and "maps", which hold no queries, the running mean of the attention, 4.2 MB at 32 x 32.
         middle: whether to read the middle block too, which DAAM leaves out.
+        stream: which text to read where a denoiser is given several. AudioLDM2: "t5" (the default), the words of the
+            prompt, or "gpt2", vectors of the whole prompt, which are read by position (`readers.audioldm2`).
 
     Yields:
         The records, growing while images are generated.
@@ -68,7 +71,7 @@ def trace(
     if isinstance(texts, str) or (texts and store != "maps"):
         raise ValueError(f'texts is a list of strings and needs store="maps", got {texts!r} with store={store!r}')
     device = None if store_device is None else torch.device(store_device)
-    recorder = Recorder(pipe, branch, Keep(store, tuple(texts), device, self_attention), middle)
+    recorder = Recorder(pipe, branch, Keep(store, tuple(texts), device, self_attention), middle, stream)
     with ExitStack() as stack:
         recorder.attach(stack)
         try:

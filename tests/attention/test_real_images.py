@@ -19,6 +19,7 @@ def array():
     return np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
 
 
+@pytest.mark.supports(feature="real images")
 def test_the_record_is_that_of_the_noised_image(pipe, array):
     """Against the formula, z_t = sqrt(a_t) z + sqrt(1 - a_t) e, with one pass each through a capturing processor."""
     with capture(pipe.unet) as captures:

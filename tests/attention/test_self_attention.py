@@ -4,49 +4,31 @@ import dataclasses
 
 import pytest
 import torch
-from helpers import assert_close, generate
+from helpers import assert_close, capture, generate
 
 import daamlib
 from daamlib import AttentionRecord, HeatMaps
 
 
-class Explicit:
-    """An attention processor that keeps the explicit probabilities (batch, head, n, n) of every pass."""
-
-    def __init__(self):
-        self.passes = []
-
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **_):
-        query, key, value = (attn.head_to_batch_dim(each(hidden_states)) for each in (attn.to_q, attn.to_k, attn.to_v))
-        probabilities = attn.get_attention_scores(query, key, attention_mask)
-        self.passes.append(probabilities.unflatten(0, (-1, attn.heads)))
-        return attn.to_out[1](attn.to_out[0](attn.batch_to_head_dim(probabilities @ value)))
-
-
 def last_of_up_blocks(pipe):
     """The self-attentions that are read: the last one of each up transformer."""
-    names = [name for name in pipe.unet.attn_processors if name.startswith("up_blocks") and "attn1" in name]
+    names = [name for name, _ in pipe.unet.named_modules() if name.startswith("up_blocks") and name.endswith("attn1")]
     last = {name.split(".transformer_blocks")[0]: name for name in names}
     return list(last.values())
 
 
 def traced(pipe, store="queries", steps=4, **options):
     """A record of the second image of a batch, and the explicit mean matrix A (n, n) of it."""
-    names, before = last_of_up_blocks(pipe), pipe.unet.attn_processors
-    explicit = {name: Explicit() for name in names}
-    pipe.unet.set_attn_processor({**before, **explicit})
-    try:
+    with capture(pipe.unet, last_of_up_blocks(pipe)) as explicit:
         with daamlib.trace(pipe, store=store, self_attention=True) as trace:
             generate(pipe, ["a car", "a tree"], num_inference_steps=steps, **options)
-    finally:
-        pipe.unet.set_attn_processor(before)
     record = trace[1]
     positions = record.self_attention.grid[0] * record.self_attention.grid[1]
     late = [i for i, t in enumerate(record.timesteps) if t <= 500] or [len(record.timesteps) - 1]
     matrices = [
-        each.passes[i][3].mean(dim=0)  # of the conditional half the second image
+        each.probabilities[i][3].mean(dim=0)  # of the conditional half the second image
         for each in explicit.values()
-        if each.passes[0].shape[-1] == positions
+        if each.probabilities[0].shape[-1] == positions
         for i in late
     ]
     return record, torch.stack(matrices).mean(dim=0)
@@ -71,10 +53,10 @@ def test_refined_maps_are_those_of_the_explicit_matrix(of_image):
         assert_close(refined.values.flatten(1), expected, 1e-5)
 
 
-@pytest.mark.parametrize("family", ["sd2", "sdxl"])
+@pytest.mark.supports(feature="self-attention")
 @pytest.mark.parametrize("store", ["queries", "linear"])
-def test_other_families(request, family, store):
-    record, matrix = traced(request.getfixturevalue(f"{family}_pipe"), store)
+def test_every_family(pipe, store):
+    record, matrix = traced(pipe, store)
     maps = record.ldaam("a tree")
     assert record.self_attention.grid == record.grid
     assert_close(record.refine(maps).values.flatten(1), maps.values.flatten(1) @ matrix.T, 1e-5)
@@ -83,14 +65,10 @@ def test_other_families(request, family, store):
 def test_a_pass_without_a_late_one_is_better_than_none(sd1_pipe):
     image = torch.rand(3, 32, 48, generator=torch.Generator().manual_seed(0))
     noisy = daamlib.trace_image(sd1_pipe, image, timesteps=(900, 700), self_attention=True)
-    names, before = last_of_up_blocks(sd1_pipe), sd1_pipe.unet.attn_processors
-    explicit = {name: Explicit() for name in names}
-    sd1_pipe.unet.set_attn_processor({**before, **explicit})
-    try:
+    with capture(sd1_pipe.unet, last_of_up_blocks(sd1_pipe)) as explicit:
         daamlib.trace_image(sd1_pipe, image, timesteps=(900, 700))
-    finally:
-        sd1_pipe.unet.set_attn_processor(before)
-    last = [each.passes[1][0].mean(dim=0) for each in explicit.values() if each.passes[1].shape[-1] == 384]
+    second = [each.probabilities[1][0] for each in explicit.values()]  # (head, n, n)
+    last = [matrices.mean(dim=0) for matrices in second if matrices.shape[-1] == 384]
     maps = noisy.ldaam("a tree")
     expected = maps.values.flatten(1) @ torch.stack(last).mean(dim=0).T
     assert_close(noisy.refine(maps).values.flatten(1), expected, 1e-5)

@@ -11,18 +11,15 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
-    ControlNetModel,
     PNDMScheduler,
-    StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
-    StableDiffusionInpaintPipeline,
     StableDiffusionXLImg2ImgPipeline,
     UNet2DConditionModel,
     UNetMotionModel,
 )
 from helpers import assert_close, capture, generate, naive_maps
 from peft import LoraConfig
-from tiny import BLOCKS, SDXL
+from tiny import SDXL, of_components
 
 import daamlib
 from daamlib import AttentionRecord
@@ -238,45 +235,6 @@ def test_a_with_that_ends_on_an_unfinished_call(sd1_pipe):
 # -- other pipelines on the same U-Net --------------------------------------------------------------------------------
 
 IMAGE = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(0))
-MASK = torch.zeros(1, 1, 32, 48).index_fill(3, torch.arange(24), 1.0)
-
-
-def of_components(kind, pipe, **more):
-    other = kind(**pipe.components, **more, requires_safety_checker=False)
-    other.set_progress_bar_config(disable=True)
-    return other
-
-
-def controlnet(pipe):
-    net = ControlNetModel(
-        **{name: value for name, value in BLOCKS.items() if name != "up_block_types"},
-        cross_attention_dim=24,
-        attention_head_dim=4,
-        conditioning_embedding_out_channels=(4, 8),
-    )
-    return of_components(StableDiffusionControlNetPipeline, pipe, controlnet=net.eval().to(pipe.device))
-
-
-OTHERS = {
-    "img2img": (lambda pipe: of_components(StableDiffusionImg2ImgPipeline, pipe), {"image": IMAGE, "strength": 0.5}, 2),
-    "inpaint": (
-        lambda pipe: of_components(StableDiffusionInpaintPipeline, pipe),
-        {"image": IMAGE, "mask_image": MASK, "strength": 0.5, "height": 32, "width": 48},
-        2,
-    ),
-    "ControlNet": (controlnet, {"image": IMAGE}, 4),
-}
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_pipelines_of_the_same_parts(sd1_pipe, name):
-    make, options, passes = OTHERS[name]
-    other = make(sd1_pipe)
-    with daamlib.trace(other) as trace, capture(other.unet) as captures:
-        generate(other, "a car", num_inference_steps=4, **options)
-    assert expected_of(trace) == [("a car", passes)]
-    first = of_passes(captures, slice(passes))
-    assert_close(trace[0].daam().values, naive_maps(first, GRIDS, image=1)[:4])
 
 
 def test_another_pipeline_on_the_traced_unet(sd1_pipe):
@@ -324,6 +282,7 @@ def test_compiled_unets(fresh, situation):
     assert expected_of(trace) == expected
 
 
+@pytest.mark.supports(family="AnimateDiff", feature="refused", note="it makes videos")
 def test_videos_are_refused():
     unet = UNetMotionModel(
         block_out_channels=(8, 16),
@@ -341,6 +300,9 @@ def test_videos_are_refused():
     assert len(trace) == 0
 
 
+@pytest.mark.supports(
+    family="Custom Diffusion", feature="refused", note="its attention processors make keys of their own"
+)
 def test_keys_of_a_processors_own_are_refused(fresh):
     pipe = fresh("sd1")
     attention = pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2

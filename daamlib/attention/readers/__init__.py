@@ -2,7 +2,7 @@
 
 A reader is the one place that knows a model family, one module each. It offers
 
-- `reads`: whether a denoiser is of its family;
+- `reads`: whether a denoiser is of its family, and `stream`, the text that it reads where a denoiser is given several;
 - `denoiser`: the module whose calls are the denoising passes;
 - `sites`: its cross-attentions that can be read, and `self_sites`: self-attentions whose mean refines maps;
 - `read`: the latents, the noise level and the text of one pass;
@@ -17,19 +17,24 @@ from typing import Any
 
 from ...pipeline import denoiser_of
 from ..fingerprint import Fingerprint
+from .audioldm2 import GPT2Reader, T5Reader
 from .cross_transformer import CrossTransformerReader
 from .unet import UNetReader
 
 Reader = CrossTransformerReader | UNetReader
-READERS: tuple[type[Reader], ...] = (CrossTransformerReader, UNetReader)  # the first that reads a denoiser does
+READERS: tuple[type[Reader], ...] = (CrossTransformerReader, T5Reader, GPT2Reader, UNetReader)  # the first that reads
 
 
-def reader_of(pipe: Any, *, middle: bool = False) -> Reader:
-    """The reader of a pipeline's model family. TypeError for a pipeline of none."""
+def reader_of(pipe: Any, *, middle: bool = False, stream: str | None = None) -> Reader:
+    """The reader of a pipeline's model family and text. TypeError or ValueError where there is none."""
     denoiser = denoiser_of(pipe)
-    for reader in READERS:
-        if reader.reads(denoiser):
+    readers = [reader for reader in READERS if reader.reads(denoiser)]
+    for reader in readers:
+        if stream in (None, reader.stream):
             return reader(pipe, middle=middle)
+    if readers:
+        streams = [reader.stream for reader in readers if reader.stream]
+        raise ValueError(f"{type(pipe).__name__} has no text stream {stream!r}: {streams or 'it reads one text'}")
     kind = type(denoiser).__name__
     if "3D" in kind:
         raise TypeError(f"a {kind} makes videos: its attention is over time, height and width, maps are of images")
@@ -39,6 +44,6 @@ def reader_of(pipe: Any, *, middle: bool = False) -> Reader:
     )
 
 
-def fingerprint_of(pipe: Any, *, middle: bool = False) -> Fingerprint:
+def fingerprint_of(pipe: Any, *, middle: bool = False, stream: str | None = None) -> Fingerprint:
     """The fingerprint of a pipeline as it is now. TypeError or ValueError for a pipeline that cannot be read."""
-    return reader_of(pipe, middle=middle).fingerprint()
+    return reader_of(pipe, middle=middle, stream=stream).fingerprint()

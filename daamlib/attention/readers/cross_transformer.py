@@ -32,6 +32,7 @@ class CrossTransformerReader:
         middle: of no meaning here, all blocks take part.
     """
 
+    stream: str | None = None  # one text reaches the attentions
     options = ("clean_caption", "complex_human_instruction", "lora_scale", "max_sequence_length")
 
     @staticmethod

@@ -21,7 +21,8 @@ class UNetReader:
         middle: whether the middle block takes part, which DAAM leaves out.
     """
 
-    options = ("clip_skip", "lora_scale", "prompt_2")  # arguments of `encode_prompt` that later texts need
+    stream: str | None = None  # the one of several texts that is read, by its name
+    options: tuple[str, ...] = ("clip_skip", "lora_scale", "prompt_2")  # of `encode_prompt`, that later texts need
 
     @staticmethod
     def reads(denoiser: torch.nn.Module) -> bool:
@@ -31,14 +32,14 @@ class UNetReader:
     def __init__(self, pipe: Any, *, middle: bool = False):
         self.pipe = pipe
         self.denoiser: Any = denoiser_of(pipe)
-        self._middle = middle
+        self.middle = middle
 
     # what follows goes through all modules of the U-Net, which a reader that embeds a text has no use for
 
     @functools.cached_property
     def sites(self) -> tuple[Site, ...]:
         """The cross-attentions. ValueError if there is none that DAAM can read."""
-        return tuple(_sites(self.denoiser, middle=self._middle))
+        return tuple(cross_attentions(self.denoiser, middle=self.middle))
 
     @functools.cached_property
     def self_sites(self) -> tuple[Site, ...]:
@@ -46,7 +47,8 @@ class UNetReader:
         return tuple(_self_sites(self.denoiser))
 
     @functools.cached_property
-    def _signature(self) -> inspect.Signature:
+    def signature(self) -> inspect.Signature:
+        """Of the U-Net's call."""
         return inspect.signature(self.denoiser.forward)
 
     @property
@@ -61,7 +63,7 @@ class UNetReader:
 
     def read(self, args: tuple, kwargs: Mapping[str, Any]) -> Pass:
         """The latents, noise level and text that the U-Net is called with. ValueError if they are not of images."""
-        arguments = self._signature.bind_partial(*args, **kwargs).arguments
+        arguments = self.signature.bind_partial(*args, **kwargs).arguments
         sample, text = arguments["sample"], arguments["encoder_hidden_states"]
         text = text[0] if isinstance(text, tuple) else text  # an IP-Adapter gives image embeddings beside the text
         if sample.ndim != 4 or len(text) != len(sample):
@@ -138,7 +140,13 @@ class UNetReader:
         return fingerprint_of_sites(self.sites, self.denoiser.dtype, self.pipe._execution_device)
 
 
-def _sites(unet: torch.nn.Module, *, middle: bool) -> Iterator[Site]:
+def cross_attentions(unet: Any, *, middle: bool) -> Iterator[Site]:
+    """The cross-attentions of a U-Net. ValueError if there is none that DAAM can read."""
+    if getattr(unet.config, "class_embed_type", None) == "simple_projection":
+        raise ValueError(
+            "this U-Net is given its text as one CLAP vector, as AudioLDM's and MusicLDM's are: there are no text "
+            "tokens, whose attention could be read"
+        )
     found = {
         name.replace("_orig_mod.", ""): module  # of a block that is compiled by itself
         for name, module in unet.named_modules()
