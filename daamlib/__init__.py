@@ -2,6 +2,7 @@
 
 from . import metrics as metrics
 from .attention.heatmaps import HeatMaps as HeatMaps
+from .attention.joint.record import JointRecord as JointRecord
 from .attention.ldaam import LinearMap as LinearMap
 from .attention.real_images import trace_image as trace_image
 from .attention.record import AttentionRecord as AttentionRecord

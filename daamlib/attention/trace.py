@@ -14,6 +14,8 @@ from typing import Any, get_args
 
 import torch
 
+from .joint.families import family_of
+from .joint.trace import trace_joint
 from .recorder import Branch, Keep, Recorder, Store, Trace
 
 
@@ -27,6 +29,7 @@ def trace(
     store_device: str | torch.device | None = None,
     self_attention: bool = False,
     middle: bool = False,
+    words: Sequence[str] = (),
 ) -> Iterator[Trace]:
     """Collect the cross-attention of every image that `pipe` generates inside the `with`.
 
@@ -41,8 +44,13 @@ def trace(
     A U-Net that `torch.compile` has compiled runs uncompiled inside the `with`, as everything else that is compiled:
     code that was compiled before the hooks came would never call them. Its image is the uncompiled model's.
 
+    Of a joint model (SD 3, SD 3.5, Flux.1, Qwen-Image) the records are `JointRecord`s, of four passes of a pipeline's
+    call: the middles of four equal parts. They hold the prompt's DAAM and the maps of `words`; any other text runs along
+    with these passes made again. No other option but `store_device` fits such a model.
+
     Args:
-        pipe: a diffusers pipeline with a U-Net with cross-attention (SD 1.x, SD 2.x, SDXL; also img2img, LoRA).
+        pipe: a diffusers pipeline with a U-Net with cross-attention (SD 1.x, SD 2.x, SDXL; also img2img, LoRA), or of a
+            joint model.
         branch: the half of classifier-free guidance to read.
         store: "queries" keeps what any later text needs: steps * sum over layers of (h*w * channels) numbers an image
             in the pipeline's dtype (logged after the first step, and `trace.bytes_needed`). "linear" keeps only their
@@ -53,6 +61,7 @@ def trace(
             and of the less noisy half of the passes, the queries and keys of up to eight passes of each layer; with
             "linear" and "maps", which hold no queries, the running mean of the attention, 4.2 MB at 32 x 32.
         middle: whether to read the middle block too, which DAAM leaves out.
+        words: of a joint model, two or more that run along while it generates, and compete with each other.
 
     Yields:
         The records, growing while images are generated.
@@ -66,6 +75,20 @@ def trace(
             raise ValueError(f"{name} must be one of {get_args(known)}, got {value!r}")
     if isinstance(texts, str) or (texts and store != "maps"):
         raise ValueError(f'texts is a list of strings and needs store="maps", got {texts!r} with store={store!r}')
+    family = family_of(pipe)
+    if family is not None:
+        options = {"branch": branch, "store": store, "texts": texts, "self_attention": self_attention, "middle": middle}
+        usual = {"branch": "conditional", "store": "queries", "texts": (), "self_attention": False, "middle": False}
+        odd = [name for name, value in options.items() if value != usual[name]]
+        if odd:
+            raise ValueError(f"{', '.join(odd)}: no option of joint models as {family.name}, only words and store_device")
+        with trace_joint(pipe, family, words, store_device) as tracer:
+            yield tracer
+        return
+    if words:
+        raise ValueError(
+            f"words run along with joint models only, {type(pipe).__name__} is none: its records read any text afterwards"
+        )
     device = None if store_device is None else torch.device(store_device)
     recorder = Recorder(pipe, branch, Keep(store, tuple(texts), device, self_attention), middle)
     with ExitStack() as stack:
