@@ -8,10 +8,8 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 
 from .joint.families import family_of
-from .joint.record import JointRecord
 from .joint.trace import trace_pixels
 from .readers import reader_of
-from .record import AttentionRecord
 from .trace import trace
 
 
@@ -24,7 +22,7 @@ def trace_image(
     timesteps: Sequence[int] = (100, 300, 500),
     seed: int = 0,
     self_attention: bool = False,
-) -> AttentionRecord | JointRecord:
+) -> Any:  # an AttentionRecord, or a JointRecord
     """The record of a REAL image: encode it, add noise at each timestep, one pass of the denoiser each.
 
     The noise is the training's (z_t = sqrt(a_t) z + sqrt(1 - a_t) e), whatever sampler the pipeline uses; of a joint
@@ -49,7 +47,7 @@ def trace_image(
     family = family_of(pipe)
     if family is not None:
         if self_attention:
-            raise ValueError(f"self_attention: no option of joint models as {family.name}")
+            raise ValueError(f"self_attention: {family.name} is a joint model, of which it is not read")
         pixels = _pixels(image, family.sides(pipe)).float()
         return trace_pixels(pipe, family, pixels, prompt=prompt, timesteps=timesteps, seed=seed)
     reader = reader_of(pipe)

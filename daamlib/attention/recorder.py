@@ -34,7 +34,7 @@ class Trace(Sequence[AttentionRecord]):
     """The records of the images generated inside a `trace`, in order of generation; also after the `with`."""
 
     def __init__(self) -> None:
-        self.records: list[AttentionRecord] = []
+        self.records: list[Any] = []  # of joint models, JointRecords
         self.unfinished = 0  # calls that left no record
         self.bytes_needed = 0  # by the latest call, when it is complete: its queries, sums or maps of all images
 

@@ -45,8 +45,8 @@ def trace(
     code that was compiled before the hooks came would never call them. Its image is the uncompiled model's.
 
     Of a joint model (SD 3, SD 3.5, Flux.1, Qwen-Image) the records are `JointRecord`s, of four passes of a pipeline's
-    call: the middles of four equal parts. They hold the prompt's DAAM and the maps of `words`; any other text runs along
-    with these passes made again. No other option but `store_device` fits such a model.
+    call: the middles of four equal parts. They hold the prompt's DAAM and the maps of `words`; any other text runs
+    along with these passes made again. Of the other options only `store_device` fits such a model.
 
     Args:
         pipe: a diffusers pipeline with a U-Net with cross-attention (SD 1.x, SD 2.x, SDXL; also img2img, LoRA), or of a
@@ -81,13 +81,13 @@ def trace(
         usual = {"branch": "conditional", "store": "queries", "texts": (), "self_attention": False, "middle": False}
         odd = [name for name, value in options.items() if value != usual[name]]
         if odd:
-            raise ValueError(f"{', '.join(odd)}: no option of joint models as {family.name}, only words and store_device")
+            raise ValueError(f"{', '.join(odd)}: {family.name} is a joint model, it takes words and store_device only")
         with trace_joint(pipe, family, words, store_device) as tracer:
             yield tracer
         return
     if words:
         raise ValueError(
-            f"words run along with joint models only, {type(pipe).__name__} is none: its records read any text afterwards"
+            f"words run along with joint models only, {type(pipe).__name__} is none: its records read any text later"
         )
     device = None if store_device is None else torch.device(store_device)
     recorder = Recorder(pipe, branch, Keep(store, tuple(texts), device, self_attention), middle)

@@ -20,9 +20,7 @@ def embed_prompt(pipe: Any, family: Family, prompt: str, options: Mapping[str, A
     return pipe.encode_prompt(prompt=prompt, device=device, num_images_per_prompt=1, **family.unused, **options)
 
 
-def name_prompt(
-    pipe: Any, family: Family, texts: Mapping[str, str] | None, values: torch.Tensor
-) -> TokenEmbeddings:
+def name_prompt(pipe: Any, family: Family, texts: Mapping[str, str] | None, values: torch.Tensor) -> TokenEmbeddings:
     """The (rows, d_text) embeddings of a prompt with the names of their tokens; numbers without a prompt.
 
     texts: the prompt by the argument of `encode_prompt`, as {"prompt": ..., "prompt_2": ...}.
@@ -65,4 +63,3 @@ def check_words(words: Any) -> tuple[str, ...]:
             "everywhere for one alone. Name what else may be in the image, or use ldaam"
         )
     return tuple(words)
-

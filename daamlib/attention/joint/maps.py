@@ -6,6 +6,7 @@ them, after the norms and the rotation; o is what a token's attention returns, b
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -40,8 +41,9 @@ class JointAttention:
     def rows(self, rows: slice) -> "JointAttention":
         """The same of some images of the batch."""
         names = ("queries", "image_keys", "text_keys", "mask", "image_vectors", "text_vectors")
-        found = {name: getattr(self, name) for name in names}
-        return replace(self, **{name: None if part is None else part[rows] for name, part in found.items()})
+        parts = [(name, getattr(self, name)) for name in names]
+        cut: dict[str, Any] = {name: None if part is None else part[rows] for name, part in parts}
+        return replace(self, **cut)
 
 
 def prompt_daam(image: JointAttention, max_bytes: int = MAX_BYTES) -> Float[torch.Tensor, "n m p"]:
@@ -49,8 +51,8 @@ def prompt_daam(image: JointAttention, max_bytes: int = MAX_BYTES) -> Float[torc
 
         D[m, p] = sum_h  exp(s q_p . k_m) / ( sum_text exp(s q_p . k) + sum_image exp(s q_p . k) )
 
-    Exact: these are the probabilities that the model works with. The image's positions share the softmax, so the maps of
-    all tokens do not sum to one.
+    Exact: these are the probabilities that the model works with. The image's positions share the softmax, so the maps
+    of all tokens do not sum to one.
 
     Args:
         image: of the real pass, whose text is the prompt.
@@ -80,8 +82,8 @@ def open_vocabulary_daam(
 
         D[k, p] = sum_h softmax_k ( s q_p . k_k )
 
-    The keys are exactly those that the text would have in the prompt's place in front of this image's state. The image's
-    positions take no part in this softmax, and neither does the prompt: words compete with each other alone.
+    The keys are exactly those that the text would have in the prompt's place in front of this image's state. The
+    image's positions take no part in this softmax, and neither does the prompt: words compete with each other alone.
 
     Args:
         image: of the real pass.

@@ -5,10 +5,9 @@ from typing import Any
 
 import torch
 
-from .encoding import check_words
 from .families import Family, denoiser_of
 from .maps import Formulae, JointAttention, Sums, concept_map, open_vocabulary_daam, prompt_daam
-from .stream import BATCHED, Stream, take_rows
+from .stream import Stream, take_rows
 
 KEPT = 4  # passes of a call that are read
 PROMPT, WORDS, CONCEPTS = "prompt", "daam", "concept_map"  # what is summed while generating

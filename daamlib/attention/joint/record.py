@@ -27,8 +27,8 @@ FORMAT = "daamlib-joint-record-1"
 class JointRecord:
     """The joint attention of one image of SD 3, SD 3.5, Flux.1 or Qwen-Image, from `trace`, `trace_image` or `load`.
 
-    It holds the prompt's DAAM and the maps of the words that `trace` was given. Any other text has no keys that could be
-    kept, for its state depends on the image, block by block: reading it needs the model, which makes the kept passes
+    It holds the prompt's DAAM and the maps of the words that `trace` was given. Any other text has no keys that could
+    be kept, for its state depends on the image, block by block: reading it needs the model, which makes the kept passes
     again (four steps of the pipeline, and each text that runs along costs about as much once more). All maps are sums
     over these passes alone.
 
@@ -132,8 +132,8 @@ class JointRecord:
     def ldaam(self, word: str) -> HeatMaps:
         """The scores of a lone word: a stream of its own, no softmax (`joint.maps.lone_word`).
 
-        Like linear DAAM it depends on no other word. Unlike it, it is linear in nothing that one could optimise or type:
-        the keys are linear in the word's state in each block, the state is no linear function of the embedding.
+        Like linear DAAM it depends on no other word. Unlike it, it is NOT linear in the word's embedding: it is linear
+        in the word's keys in each block, which the blocks before made of the embedding and the image.
 
         Args:
             word: any text; its tokens run along together and see each other.
@@ -154,8 +154,8 @@ class JointRecord:
         """The map of a probe token: P(v) = sum over blocks l of < sum over passes t of o_image[t, l], v_l >.
 
         Exactly linear in the free vectors v_l, side by side in one row: fitted to masks it is a convex problem
-        (`daamlib.optimize_probe`). It lives in the attention's output space; no text is known that leads to given v_l in
-        all blocks, so a probe token cannot be typed into a prompt.
+        (`daamlib.optimize_probe`). It lives in the attention's output space; no text is known that leads to given v_l
+        in all blocks, so a probe token cannot be typed into a prompt.
 
         Args:
             layers: names of attentions, as `layer_names` lists; None for all. A block of Flux.1 at 1024 px takes 50 MB.
@@ -170,9 +170,7 @@ class JointRecord:
         if layers is not None and (not len(layers) or set(layers) - set(known)):
             raise ValueError(f"the layers are {known}, got {list(layers)}")
         chosen = [name for name in known if layers is None or name in layers]
-        sums = self._run(
-            [], lambda image, _: {image.name: image.image_vectors.float()} if image.name in chosen else {}
-        )
+        sums = self._run([], lambda image, _: {image.name: image.image_vectors.float()} if image.name in chosen else {})
         weight = torch.cat([sums[name][0] for name in chosen], dim=1)
         return LinearMap(weight.to(self.device).unflatten(0, self.grid))
 
@@ -247,9 +245,12 @@ class JointRecord:
             words = tuple(Word(*word) for word in header["named"])
             embeddings = TokenEmbeddings(tensors["prompt_embeddings"], tuple(header["tokens"]), words)
             calls = tuple(
-                {name: tensors[held["tensor"]] if "tensor" in held else _tuples(held["value"]) for name, held in call.items()}
+                {
+                    name: tensors[held["tensor"]] if "tensor" in held else _tuples(held["value"])
+                    for name, held in call.items()
+                }
                 for call in header["calls"]
-            )  # fmt: skip
+            )
             record = cls(
                 prompt=header["prompt"],
                 prompt_embeddings=embeddings,

@@ -1,12 +1,13 @@
 """Texts that run along with a joint model's passes, without any effect on them.
 
-After every block the same block is called once more, with the state of a text of ours in the place of the prompt's; what
-it returns for the text is the text's next state. The image in this second call is the real one, so the text sees exactly
-what the prompt sees, and its keys are those it would have had. With the prompt itself the two streams are equal.
+After every block the same block is called once more, with the state of a text of ours in the place of the prompt's;
+what it returns for the text is the text's next state. The image in this second call is the real one, so the text sees
+exactly what the prompt sees, and its keys are those it would have had. With the prompt itself both streams are equal.
 
-The second call keeps the modulation (`temb`) of the pass: its noise level, guidance and the prompt's pooled text, for the
-image's keys must stay those of the pass. Nothing is replaced; what a block computes is seen by hooks on the projections
-of its attentions, under any processor. Which attention is joint is asked of the call: one that the text reaches.
+The second call keeps the modulation (`temb`) of the pass: its noise level, guidance and the prompt's pooled text, for
+the image's keys must stay those of the pass. Nothing is replaced; what a block computes is seen by hooks on the
+projections of its attentions, under any processor. Which attention is joint is asked of the call: one that the text
+reaches.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,8 +22,15 @@ from .maps import JointAttention
 
 Read = Callable[[JointAttention, tuple[JointAttention, ...]], None]
 
-BATCHED = ("hidden_states", "encoder_hidden_states", "encoder_hidden_states_mask", "pooled_projections", "timestep")
-BATCHED += ("guidance", "temb")  # arguments of a pass or a block with a row for each image
+BATCHED = (  # arguments of a pass or a block with a row for each image
+    "hidden_states",
+    "encoder_hidden_states",
+    "encoder_hidden_states_mask",
+    "pooled_projections",
+    "timestep",
+    "guidance",
+    "temb",
+)
 HARMLESS = ("offload", "casting", "autocast", "tracker")  # hooks of diffusers that leave every block's call as it is
 
 

@@ -1,4 +1,4 @@
-"""The names of the tokens of texts, where a tokenizer marks the first token of a word, and texts of several encoders."""
+"""The names of the tokens of texts, also of texts that several encoders read."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -34,9 +34,7 @@ def piece_names(tokenizer: Any, ids: Sequence[int], *, mark: str, end: str) -> N
     def punctuation(i: int) -> bool:
         return bool(bare[i]) and not any(letter.isalnum() for letter in bare[i])
 
-    starts = [
-        i for i in range(stop) if i == 0 or pieces[i].startswith(mark) or punctuation(i) or punctuation(i - 1)
-    ]
+    starts = [i for i in range(stop) if i == 0 or pieces[i].startswith(mark) or punctuation(i) or punctuation(i - 1)]
     spans = zip(starts, [*starts[1:], stop], strict=True)
     words = [Word(tokenizer.decode(list(ids[start:after])).strip(), start, after) for start, after in spans]
     return tuple(bare), tuple(word for word in words if word.text)
@@ -48,7 +46,8 @@ def side_by_side(parts: Sequence[tuple[Names, int]]) -> Names:
     words: tuple[Word, ...] = ()
     for (of_part, words_of_part), length in parts:
         at = len(tokens)
-        words += tuple(Word(word.text, word.start + at, word.stop + at) for word in words_of_part if word.stop <= length)
+        fitting = [word for word in words_of_part if word.stop <= length]
+        words += tuple(Word(word.text, word.start + at, word.stop + at) for word in fitting)
         tokens += (of_part + (PAD,) * length)[:length]
     return tokens, words
 
@@ -71,15 +70,16 @@ def one_after_another(embeddings: Sequence[TokenEmbeddings], words: Sequence[str
 
     Raises ValueError for a text without a word.
     """
-    values, tokens, named, at = [], [], [], 0
+    values: list[torch.Tensor] = []
+    tokens: list[str] = []
+    named: list[Word] = []
     for word, text in zip(words, embeddings, strict=True):
         rows = [row for part in text.words for row in range(part.start, part.stop)]
         if not rows:
             raise ValueError(f"{word!r} has no word in it: its tokens are {list(text.tokens)}")
         values.append(text.values[rows])
+        named.append(Word(word, len(tokens), len(tokens) + len(rows)))
         tokens.extend(text.tokens[row] for row in rows)
-        named.append(Word(word, at, at + len(rows)))
-        at += len(rows)
     return TokenEmbeddings(torch.cat(values), tuple(tokens), tuple(named))
 
 
@@ -89,4 +89,3 @@ def averages(embeddings: TokenEmbeddings) -> torch.Tensor:
     for row, word in enumerate(embeddings.words):
         matrix[row, word.start : word.stop] = 1 / (word.stop - word.start)
     return matrix
-

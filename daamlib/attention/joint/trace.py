@@ -21,7 +21,6 @@ from .record import JointRecord, fingerprint_of_joint
 from .stream import Stream, check_readable
 from .text import averages
 
-
 LEVELS = 1000  # noise levels of the training schedule: the timestep is 1000 times the share of noise
 
 
