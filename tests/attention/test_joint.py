@@ -357,7 +357,7 @@ def test_a_probe_token_is_the_minimum_over_all_channels(tmp_path):
     assert torch.equal(again.maps(record).values, token.maps(record).values)
     with pytest.raises(ValueError, match="model"):
         again.maps(shared_record("SD 3.5"))
-    with pytest.raises(TypeError, match="optimize_probe"):
+    with pytest.raises(TypeError, match="AttentionRecord"):
         daamlib.optimize_token([record], [mask])
     with pytest.raises(ValueError, match="layers"):
         daamlib.optimize_probe([record], [mask], layers=["attn2"])
@@ -382,16 +382,17 @@ def test_probe_tokens_and_others_do_not_read_each_others_records(sd1_pipe):
 
 @of_families()
 def test_a_batch_gives_the_records_of_its_images(family):
-    pipe, prompts = shared(family), ["a car", "a red tree and a road"]
-    noise = torch.randn(4, 4, 16, 24, generator=torch.Generator().manual_seed(0))
+    pipe, prompts, count = shared(family), ["a car", "a red tree and a road"], 2
     size = {"height": 32, "width": 48}
     if family == "Qwen-Image":
         size = {"height": 64, "width": 96}  # its VAE makes a quarter of it
+        count = 1  # diffusers 0.42 gives the images of several prompts each other's masks if there are more
+    noise = torch.randn(2 * count, 4, 16, 24, generator=torch.Generator().manual_seed(0))
     if not family.startswith("SD"):
-        noise = pipe._pack_latents(noise, 4, 4, 16, 24)
+        noise = pipe._pack_latents(noise, 2 * count, 4, 16, 24)
     options = {"guidance_scale": 5.0} if family.startswith("SD") else {}
-    records = traced(pipe, prompts, words=WORDS, num_images_per_prompt=2, latents=noise, **size, **options)
-    assert [record.prompt for record in records] == [prompts[0]] * 2 + [prompts[1]] * 2
+    records = traced(pipe, prompts, words=WORDS, num_images_per_prompt=count, latents=noise, **size, **options)
+    assert [record.prompt for record in records] == [prompts[0]] * count + [prompts[1]] * count
     for number, record in enumerate(records):
         (alone,) = traced(pipe, record.prompt, words=WORDS, latents=noise[number : number + 1], **size, **options)
         assert record.daam().tokens == alone.daam().tokens
@@ -611,7 +612,7 @@ def test_a_block_that_made_no_attention_is_noticed():
     pipe = tiny_joint.build("Flux.1")
     block, out = pipe.transformer.transformer_blocks[1], []
     forward = block.forward
-    block.forward = lambda **kwargs: out[-1] if len(out) > 2 else out.append(forward(**kwargs)) or out[-1]
+    block.forward = lambda **kwargs: out[-1] if len(out) > 1 else out.append(forward(**kwargs)) or out[-1]
     with pytest.raises(ValueError, match="cache"), daamlib.trace(pipe):
         generate(pipe)
 

@@ -35,7 +35,7 @@ def piece_names(tokenizer: Any, ids: Sequence[int], *, mark: str, end: str) -> N
         return bool(bare[i]) and not any(letter.isalnum() for letter in bare[i])
 
     starts = [i for i in range(stop) if i == 0 or pieces[i].startswith(mark) or punctuation(i) or punctuation(i - 1)]
-    spans = zip(starts, [*starts[1:], stop], strict=True)
+    spans = zip(starts, [*starts, stop][1:], strict=True)
     words = [Word(tokenizer.decode(list(ids[start:after])).strip(), start, after) for start, after in spans]
     return tuple(bare), tuple(word for word in words if word.text)
 

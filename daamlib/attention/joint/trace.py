@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -42,6 +42,8 @@ class Call:
 class JointRecorder:
     """The hooks of one trace of a joint model, and the pipeline call that they are told of."""
 
+    _embedding: ClassVar[bool] = False  # words of our own, in this trace or in one around it
+
     def __init__(self, pipe: Any, family: Family, words: Sequence[str], device: torch.device | None):
         self.trace = Trace()
         self._pipe, self._family, self._device = pipe, family, device
@@ -51,7 +53,6 @@ class JointRecorder:
         self._signature = inspect.signature(self._denoiser.forward)
         self._fingerprint = fingerprint_of_joint(pipe, family)
         self._call: Call | None = None  # between `check_inputs` and `maybe_free_model_hooks`
-        self._embedding = False  # words of our own
         self._counts = False  # whether the pass under way is of the prompt
 
     def attach(self, stack: ExitStack) -> None:
@@ -71,7 +72,7 @@ class JointRecorder:
     @torch.no_grad()
     def _after_prompt(self, arguments: dict, result: Sequence[Any]) -> None:
         call, family = self._call, self._family
-        if call is None or self._embedding:
+        if call is None or JointRecorder._embedding:
             return
         positive = result[0]
         negative = None if family.negative is None else result[family.negative]
@@ -87,11 +88,11 @@ class JointRecorder:
             return  # a negative text
         call.prompts = names
         if self._words:
-            self._embedding = True
+            JointRecorder._embedding = True
             try:
                 call.words = encode_words(self._pipe, family, self._words, options)
             finally:
-                self._embedding = False
+                JointRecorder._embedding = False
 
     def _before_pass(self, denoiser: Any, args: tuple, kwargs: Mapping[str, Any]) -> None:
         try:
