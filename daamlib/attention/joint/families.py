@@ -1,7 +1,8 @@
 """What is particular to each family of joint models: one description each."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +66,17 @@ def denoiser_of(pipe: Any) -> Any:
     """The pipeline's transformer itself, not the wrapper of `torch.compile`; None without one."""
     transformer = getattr(pipe, "transformer", None)
     return getattr(transformer, "_orig_mod", transformer)
+
+
+@contextmanager
+def uncompiled(pipe: Any) -> Iterator[None]:
+    """Nothing that is compiled runs so, if any of the transformer is: compiled code does not call new hooks."""
+    parts = pipe.transformer.modules()
+    if any(hasattr(part, "_orig_mod") or part._compiled_call_impl is not None for part in parts):
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    else:
+        yield
 
 
 def _packed(latents: torch.Tensor) -> torch.Tensor:

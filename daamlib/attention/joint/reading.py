@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from .families import Family, denoiser_of
+from .families import Family, denoiser_of, uncompiled
 from .maps import Formulae, JointAttention, Sums, concept_map, open_vocabulary_daam, prompt_daam
 from .stream import Stream, take_rows
 
@@ -95,13 +95,14 @@ def make_again(
         Their sums over the blocks and passes.
     """
     denoiser, sums = denoiser_of(pipe), Sums(formulae)
-    with torch.no_grad(), Stream(family, denoiser) as stream:
+    with torch.no_grad(), uncompiled(pipe), Stream(family, denoiser) as stream:
         for arguments in calls:
             moved = {name: _on(pipe._execution_device, value) for name, value in arguments.items()}
             stream.begin(moved, slice(None), texts, sums.read)
             denoiser.forward(**moved)  # past the hooks on the denoiser, of a trace that is open
             stream.end()
-    pipe.maybe_free_model_hooks()  # as at the end of the pipeline's own call: off-loaded models go back
+    # as at the end of the pipeline's own call: off-loaded models go back; past a trace that watches the method
+    type(pipe).maybe_free_model_hooks(pipe)
     return sums
 
 

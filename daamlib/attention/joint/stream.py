@@ -70,8 +70,6 @@ class Stream:
         self._found: list[JointAttention] = []  # in the block's call under way
 
     def __enter__(self) -> "Stream":
-        if any(hasattr(part, "_orig_mod") or part._compiled_call_impl is not None for part in self._denoiser.modules()):
-            self._stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code calls no new hooks
         for name in self._family.blocks:
             for block in getattr(self._denoiser, name):
                 self._keep(block.register_forward_pre_hook(self._before_block, with_kwargs=True))

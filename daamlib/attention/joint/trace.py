@@ -14,7 +14,7 @@ from ..recorder import Trace
 from ..text import TokenEmbeddings
 from ..watch import watch
 from .encoding import EMBEDDED_WITH, check_words, embed_prompt, encode_words, name_prompt
-from .families import Family, denoiser_of
+from .families import Family, denoiser_of, uncompiled
 from .maps import Sums
 from .reading import PROMPT, check_arguments, keep_arguments, make_again, passes_to_keep, while_generating
 from .record import JointRecord, fingerprint_of_joint
@@ -57,6 +57,7 @@ class JointRecorder:
 
     def attach(self, stack: ExitStack) -> None:
         """Register all hooks, to be removed with the stack."""
+        stack.enter_context(uncompiled(self._pipe))
         stack.enter_context(self._stream)
         stack.enter_context(watch(self._pipe, "check_inputs", self._after_check))
         stack.enter_context(watch(self._pipe, "encode_prompt", self._after_prompt))
