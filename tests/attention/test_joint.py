@@ -1,6 +1,7 @@
 """Joint models: SD 3, SD 3.5, Flux.1 and Qwen-Image, tiny and with random weights.
 
-What is compared with is computed here: by attention processors with explicit probabilities, or by the blocks themselves.
+What is compared with is computed here: by an attention processor with explicit probabilities, or by the blocks
+themselves.
 """
 
 import functools
@@ -341,7 +342,8 @@ def test_a_probe_token_recovers_a_synthetic_mask(family):
     pipe = shared(family)
     records = [shared_record(family), *traced(pipe, "a tree and sky", seed=1)]
     hidden = torch.randn(1, records[0].probe_map().weight.shape[2], generator=torch.Generator().manual_seed(0))
-    masks = [record.probe_map()(hidden)[0] > record.probe_map()(hidden).median() for record in records]
+    scores = [record.probe_map()(hidden)[0] for record in records]
+    masks = [score > score.median() for score in scores]
     token = daamlib.optimize_probe(records, masks, word="car")
     assert token.method == "probe" and token.gradient_norm < 1e-6 and token.losses[-1] < 0.1 * token.losses[0]
     for record, mask in zip(records, masks, strict=True):
@@ -403,7 +405,8 @@ def test_a_batch_gives_the_records_of_its_images(family):
     options = {"guidance_scale": 5.0} if family.startswith("SD") else {}
     records = traced(pipe, prompts, words=WORDS, num_images_per_prompt=count, latents=noise, **size, **options)
     assert [record.prompt for record in records] == [prompts[0]] * count + [prompts[1]] * count
-    for number, record in enumerate(records):
+    for number in (0, len(records) - 1):
+        record = records[number]
         (alone,) = traced(pipe, record.prompt, words=WORDS, latents=noise[number : number + 1], **size, **options)
         assert record.daam().tokens == alone.daam().tokens
         assert_close(record.daam().values, alone.daam().values, 1e-3)
@@ -599,7 +602,7 @@ def test_a_lora_counts():
     assert_close(record.daam().values, expected[: len(record.daam().tokens)].unflatten(1, record.grid))
     assert record.fingerprint.difference(plain.fingerprint)
     (again,) = traced(pipe, words=WORDS)
-    assert torch.equal(again.concept_map(WORDS).values, record.concept_map(WORDS).values)
+    assert_close(again.concept_map(WORDS).values, record.concept_map(WORDS).values, 1e-3)
 
 
 @pytest.mark.parametrize("compile_", ["whole", "in place", "blocks"])

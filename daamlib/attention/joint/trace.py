@@ -51,7 +51,7 @@ class JointRecorder:
         self._denoiser = denoiser_of(pipe)
         self._stream = Stream(family, self._denoiser)
         self._signature = inspect.signature(self._denoiser.forward)
-        self._fingerprint = fingerprint_of_joint(pipe, family)
+        self._made_by = fingerprint_of_joint(pipe, family)
         self._call: Call | None = None  # between `check_inputs` and `maybe_free_model_hooks`
         self._counts = False  # whether the pass under way is of the prompt
 
@@ -170,7 +170,7 @@ class JointRecorder:
                 calls=tuple(calls),
                 words=self._words,
                 maps={name: values[image].unflatten(1, call.grid).clone() for name, values in call.sums.items()},
-                fingerprint=self._fingerprint,
+                fingerprint=self._made_by,
                 embedded_with=dict(encoding.options),
                 pipe=self._pipe,
             )
