@@ -2,6 +2,7 @@
 
 from . import metrics as metrics
 from .attention.heatmaps import HeatMaps as HeatMaps
+from .attention.joint.record import JointRecord as JointRecord
 from .attention.ldaam import LinearMap as LinearMap
 from .attention.real_images import trace_image as trace_image
 from .attention.record import AttentionRecord as AttentionRecord
@@ -13,6 +14,7 @@ from .pipeline import load_pipeline as load_pipeline
 from .tokens.choose import choose_settings as choose_settings
 from .tokens.label_maps import label_map as label_map
 from .tokens.optimize import optimize_token as optimize_token
+from .tokens.probe import optimize_probe as optimize_probe
 from .tokens.token import OptimizedToken as OptimizedToken
 
 __version__ = "0.1.0"

@@ -20,8 +20,10 @@ from tiny import GOLDEN, build, prepare_device
 
 # The shapes that these modules' annotations name are checked wherever the tests call them; others take bad input, and
 # say by themselves what is wrong with it
-FORMULAE = ("daamlib.attention.daam", "daamlib.attention.self_attention", "daamlib.attention.softmax")
-TOKENS = [f"daamlib.tokens.{name}" for name in ("choose", "inputs", "objective", "optimize", "solvers", "token")]
+FORMULAE = tuple(f"daamlib.attention.{name}" for name in ("daam", "joint.maps", "self_attention", "softmax"))
+TOKENS = [
+    f"daamlib.tokens.{name}" for name in ("choose", "inputs", "objective", "optimize", "probe", "solvers", "token")
+]
 CHECKED = ("daamlib.experiments", "daamlib.metrics", *TOKENS, *FORMULAE)
 install_import_hook(CHECKED, "helpers.checked")
 

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from diffusers.image_processor import VaeImageProcessor
 
+from .joint.families import family_of
+from .joint.trace import trace_pixels
 from .readers import reader_of
-from .record import AttentionRecord
 from .trace import trace
 
 
@@ -21,18 +22,19 @@ def trace_image(
     timesteps: Sequence[int] = (100, 300, 500),
     seed: int = 0,
     self_attention: bool = False,
-) -> AttentionRecord:
+) -> Any:  # an AttentionRecord, or a JointRecord
     """The record of a REAL image: encode it, add noise at each timestep, one pass of the denoiser each.
 
     The noise is the training's, whatever sampler the pipeline uses: z_t = sqrt(a_t) z + sqrt(1 - a_t) e, or of a model
-    of flow matching z_t = (1 - s) z + s e with s = t / 1000 (the length of its schedule).
+    of flow matching, as every joint model is, z_t = (1 - s) z + s e with s = t / 1000 (the length of its schedule).
 
     Args:
         pipe: a pipeline that `trace` reads.
         image: a PIL image, an (H, W, 3) uint8 array, or a (3, H, W) tensor in [0, 1]; H and W multiples of the VAE's
-            factor.
+            factor (of a joint model, times its patches).
         prompt: what the passes are conditioned on.
-        timesteps: of the training schedule, 0 ... 999: which noise a number means differs between models.
+        timesteps: of the training schedule, 0 ... 999 (of a joint model 0 ... 1000): which noise a number means differs
+            between models.
         seed: of the noise, drawn anew for each timestep.
         self_attention: as for `trace`.
 
@@ -43,6 +45,12 @@ def trace_image(
         TypeError: `trace` refuses the pipeline.
         ValueError: it does, or sizes or timesteps do not fit.
     """
+    family = family_of(pipe)
+    if family is not None:
+        if self_attention:
+            raise ValueError(f"self_attention: {family.name} is a joint model, of which it is not read")
+        pixels = _pixels(image, family.sides(pipe)).float()
+        return trace_pixels(pipe, family, pixels, prompt=prompt, timesteps=timesteps, seed=seed)
     reader = reader_of(pipe)
     _ = reader.sites  # an error before anything is computed if it has none
     steps = [int(t) for t in timesteps]
@@ -98,7 +106,7 @@ def _pixels(image, factor: int) -> torch.Tensor:
         image = image.convert("RGB")
     height, width = (image.height, image.width) if hasattr(image, "convert") else _array_size(image)
     if height % factor or width % factor:
-        raise ValueError(f"the image is {height} x {width} px; both must be multiples of {factor} for this model's VAE")
+        raise ValueError(f"the image is {height} x {width} px; both must be multiples of {factor} for this model")
     if not hasattr(image, "convert") and not isinstance(image, torch.Tensor):
         image = image[None].astype("float32") / 255
     return VaeImageProcessor(vae_scale_factor=factor).preprocess(image)

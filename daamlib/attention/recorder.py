@@ -1,10 +1,9 @@
 """The hooks of one trace: what a pipeline call is, and what is kept of it."""
 
-import inspect
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,6 +17,7 @@ from .readers.sites import Pass, Site
 from .record import AttentionRecord
 from .self_attention import LARGEST, LATE, SelfAttention, SelfAttentionCollector, together
 from .text import TokenEmbeddings
+from .watch import watch
 
 log = logging.getLogger("daamlib")
 
@@ -33,7 +33,7 @@ class Trace(Sequence[AttentionRecord]):
     """The records of the images generated inside a `trace`, in order of generation; also after the `with`."""
 
     def __init__(self) -> None:
-        self.records: list[AttentionRecord] = []
+        self.records: list[Any] = []  # of joint models, JointRecords
         self.unfinished = 0  # calls that left no record
         self.bytes_needed = 0  # by the latest call, when it is complete: its queries, sums or maps of all images
 
@@ -117,9 +117,9 @@ class Recorder:
         if self._reader.is_compiled:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         # where a call begins and ends, and the only place where a prompt's text can be seen
-        stack.enter_context(_watch(self._pipe, "check_inputs", self._after_check))
-        stack.enter_context(_watch(self._pipe, "encode_prompt", self._after_prompt))
-        stack.enter_context(_watch(self._pipe, "maybe_free_model_hooks", self._after_pipeline))
+        stack.enter_context(watch(self._pipe, "check_inputs", self._after_check))
+        stack.enter_context(watch(self._pipe, "encode_prompt", self._after_prompt))
+        stack.enter_context(watch(self._pipe, "maybe_free_model_hooks", self._after_pipeline))
         for site in self._sites:
             hook = lambda module, args, output, site=site: self._after_queries(site, output)  # noqa: E731
             stack.callback(site.queries.register_forward_hook(hook).remove)
@@ -458,27 +458,3 @@ def _level(timestep: Any) -> float:
 def _of_others(prompts: Sequence[str | None], call: Sequence[str | None]) -> bool:
     """Whether a loop of one's own goes on with other images."""
     return len(prompts) != len(call) or (None not in (*prompts, *call) and tuple(prompts) != tuple(call))
-
-
-@contextmanager
-def _watch(pipe: Any, method: str, after: Callable[[dict, Any], None]) -> Iterator[None]:
-    """Call `after` with the arguments and the result of every `pipe.method(...)`, on this instance alone."""
-    original = getattr(pipe, method, None)
-    if original is None:
-        yield
-        return
-    signature, shadowed = inspect.signature(original), vars(pipe).get(method)
-
-    def watched(*args, **kwargs):
-        result = original(*args, **kwargs)
-        after(signature.bind(*args, **kwargs).arguments, result)
-        return result
-
-    vars(watched)["__signature__"] = signature  # for a trace inside this one
-    vars(pipe)[method] = watched
-    try:
-        yield
-    finally:
-        vars(pipe).pop(method, None)
-        if shadowed is not None:
-            vars(pipe)[method] = shadowed

@@ -14,6 +14,8 @@ from typing import Any, get_args
 
 import torch
 
+from .joint.families import family_of
+from .joint.trace import trace_joint
 from .recorder import Branch, Keep, Recorder, Store, Trace
 
 
@@ -28,6 +30,7 @@ def trace(
     self_attention: bool = False,
     middle: bool = False,
     stream: str | None = None,
+    words: Sequence[str] = (),
 ) -> Iterator[Trace]:
     """Collect the cross-attention of every image that `pipe` generates inside the `with`.
 
@@ -42,9 +45,13 @@ def trace(
     A denoiser that `torch.compile` has compiled runs uncompiled inside the `with`, as everything else that is compiled:
     code that was compiled before the hooks came would never call them. Its image is the uncompiled model's.
 
+    Of a joint model (SD 3, SD 3.5, Flux.1, Qwen-Image) the records are `JointRecord`s, of four passes of a pipeline's
+    call: the middles of four equal parts. They hold the prompt's DAAM and the maps of `words`; any other text runs
+    along with these passes made again. Of the other options only `store_device` fits such a model.
+
     Args:
         pipe: a diffusers pipeline whose denoiser has cross-attention: a U-Net (SD 1.x, SD 2.x, SDXL; also img2img,
-            LoRA), or a transformer of PixArt-alpha, PixArt-Sigma, Sana 1.0 or 1.5.
+            LoRA), or a transformer of PixArt-alpha, PixArt-Sigma, Sana 1.0 or 1.5; or one of a joint model.
         branch: the half of classifier-free guidance to read.
         store: "queries" keeps what any later text needs: steps * sum over layers of (h*w * channels) numbers an image
             in the pipeline's dtype (logged after the first step, and `trace.bytes_needed`). "linear" keeps only their
@@ -57,6 +64,7 @@ def trace(
         middle: whether to read the middle block too, which DAAM leaves out.
         stream: which text to read where a denoiser is given several. AudioLDM2: "t5" (the default), the words of the
             prompt, or "gpt2", vectors of the whole prompt, which are read by position (`readers.audioldm2`).
+        words: of a joint model, two or more that run along while it generates, and compete with each other.
 
     Yields:
         The records, growing while images are generated.
@@ -70,6 +78,26 @@ def trace(
             raise ValueError(f"{name} must be one of {get_args(known)}, got {value!r}")
     if isinstance(texts, str) or (texts and store != "maps"):
         raise ValueError(f'texts is a list of strings and needs store="maps", got {texts!r} with store={store!r}')
+    family = family_of(pipe)
+    if family is not None:
+        usual = {
+            "branch": (branch, "conditional"),
+            "store": (store, "queries"),
+            "texts": (tuple(texts), ()),
+            "self_attention": (self_attention, False),
+            "middle": (middle, False),
+            "stream": (stream, None),
+        }
+        odd = [name for name, (given, default) in usual.items() if given != default]
+        if odd:
+            raise ValueError(f"{', '.join(odd)}: {family.name} is a joint model, it takes words and store_device only")
+        with trace_joint(pipe, family, words, store_device) as tracer:
+            yield tracer
+        return
+    if words:
+        raise ValueError(
+            f"words run along with joint models only, {type(pipe).__name__} is none: its records read any text later"
+        )
     device = None if store_device is None else torch.device(store_device)
     recorder = Recorder(pipe, branch, Keep(store, tuple(texts), device, self_attention), middle, stream)
     with ExitStack() as stack:

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch.nn import functional as F
 
+from ..attention.joint.record import JointRecord
 from ..attention.record import MAX_BYTES, AttentionRecord, require_same_model
 from ..attention.text import find_word
 from .objective import softmax_maps
@@ -15,7 +16,7 @@ Masks = list[Bool[torch.Tensor, "K _ _"]]  # one an image
 Rows = tuple[tuple[int, ...], ...]
 
 
-def select_steps(record: AttentionRecord, max_timestep: int | None) -> list[int] | None:
+def select_steps(record: AttentionRecord | JointRecord, max_timestep: int | None) -> list[int] | None:
     """The numbers of a record's passes with a timestep up to `max_timestep`; None where those are all."""
     steps = [i for i, t in enumerate(record.timesteps) if max_timestep is None or t <= max_timestep]
     return None if len(steps) == len(record.timesteps) else steps
@@ -33,7 +34,13 @@ def select_part(record: AttentionRecord, layers: Sequence[str] | None, max_times
 
 
 def read_masks(
-    records: list[AttentionRecord], masks: list, words: tuple[str, ...], *, joint: bool, background: str | None
+    records: list,
+    masks: list,
+    words: tuple[str, ...],
+    *,
+    joint: bool,
+    background: str | None,
+    kind: type = AttentionRecord,
 ) -> tuple[Masks, tuple[str, ...]]:
     """The masks on their record's grid and the first record's device, and the names of the K classes.
 
@@ -43,6 +50,7 @@ def read_masks(
         words: The names of the classes, or none.
         joint: Whether each pixel belongs to one class at most.
         background: The name of a class more, the last, of the pixels of no class; None: without it.
+        kind: Of the records.
 
     Returns:
         n masks (K, h, w), and K names.
@@ -54,8 +62,9 @@ def read_masks(
     if not records:
         raise ValueError("no training images: give one or more records, each with its mask")
     for record in records:
-        if not isinstance(record, AttentionRecord):
-            raise TypeError(f"records must be AttentionRecords, got {type(record).__name__}")
+        if not isinstance(record, kind):
+            hint = " (images of joint models are read by optimize_probe)" if isinstance(record, JointRecord) else ""
+            raise TypeError(f"records must be {kind.__name__}s, got {type(record).__name__}{hint}")
     if len(masks) != len(records):
         raise ValueError(f"{len(masks)} masks for {len(records)} records: give one mask for each record")
     require_same_model(records)
@@ -76,15 +85,15 @@ def read_masks(
         grids = [torch.cat([grid, ~grid.any(dim=0, keepdim=True)]) for grid in grids]
     for word, pixels in zip(words, torch.cat([grid.flatten(1) for grid in grids], dim=1), strict=True):
         if pixels.all() or not pixels.any():
-            kind = "fill every image" if pixels.all() else "are all empty"
+            which = "fill every image" if pixels.all() else "are all empty"
             raise ValueError(
-                f"the masks of {word} {kind} at the maps' sizes {sorted({record.grid for record in records})}: "
+                f"the masks of {word} {which} at the maps' sizes {sorted({record.grid for record in records})}: "
                 "there is nothing to tell apart"
             )
     return grids, words
 
 
-def _resized(mask, record: AttentionRecord, number: int) -> torch.Tensor:
+def _resized(mask, record: AttentionRecord | JointRecord, number: int) -> torch.Tensor:
     """(K, h, w) at the record's grid, by nearest neighbour."""
     mask = torch.as_tensor(np.array(mask) if not isinstance(mask, torch.Tensor) else mask)
     if mask.dtype != torch.bool:

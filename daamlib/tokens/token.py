@@ -10,6 +10,7 @@ from jaxtyping import Float
 
 from ..attention.fingerprint import Fingerprint
 from ..attention.heatmaps import HeatMaps, upsample
+from ..attention.joint.record import JointRecord
 from ..attention.record import AttentionRecord
 from ..io import load_tensors, save_tensors
 from .inputs import select_part, select_steps
@@ -24,7 +25,7 @@ class OptimizedToken:
     Attributes:
         embedding: float32 on the CPU; `maps` takes it to the record. LDAAM: one row a word (and one of the background,
             if asked for). DAAM: the whole text.
-        method: "ldaam" or "daam".
+        method: "ldaam" or "daam", or "probe" of `optimize_probe`, whose embedding no text encoder makes.
         words: The names of the K maps.
         rows: K tuples, the rows of `embedding` averaged to each word's map.
         scale: K numbers; sigmoid(scale * map + bias) is the calibrated probability (see `probabilities`).
@@ -47,26 +48,31 @@ class OptimizedToken:
     seconds: float
     info: Mapping[str, Any] = field(default_factory=dict)
 
-    def maps(self, record: AttentionRecord) -> HeatMaps:
+    def maps(self, record: AttentionRecord | JointRecord) -> HeatMaps:
         """The maps of an image of the same model, of the layers and steps that the token was fitted to.
 
         Args:
-            record: Of any image, by any prompt.
+            record: Of any image, by any prompt; of a joint model for the method "probe", and with its pipeline.
 
         Returns:
             (K, H, W) maps at the record's grid, looked up by word.
 
         Raises:
+            TypeError: The record is not of the kind that the method reads.
             ValueError: The record is of another model, or does not hold the steps that the token reads.
         """
+        if isinstance(record, JointRecord) != (self.method == "probe"):
+            raise TypeError(f"a token of the method {self.method!r} does not read a {type(record).__name__}")
         self.require_model(record.fingerprint)
+        if isinstance(record, JointRecord):
+            return HeatMaps.of_words(record.probe_map(self.info.get("layers"))(self.embedding), self.words)
         part = select_part(record, self.info.get("layers"), self.info.get("max_timestep"))
         maps = part.ldaam_from(self.embedding) if self.method == "ldaam" else part.daam_from(self.embedding)
         values = torch.stack([maps.values[list(rows)].mean(dim=0) for rows in self.rows])
         return HeatMaps.of_words(upsample(values, record.grid), self.words)
 
     def probabilities(
-        self, record: AttentionRecord, words: Sequence[str] | None = None
+        self, record: AttentionRecord | JointRecord, words: Sequence[str] | None = None
     ) -> Float[torch.Tensor, "k height width"]:
         """The probabilities that the scale and bias learned with the token make of its maps.
 
@@ -86,7 +92,7 @@ class OptimizedToken:
         return logits.softmax(dim=0) if self.info.get("joint") else logits.sigmoid()
 
     def logits(
-        self, record: AttentionRecord, words: Sequence[str] | None = None
+        self, record: AttentionRecord | JointRecord, words: Sequence[str] | None = None
     ) -> Float[torch.Tensor, "k height width"]:
         """The maps through the scale and bias that were learned with the token, before a sigmoid or a softmax.
 

@@ -1,0 +1,65 @@
+"""Texts as a joint model's pipeline embeds them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..text import TokenEmbeddings
+from .families import Family
+from .text import one_after_another, side_by_side, without_padding
+
+EMBEDDED_WITH = ("clip_skip", "lora_scale", "max_sequence_length")  # arguments of `encode_prompt` that later texts need
+MANY = 4096  # rows; more than any text has
+
+
+@torch.no_grad()
+def embed_prompt(pipe: Any, family: Family, prompt: str, options: Mapping[str, Any]) -> tuple:
+    """What `pipe.encode_prompt` returns for one prompt without a negative one; options: such as `clip_skip`."""
+    device = pipe._execution_device
+    return pipe.encode_prompt(prompt=prompt, device=device, num_images_per_prompt=1, **family.unused, **options)
+
+
+def name_prompt(pipe: Any, family: Family, texts: Mapping[str, str] | None, values: torch.Tensor) -> TokenEmbeddings:
+    """The (rows, d_text) embeddings of a prompt with the names of their tokens; numbers without a prompt.
+
+    texts: the prompt by the argument of `encode_prompt`, as {"prompt": ..., "prompt_2": ...}.
+    """
+    if texts is None:
+        return TokenEmbeddings.unnamed(values)
+    tokens, words = side_by_side([(family.names(pipe, texts, len(values)), len(values))])
+    return TokenEmbeddings(values, tokens, words)
+
+
+def encode_text(pipe: Any, family: Family, text: str, options: Mapping[str, Any]) -> TokenEmbeddings:
+    """The tokens of any text, without padding: of each encoder whose tokens the model reads (SD 3: CLIP's, then T5's).
+
+    Raises TypeError for what is no string, ValueError for a text that is too long.
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"text must be a string, got {type(text).__name__}: {text!r}")
+    values = embed_prompt(pipe, family, text, options)[0][0]
+    found = without_padding(name_prompt(pipe, family, {"prompt": text}, values))
+    if len(found.words) < len(family.names(pipe, {"prompt": text}, MANY)[1]):
+        raise ValueError(f"the text is longer than the text encoder reads, {len(values)} rows: shorten {text!r}")
+    return found
+
+
+def encode_words(pipe: Any, family: Family, words: Sequence[str], options: Mapping[str, Any]) -> TokenEmbeddings:
+    """Words that stand side by side in one stream, each embedded alone; without special tokens.
+
+    Raises TypeError or ValueError for what are no words.
+    """
+    return one_after_another([encode_text(pipe, family, word, options) for word in words], words)
+
+
+def check_words(words: Any) -> tuple[str, ...]:
+    """The words as a tuple; TypeError or ValueError unless they are two or more different strings."""
+    if isinstance(words, str) or not all(isinstance(word, str) for word in words):
+        raise TypeError(f"words must be a list of strings, got {words!r}")
+    if len(set(words)) != len(words) or len(words) < 2:
+        raise ValueError(
+            f"expected two or more different words, got {list(words)}: words compete in a softmax, which is 1 "
+            "everywhere for one alone. Name what else may be in the image, or use ldaam"
+        )
+    return tuple(words)

@@ -1,0 +1,258 @@
+"""What is particular to each family of joint models: one description each."""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel, SD3Transformer2DModel
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb_qwen
+
+from .text import Names, clip_names, piece_names, side_by_side
+
+T5 = {"mark": "▁", "end": "</s>"}
+QWEN = {"mark": "Ġ", "end": "<|im_end|>"}
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one family of joint models is read.
+
+    Attributes:
+        name: as its users know it.
+        denoiser: the class of `pipe.transformer`.
+        blocks: the names of its lists of blocks, in the order they are called.
+        embed: (denoiser, text values (m, d_text)) -> (m, channels), what the first block receives of a text.
+        rotary: (denoiser, arguments of a pass, n) -> `image_rotary_emb` of the blocks for a text of n tokens.
+        split: (`image_rotary_emb`, n) -> the tables of the n text tokens and of the image.
+        rotate: (x (batch, token, head, d_head), table) -> x.
+        grid: (denoiser, arguments of a pass) -> (h, w) of the image's positions.
+        timestep: what the passes' `timestep` is multiplied with to be 0 ... 1000.
+        unused: arguments of `encode_prompt` that have no default.
+        negative: where `encode_prompt` returns the negative text, None where it is called once more for it.
+        names: (pipe, texts by the argument of `encode_prompt`, rows) -> the names of the text's tokens.
+        encode_image: (pipe, pixels (1, 3, H, W) in [-1, 1]) -> (1, channel, h, w) latents as the denoiser knows them.
+        arguments: (pipe, noisy latents, noise level 0 ... 1, result of `encode_prompt`) -> arguments of a pass.
+        sides: (pipe) -> what an image's sides must be multiples of.
+    """
+
+    name: str
+    denoiser: type
+    blocks: tuple[str, ...]
+    embed: Callable[[Any, torch.Tensor], torch.Tensor]
+    rotary: Callable[[Any, Mapping[str, Any], int], Any]
+    split: Callable[[Any, int], tuple[Any, Any]]
+    rotate: Callable[[torch.Tensor, Any], torch.Tensor]
+    grid: Callable[[Any, Mapping[str, Any]], tuple[int, int]]
+    timestep: float
+    unused: Mapping[str, Any]
+    negative: int | None
+    names: Callable[[Any, Mapping[str, str], int], Names]
+    encode_image: Callable[[Any, torch.Tensor], torch.Tensor]
+    arguments: Callable[[Any, torch.Tensor, float, Sequence[Any]], dict[str, Any]]
+    sides: Callable[[Any], int]
+
+
+def family_of(pipe: Any) -> Family | None:
+    """The family of a pipeline's transformer; None if it is none of these."""
+    denoiser = denoiser_of(pipe)
+    return next((family for family in FAMILIES if isinstance(denoiser, family.denoiser)), None)
+
+
+def denoiser_of(pipe: Any) -> Any:
+    """The pipeline's transformer itself, not the wrapper of `torch.compile`; None without one."""
+    transformer = getattr(pipe, "transformer", None)
+    return getattr(transformer, "_orig_mod", transformer)
+
+
+@contextmanager
+def uncompiled(pipe: Any) -> Iterator[None]:
+    """Nothing that is compiled runs so, if any of the transformer is: compiled code does not call new hooks."""
+    parts = pipe.transformer.modules()
+    if any(hasattr(part, "_orig_mod") or part._compiled_call_impl is not None for part in parts):
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    else:
+        yield
+
+
+def _packed(latents: torch.Tensor) -> torch.Tensor:
+    """(1, channel, h, w) -> (1, h/2 * w/2, 4 * channel): squares of 2 x 2, a position each."""
+    squares = latents.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # (1, c, h/2, 2, w/2, 2)
+    return squares.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def _scaled(pipe: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """The VAE's mean, shifted and scaled as its config says (SD 3, Flux.1)."""
+    config = pipe.vae.config
+    latents = pipe.vae.encode(pixels.to(pipe.vae.dtype)).latent_dist.mean.float()
+    return (latents - (config.shift_factor or 0.0)) * config.scaling_factor
+
+
+def _default_guidance(pipe: Any, latents: torch.Tensor) -> torch.Tensor | None:
+    """The guidance scale that the pipeline would embed by itself, for a model with guidance embedded."""
+    if not denoiser_of(pipe).config.guidance_embeds:
+        return None
+    scale = inspect.signature(pipe.__call__).parameters["guidance_scale"].default
+    return torch.full([len(latents)], scale or 1.0, device=latents.device, dtype=torch.float32)
+
+
+# -- Stable Diffusion 3 and 3.5: no rotary tables; the text is CLIP's tokens and then T5's
+
+
+def _sd3_grid(denoiser: Any, arguments: Mapping[str, Any]) -> tuple[int, int]:
+    height, width = arguments["hidden_states"].shape[-2:]
+    return height // denoiser.config.patch_size, width // denoiser.config.patch_size
+
+
+def _sd3_names(pipe: Any, texts: Mapping[str, str], rows: int) -> Names:
+    clip = pipe.tokenizer_max_length
+    names: Names = ((), ())
+    if pipe.text_encoder_3 is not None:  # without it the rows are zeros
+        text = texts.get("prompt_3") or texts["prompt"]
+        names = piece_names(pipe.tokenizer_3, _cut(pipe.tokenizer_3, text, rows - clip), **T5)
+    return side_by_side([(clip_names(pipe.tokenizer, texts["prompt"], clip), clip), (names, rows - clip)])
+
+
+def _cut(tokenizer: Any, text: str, length: int) -> list[int]:
+    return tokenizer(text, truncation=True, max_length=length).input_ids
+
+
+def _sd3_arguments(pipe: Any, latents: torch.Tensor, level: float, encoded: Sequence[Any]) -> dict[str, Any]:
+    return {
+        "hidden_states": latents,
+        "encoder_hidden_states": encoded[0],
+        "pooled_projections": encoded[2],
+        "timestep": torch.full([len(latents)], level * 1000, device=latents.device),
+    }
+
+
+SD3 = Family(
+    name="SD 3",
+    denoiser=SD3Transformer2DModel,
+    blocks=("transformer_blocks",),
+    embed=lambda denoiser, values: denoiser.context_embedder(values),
+    rotary=lambda denoiser, arguments, n: None,
+    split=lambda rotary, n: (None, None),
+    rotate=lambda x, table: x,
+    grid=_sd3_grid,
+    timestep=1.0,
+    unused={"prompt_2": None, "prompt_3": None, "do_classifier_free_guidance": False},
+    negative=1,
+    names=_sd3_names,
+    encode_image=_scaled,
+    arguments=_sd3_arguments,
+    sides=lambda pipe: pipe.vae_scale_factor * denoiser_of(pipe).config.patch_size,
+)
+
+
+# -- Flux.1: one rotary table over text and image; the text's positions are all 0, so that its rotation is the identity
+
+
+def _flux_rotary(denoiser: Any, arguments: Mapping[str, Any], n: int) -> Any:
+    image = arguments["img_ids"]
+    return denoiser.pos_embed(torch.cat([image.new_zeros(n, image.shape[1]), image]))
+
+
+def _flux_grid(denoiser: Any, arguments: Mapping[str, Any]) -> tuple[int, int]:
+    rows, columns = (arguments["img_ids"][:, axis].unique() for axis in (1, 2))
+    return len(rows), len(columns)
+
+
+def _flux_names(pipe: Any, texts: Mapping[str, str], rows: int) -> Names:
+    text = texts.get("prompt_2") or texts["prompt"]
+    return side_by_side([(piece_names(pipe.tokenizer_2, _cut(pipe.tokenizer_2, text, rows), **T5), rows)])
+
+
+def _flux_arguments(pipe: Any, latents: torch.Tensor, level: float, encoded: Sequence[Any]) -> dict[str, Any]:
+    h, w = latents.shape[-2] // 2, latents.shape[-1] // 2
+    rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    ids = torch.stack([torch.zeros(h * w), rows.flatten(), columns.flatten()], dim=1)
+    return {
+        "hidden_states": _packed(latents),
+        "encoder_hidden_states": encoded[0],
+        "pooled_projections": encoded[1],
+        "timestep": torch.full([len(latents)], level, device=latents.device),
+        "img_ids": ids.to(encoded[2]),
+        "txt_ids": encoded[2],
+        "guidance": _default_guidance(pipe, latents),
+    }
+
+
+FLUX = Family(
+    name="Flux.1",
+    denoiser=FluxTransformer2DModel,
+    blocks=("transformer_blocks", "single_transformer_blocks"),
+    embed=lambda denoiser, values: denoiser.context_embedder(values),
+    rotary=_flux_rotary,
+    split=lambda rotary, n: (tuple(table[:n] for table in rotary), tuple(table[n:] for table in rotary)),
+    rotate=lambda x, table: apply_rotary_emb(x, table, sequence_dim=1),
+    grid=_flux_grid,
+    timestep=1000.0,
+    unused={"prompt_2": None},
+    negative=None,
+    names=_flux_names,
+    encode_image=_scaled,
+    arguments=_flux_arguments,
+    sides=lambda pipe: pipe.vae_scale_factor * 2,
+)
+
+
+# -- Qwen-Image: a table for the image and one for the text, whose positions go on after the image's
+
+
+def _qwen_rotary(denoiser: Any, arguments: Mapping[str, Any], n: int) -> Any:
+    device = arguments["hidden_states"].device
+    return denoiser.pos_embed(arguments["img_shapes"], max_txt_seq_len=n, device=device)
+
+
+def _qwen_grid(denoiser: Any, arguments: Mapping[str, Any]) -> tuple[int, int]:
+    _, height, width = arguments["img_shapes"][0][0]
+    return height, width
+
+
+def _qwen_names(pipe: Any, texts: Mapping[str, str], rows: int) -> Names:
+    start = pipe.prompt_template_encode_start_idx  # where the template's own words end
+    ids = pipe.tokenizer(pipe.prompt_template_encode.format(texts["prompt"])).input_ids[start:]
+    return side_by_side([(piece_names(pipe.tokenizer, ids, **QWEN), rows)])
+
+
+def _qwen_latents(pipe: Any, pixels: torch.Tensor) -> torch.Tensor:
+    latents = pipe.vae.encode(pixels.to(pipe.vae.dtype)[:, :, None]).latent_dist.mean.float()[:, :, 0]
+    mean, std = (torch.tensor(getattr(pipe.vae.config, name)) for name in ("latents_mean", "latents_std"))
+    return (latents - mean.to(latents).view(1, -1, 1, 1)) / std.to(latents).view(1, -1, 1, 1)
+
+
+def _qwen_arguments(pipe: Any, latents: torch.Tensor, level: float, encoded: Sequence[Any]) -> dict[str, Any]:
+    return {
+        "hidden_states": _packed(latents),
+        "encoder_hidden_states": encoded[0],
+        "encoder_hidden_states_mask": encoded[1],
+        "timestep": torch.full([len(latents)], level, device=latents.device),
+        "img_shapes": [[(1, latents.shape[-2] // 2, latents.shape[-1] // 2)]],
+        "guidance": _default_guidance(pipe, latents),
+    }
+
+
+QWEN_IMAGE = Family(
+    name="Qwen-Image",
+    denoiser=QwenImageTransformer2DModel,
+    blocks=("transformer_blocks",),
+    embed=lambda denoiser, values: denoiser.txt_in(denoiser.txt_norm(values)),
+    rotary=_qwen_rotary,
+    split=lambda rotary, n: (rotary[1], rotary[0]),
+    rotate=lambda x, table: apply_rotary_emb_qwen(x, table, use_real=False),
+    grid=_qwen_grid,
+    timestep=1000.0,
+    unused={},
+    negative=None,
+    names=_qwen_names,
+    encode_image=_qwen_latents,
+    arguments=_qwen_arguments,
+    sides=lambda pipe: pipe.vae_scale_factor * 2,
+)
+
+FAMILIES = (SD3, FLUX, QWEN_IMAGE)

@@ -1,0 +1,171 @@
+"""The maps of joint attention: one function a formula. All are of one block and step; their sums are the maps.
+
+n images, h heads, p positions of the image, m tokens of a text, s = d_head ** -0.5. q and k are as the softmax meets
+them, after the norms and the rotation; o is what a token's attention returns, before the output projection.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+
+from ..softmax import MAX_BYTES
+
+
+@dataclass(frozen=True, eq=False)
+class JointAttention:
+    """What one joint attention computes of the image and a text in one pass.
+
+    Attributes:
+        name: its module path in the denoiser.
+        scale: s.
+        queries: the image's q.
+        image_keys: the image's k.
+        text_keys: the text's k.
+        mask: which tokens take part, None for all.
+        image_vectors: the image's o.
+        text_vectors: the text's o; None where the block makes none that the model uses (the last one of SD 3).
+    """
+
+    name: str
+    scale: float
+    queries: Float[torch.Tensor, "n h p d"]
+    image_keys: Float[torch.Tensor, "n h p d"]
+    text_keys: Float[torch.Tensor, "n h m d"]
+    mask: Bool[torch.Tensor, "n m"] | None
+    image_vectors: Float[torch.Tensor, "n p channels"]
+    text_vectors: Float[torch.Tensor, "n m channels"] | None
+
+    def rows(self, rows: slice) -> "JointAttention":
+        """The same of some images of the batch."""
+        names = ("queries", "image_keys", "text_keys", "mask", "image_vectors", "text_vectors")
+        parts = [(name, getattr(self, name)) for name in names]
+        cut: dict[str, Any] = {name: None if part is None else part[rows] for name, part in parts}
+        return replace(self, **cut)
+
+
+def prompt_daam(image: JointAttention, max_bytes: int = MAX_BYTES) -> Float[torch.Tensor, "n m p"]:
+    """DAAM of the prompt (Tang et al. 2022): the block image -> text of the joint softmax, summed over the heads.
+
+        D[m, p] = sum_h  exp(s q_p . k_m) / ( sum_text exp(s q_p . k) + sum_image exp(s q_p . k) )
+
+    Exact: these are the probabilities that the model works with. The image's positions share the softmax, so the maps
+    of all tokens do not sum to one.
+
+    Args:
+        image: of the real pass, whose text is the prompt.
+        max_bytes: of probabilities held at a time.
+
+    Returns:
+        The maps, in float32 or wider.
+    """
+    dtype = torch.promote_types(image.queries.dtype, torch.float32)
+    keys = torch.cat([image.text_keys, image.image_keys], dim=2).to(dtype) * image.scale
+    n, heads, total, _ = keys.shape
+    tokens = image.text_keys.shape[2]
+    rows = max(1, max_bytes // (n * heads * total * keys.element_size()))
+    maps = []
+    for queries in image.queries.split(rows, dim=2):
+        scores = queries.to(dtype) @ keys.transpose(2, 3)
+        if image.mask is not None:
+            scores[..., :tokens].masked_fill_(~image.mask[:, None, None], -torch.inf)
+        maps.append(scores.softmax(dim=3)[..., :tokens].sum(dim=1).transpose(1, 2))
+    return torch.cat(maps, dim=2)
+
+
+def open_vocabulary_daam(
+    image: JointAttention, text: JointAttention, pool: Float[torch.Tensor, "k m"]
+) -> Float[torch.Tensor, "n k p"]:
+    """Open-vocabulary DAAM: the same scores against the keys of a text that runs along, softmax over its words.
+
+        D[k, p] = sum_h softmax_k ( s q_p . k_k )
+
+    The keys are exactly those that the text would have in the prompt's place in front of this image's state. The
+    image's positions take no part in this softmax, and neither does the prompt: words compete with each other alone.
+
+    Args:
+        image: of the real pass.
+        text: of the text's own pass through the same block.
+        pool: what the rows of the softmax are made of the tokens; a word's keys are averaged.
+
+    Returns:
+        The maps; over the k they sum to the number of heads.
+    """
+    scores = _scores(image, text, pool)
+    return scores.softmax(dim=2).sum(dim=1)
+
+
+def lone_word(
+    image: JointAttention, text: JointAttention, pool: Float[torch.Tensor, "k m"]
+) -> Float[torch.Tensor, "n k p"]:
+    """The scores of a text that runs along by itself, without a softmax, as LDAAM has none.
+
+        L[k, p] = sum_h s q_p . k_k
+
+    Linear in the key k_k of each block, but NOT in the text's embedding: between the two lie the blocks that the text
+    ran through, together with the image. There is no matrix that makes this map of any word.
+
+    Args:
+        image: of the real pass.
+        text: of the text's own pass through the same block.
+        pool: what the maps are made of the tokens.
+
+    Returns:
+        The maps, of any sign.
+    """
+    return _scores(image, text, pool).sum(dim=1)
+
+
+def concept_map(
+    image: JointAttention, text: JointAttention, pool: Float[torch.Tensor, "k m"]
+) -> Float[torch.Tensor, "n k p"] | None:
+    """The concept map, in the output space of the attention (ConceptAttention, Helbling et al., ICML 2025).
+
+        C[k, p] = softmax_k ( o_p . o_k )
+
+    o_k is the mean of a word's tokens. Published with a mean over blocks and steps; the sum here is that times their
+    number. There the words are modulated with a pooled text of zeros; here with what the pass has, the prompt's.
+
+    Args:
+        image: of the real pass.
+        text: of the words' own pass through the same block.
+        pool: averages the tokens of each word.
+
+    Returns:
+        The maps; over the k they sum to 1. None for a block without vectors of the text.
+    """
+    if text.text_vectors is None:
+        return None
+    dtype = torch.promote_types(image.queries.dtype, torch.float32)
+    vectors = pool.to(text.text_vectors.device, dtype) @ text.text_vectors.to(dtype)
+    return (vectors @ image.image_vectors.to(dtype).transpose(1, 2)).softmax(dim=1)
+
+
+def _scores(image: JointAttention, text: JointAttention, pool: torch.Tensor) -> torch.Tensor:
+    """(n, h, k, p): s q . k."""
+    dtype = torch.promote_types(image.queries.dtype, torch.float32)
+    keys = pool.to(text.text_keys.device, dtype) @ text.text_keys.to(dtype) * image.scale
+    return keys @ image.queries.to(dtype).transpose(2, 3)
+
+
+Formulae = Callable[[JointAttention, tuple[JointAttention, ...]], Mapping[str, torch.Tensor | None]]
+
+
+class Sums(dict[str, torch.Tensor]):
+    """Sums of formulae over the blocks and passes that are read.
+
+    Args:
+        formulae: what they make of one block: of the image, and of each text that runs along.
+    """
+
+    def __init__(self, formulae: Formulae):
+        super().__init__()
+        self._formulae = formulae
+
+    def read(self, image: JointAttention, texts: tuple[JointAttention, ...]) -> None:
+        """Add what the formulae make of one block."""
+        for name, value in self._formulae(image, texts).items():
+            if value is not None:
+                self[name] = self[name] + value if name in self else value

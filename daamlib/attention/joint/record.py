@@ -1,0 +1,343 @@
+"""The record of one image of a joint model: its maps, and the passes to make again for further ones."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...io import load_tensors, save_tensors
+from ..fingerprint import Fingerprint
+from ..heatmaps import HeatMaps
+from ..ldaam import LinearMap
+from ..text import TokenEmbeddings, Word
+from .encoding import check_words, encode_text, encode_words
+from .families import Family, denoiser_of, family_of
+from .maps import Formulae, Sums, concept_map, lone_word, open_vocabulary_daam
+from .reading import CONCEPTS, PROMPT, WORDS, make_again
+from .stream import attentions
+from .text import averages, rows_of_text, without_padding
+
+FORMAT = "daamlib-joint-record-1"
+
+
+@dataclass(frozen=True, eq=False)
+class JointRecord:
+    """The joint attention of one image of SD 3, SD 3.5, Flux.1 or Qwen-Image, from `trace`, `trace_image` or `load`.
+
+    It holds the prompt's DAAM and the maps of the words that `trace` was given. Any other text has no keys that could
+    be kept, for its state depends on the image, block by block: reading it needs the model, which makes the kept passes
+    again (four steps of the pipeline, and each text that runs along costs about as much once more). All maps are sums
+    over these passes alone.
+
+    Attributes:
+        prompt: the text that generated the image, None if it was given as embeddings.
+        prompt_embeddings: the prompt's embeddings as the denoiser saw them, padding included.
+        timesteps: of each kept pass, 0 ... 1000.
+        grid: (H, W) of the maps, which all blocks share.
+        calls: the denoiser's arguments of each kept pass.
+        words: those that ran along while the image was generated.
+        maps: what was summed then: "prompt" (m, H, W), and with words "daam" and "concept_map" (K, H, W).
+        fingerprint: what tells the model that made it from others.
+        embedded_with: the arguments of `encode_prompt` that the prompt was embedded with.
+        pipe: the pipeline; None for a record that was loaded without one, which knows only `maps`.
+    """
+
+    prompt: str | None
+    prompt_embeddings: TokenEmbeddings
+    timesteps: list[int]
+    grid: tuple[int, int]
+    calls: tuple[Mapping[str, Any], ...]
+    words: tuple[str, ...]
+    maps: Mapping[str, torch.Tensor]
+    fingerprint: Fingerprint
+    embedded_with: Mapping[str, Any] = field(default_factory=dict)
+    pipe: Any = field(default=None, repr=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the record's tensors lie; passes are made again where the pipeline computes."""
+        return self.maps[PROMPT].device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the maps and of the kept arguments; those that passes share count once."""
+        tensors = [value for call in self.calls for value in call.values() if isinstance(value, torch.Tensor)]
+        return sum(tensor.nbytes for tensor in {id(t): t for t in [*tensors, *self.maps.values()]}.values())
+
+    def encode(self, text: str) -> TokenEmbeddings:
+        """The tokens of any text, embedded as the prompt was (`embedded_with`), without padding.
+
+        Args:
+            text: any words.
+
+        Returns:
+            (m, d_text) values and their tokens: with SD 3 those of CLIP, start and end token included, and then T5's.
+            A word is found in both.
+
+        Raises:
+            TypeError: `text` is no string.
+            ValueError: it is too long, or the record has no pipeline.
+        """
+        return encode_text(self.pipe, self._family(), text, self.embedded_with)
+
+    def daam(self, text: str | Sequence[str] | None = None) -> HeatMaps:
+        """DAAM of the prompt, or open-vocabulary DAAM of a text or of words (`joint.maps`).
+
+        The prompt's (None) is exact: the probabilities of the model's own joint softmax, in which the image's positions
+        take part. Any other text runs along with the image, and the softmax is over the text alone: one string is
+        embedded and run as a whole, and its tokens compete; a list of words is embedded word by word, they run along in
+        one stream, the keys of a word's tokens are averaged, and the words compete.
+
+        Args:
+            text: see above. The words that `trace` was given need no model.
+
+        Returns:
+            (m, H, W) maps, a row a token, or a row a word of a list; sums over the kept passes, blocks and heads.
+
+        Raises:
+            TypeError: `text` is neither.
+            ValueError: see `encode`; or fewer than two words are listed.
+        """
+        if text is None:
+            names = without_padding(self.prompt_embeddings)
+            return HeatMaps(self.maps[PROMPT][rows_of_text(self.prompt_embeddings)], names.tokens, names.words)
+        if isinstance(text, str):
+            embeddings = self.encode(text)
+            pool = torch.eye(len(embeddings.values))
+            maps = self._run([embeddings], lambda image, texts: {WORDS: open_vocabulary_daam(image, texts[0], pool)})
+            return HeatMaps(self._on_grid(maps[WORDS]), embeddings.tokens, embeddings.words)
+        return self._of_words(WORDS, check_words(text))
+
+    def concept_map(self, words: Sequence[str]) -> HeatMaps:
+        """The concept map of some words: <o_image, o_word> in the attention's output space, softmax over the words.
+
+        ConceptAttention (Helbling et al., ICML 2025). Blocks whose text vectors the model does not use, the last one of
+        SD 3, have none. `joint.maps.concept_map` says where this differs from the paper.
+
+        Args:
+            words: two or more; they compete, so name what else is in the image. Those of `trace` need no model.
+
+        Returns:
+            (K, H, W) maps, looked up by word; sums over the kept passes and blocks.
+
+        Raises:
+            TypeError: they are no list of strings.
+            ValueError: see `encode`; or there are fewer than two.
+        """
+        return self._of_words(CONCEPTS, check_words(words))
+
+    def ldaam(self, word: str) -> HeatMaps:
+        """The scores of a lone word: a stream of its own, no softmax (`joint.maps.lone_word`).
+
+        Like linear DAAM it depends on no other word. Unlike it, it is NOT linear in the word's embedding: it is linear
+        in the word's keys in each block, which the blocks before made of the embedding and the image.
+
+        Args:
+            word: any text; its tokens run along together and see each other.
+
+        Returns:
+            (m, H, W) maps of its tokens, of any sign; sums over the kept passes, blocks and heads.
+
+        Raises:
+            TypeError: `word` is no string.
+            ValueError: see `encode`.
+        """
+        embeddings = self.encode(word)
+        pool = torch.eye(len(embeddings.values))
+        maps = self._run([embeddings], lambda image, texts: {WORDS: lone_word(image, texts[0], pool)})
+        return HeatMaps(self._on_grid(maps[WORDS]), embeddings.tokens, embeddings.words)
+
+    def probe_map(self, layers: Sequence[str] | None = None) -> LinearMap:
+        """The map of a probe token: P(v) = sum over blocks l of < sum over passes t of o_image[t, l], v_l >.
+
+        Exactly linear in the free vectors v_l, side by side in one row: fitted to masks it is a convex problem
+        (`daamlib.optimize_probe`). It lives in the attention's output space; no text is known that leads to given v_l
+        in all blocks, so a probe token cannot be typed into a prompt.
+
+        Args:
+            layers: names of attentions, as `layer_names` lists; None for all. A block of Flux.1 at 1024 px takes 50 MB.
+
+        Returns:
+            Its weight is (H, W, blocks * channels), the blocks in their order.
+
+        Raises:
+            ValueError: the record has no pipeline, or a layer is unknown.
+        """
+        known = self.layer_names()
+        if layers is not None and (not len(layers) or set(layers) - set(known)):
+            raise ValueError(f"the layers are {known}, got {list(layers)}")
+        chosen = [name for name in known if layers is None or name in layers]
+        sums = self._run([], lambda image, _: {image.name: image.image_vectors.float()} if image.name in chosen else {})
+        weight = torch.cat([sums[name][0] for name in chosen], dim=1)
+        return LinearMap(weight.to(self.device).unflatten(0, self.grid))
+
+    def layer_names(self) -> list[str]:
+        """The names of the attentions that are read. ValueError for a record without a pipeline."""
+        return list(_keys(denoiser_of(self.pipe), self._family()))
+
+    def to(self, device: str | torch.device) -> "JointRecord":
+        """A record with all its tensors on `device`; the pipeline stays."""
+        device = torch.device(device)
+        moved: dict[int, torch.Tensor] = {}  # what passes share stays shared
+
+        def on(value: Any) -> Any:
+            return moved.setdefault(id(value), value.to(device)) if isinstance(value, torch.Tensor) else value
+
+        return replace(
+            self,
+            prompt_embeddings=self.prompt_embeddings.to(device),
+            calls=tuple({name: on(value) for name, value in call.items()} for call in self.calls),
+            maps={name: on(value) for name, value in self.maps.items()},
+        )
+
+    # -- files ---------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write the record to one `.safetensors` file: its maps, and the arguments of its passes."""
+        tensors = {"prompt_embeddings": self.prompt_embeddings.values}
+        tensors |= {f"maps.{name}": values for name, values in self.maps.items()}
+        stored: dict[int, str] = {}
+        calls = []
+        for number, call in enumerate(self.calls):
+            shown = {}
+            for name, value in call.items():
+                if isinstance(value, torch.Tensor):
+                    key = stored.setdefault(id(value), f"{number}.{name}")
+                    tensors[key] = value
+                    shown[name] = {"tensor": key}
+                else:
+                    shown[name] = {"value": value}
+            calls.append(shown)
+        header = {
+            "prompt": self.prompt,
+            "tokens": self.prompt_embeddings.tokens,
+            "named": self.prompt_embeddings.words,
+            "timesteps": self.timesteps,
+            "grid": self.grid,
+            "words": self.words,
+            "embedded_with": dict(self.embedded_with),
+            "fingerprint": dict(self.fingerprint.layers),
+            "calls": calls,
+        }
+        save_tensors(path, tensors, header, FORMAT)
+
+    @classmethod
+    def load(cls, path: str | Path, *, pipe: Any = None, device: str | torch.device | None = None) -> "JointRecord":
+        """Read a saved record.
+
+        Args:
+            path: of the file.
+            pipe: the pipeline that made it, which reads further texts.
+            device: where its tensors go; None: where `pipe` computes, without one the CPU.
+
+        Returns:
+            The record.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is no record, is damaged, or is of another model.
+        """
+        tensors, header = load_tensors(path, FORMAT)
+        try:
+            words = tuple(Word(*word) for word in header["named"])
+            embeddings = TokenEmbeddings(tensors["prompt_embeddings"], tuple(header["tokens"]), words)
+            calls = tuple(
+                {
+                    name: tensors[held["tensor"]] if "tensor" in held else _tuples(held["value"])
+                    for name, held in call.items()
+                }
+                for call in header["calls"]
+            )
+            record = cls(
+                prompt=header["prompt"],
+                prompt_embeddings=embeddings,
+                timesteps=[int(t) for t in header["timesteps"]],
+                grid=(int(header["grid"][0]), int(header["grid"][1])),
+                calls=calls,
+                words=tuple(header["words"]),
+                maps={name.removeprefix("maps."): values for name, values in tensors.items() if name[:5] == "maps."},
+                fingerprint=Fingerprint({name: tuple(of) for name, of in header["fingerprint"].items()}),
+                embedded_with=header["embedded_with"],
+                pipe=pipe,
+            )
+            sizes = {tuple(values.shape[1:]) for values in record.maps.values()}
+            if sizes != {record.grid} or len(record.maps[PROMPT]) != len(embeddings.tokens):
+                raise ValueError(f"its maps of {sizes} do not fit the grid {record.grid} and the prompt's tokens")
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{path} is not a readable record, or is damaged: {error}") from error
+        if pipe is None:
+            return record if device is None else record.to(device)
+        family = family_of(pipe)
+        if family is None:
+            raise ValueError(f"{path} is of a joint model, {type(pipe).__name__} is none that is read")
+        difference = record.fingerprint.difference(fingerprint_of_joint(pipe, family))
+        if difference:
+            raise ValueError(f"{path} and the pipeline have {difference}: give the model that made it, with its LoRA")
+        return record.to(device or pipe._execution_device)
+
+    def __repr__(self) -> str:
+        return (
+            f"JointRecord({self.prompt!r}, grid={self.grid}, timesteps={self.timesteps}, words={list(self.words)}, "
+            f"{self.nbytes / 2**20:.1f} MiB)"
+        )
+
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    def _family(self) -> Family:
+        family = family_of(self.pipe)
+        if family is None:
+            raise ValueError(
+                "this record has no model: a text of a joint model has keys only where it runs along with the image. "
+                f"Load it with JointRecord.load(path, pipe=pipe); without, it knows the prompt and {list(self.words)}"
+            )
+        return family
+
+    def _run(self, texts: Sequence[TokenEmbeddings], formulae: Formulae) -> Sums:
+        return make_again(self.pipe, self._family(), self.calls, [text.values for text in texts], formulae)
+
+    def _of_words(self, name: str, words: tuple[str, ...]) -> HeatMaps:
+        if words == self.words:
+            return HeatMaps.of_words(self.maps[name], words)
+        embeddings = encode_words(self.pipe, self._family(), words, self.embedded_with)
+        pool = averages(embeddings)
+        formula = open_vocabulary_daam if name == WORDS else concept_map
+        maps = self._run([embeddings], lambda image, texts: {name: formula(image, texts[0], pool)})
+        return HeatMaps.of_words(self._on_grid(maps[name]), words)
+
+    def _on_grid(self, maps: torch.Tensor) -> torch.Tensor:
+        """(1, m, h * w) -> (m, H, W) where the record lies."""
+        return maps[0].unflatten(1, self.grid).to(self.device)
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists of sizes as the tuples they were, as in Qwen-Image's `img_shapes`."""
+    if not isinstance(value, list):
+        return value
+    return tuple(value) if all(isinstance(part, int) for part in value) else [_tuples(part) for part in value]
+
+
+def _keys(denoiser: Any, family: Family) -> dict[str, Any]:
+    """The joint attention of each block, the first in it, by name."""
+    names = {module: name.replace("_orig_mod.", "") for name, module in denoiser.named_modules()}
+    first = [attentions(block)[0] for part in family.blocks for block in getattr(denoiser, part)]
+    return {names[module]: module for module in first}
+
+
+def fingerprint_of_joint(pipe: Any, family: Family) -> Fingerprint:
+    """The fingerprint of a pipeline as it is now, by the image's keys in every block."""
+    denoiser = denoiser_of(pipe)
+
+    def project(to_k: Any, values: torch.Tensor) -> torch.Tensor:
+        device = next(to_k.parameters()).device
+        # off-loaded layer by layer, weights are on `meta` and come to where the pipeline computes
+        device = pipe._execution_device if device.type == "meta" else device
+        return to_k(values.to(device, denoiser.dtype))
+
+    keys = _keys(denoiser, family)
+    return Fingerprint.of_keys(
+        {name: functools.partial(project, module.to_k) for name, module in keys.items()},
+        denoiser.inner_dim,
+    )

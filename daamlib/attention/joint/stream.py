@@ -1,0 +1,259 @@
+"""Texts that run along with a joint model's passes, without any effect on them.
+
+After every block the same block is called once more, with the state of a text of ours in the place of the prompt's;
+what it returns for the text is the text's next state. The image in this second call is the real one, so the text sees
+exactly what the prompt sees, and its keys are those it would have had. With the prompt itself both streams are equal.
+
+The second call keeps the modulation (`temb`) of the pass: its noise level, guidance and the prompt's pooled text, for
+the image's keys must stay those of the pass. Nothing is replaced; what a block computes is seen by hooks on the
+projections of its attentions, under any processor. Which attention is joint is asked of the call: one that the text
+reaches.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from .families import Family
+from .maps import JointAttention
+
+Read = Callable[[JointAttention, tuple[JointAttention, ...]], None]
+
+BATCHED = (  # arguments of a pass or a block with a row for each image
+    "hidden_states",
+    "encoder_hidden_states",
+    "encoder_hidden_states_mask",
+    "pooled_projections",
+    "timestep",
+    "guidance",
+    "temb",
+)
+HARMLESS = ("offload", "casting", "autocast", "tracker")  # hooks of diffusers that leave every block's call as it is
+
+
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """What is read of a pass; see `Stream.begin`."""
+
+    arguments: Mapping[str, Any]
+    rows: slice
+    texts: Sequence[torch.Tensor]
+    read: Read
+
+
+class Stream:
+    """The hooks of texts that run along; a context manager.
+
+    Args:
+        family: of the denoiser.
+        denoiser: a pipeline's transformer.
+
+    Raises:
+        ValueError: the denoiser cannot be read: fused projections, or a cache that skips blocks.
+    """
+
+    _second_call: ClassVar["Stream | None"] = None  # whose it is; the hooks of other streams must not see it
+
+    def __init__(self, family: Family, denoiser: Any):
+        check_readable(denoiser)
+        self._family, self._denoiser = family, denoiser
+        self._names = {module: name.replace("_orig_mod.", "") for name, module in denoiser.named_modules()}
+        self._stack = ExitStack()
+        self._pass: Pass | None = None  # that is read now
+        self._states: list[torch.Tensor | None] | None = None  # of the texts, before the next block
+        self._tables: list[Any] = []  # their rotary tables
+        self._lengths = (0, 0)  # of text and image in the block's call under way
+        self._parts: dict[str, torch.Tensor] = {}  # of the attention under way
+        self._found: list[JointAttention] = []  # in the block's call under way
+
+    def __enter__(self) -> "Stream":
+        for name in self._family.blocks:
+            for block in getattr(self._denoiser, name):
+                self._keep(block.register_forward_pre_hook(self._before_block, with_kwargs=True))
+                for module in attentions(block):
+                    self._hook_attention(module)
+                self._keep(block.register_forward_hook(self._after_block, with_kwargs=True))
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.end()
+        self._stack.close()
+
+    def begin(self, arguments: Mapping[str, Any], rows: slice, texts: Sequence[torch.Tensor], read: Read) -> None:
+        """Read the pass that is about to be made.
+
+        Args:
+            arguments: of the denoiser.
+            rows: of its batch, which are read.
+            texts: (m, d_text) values each, as the denoiser receives a text; each is a stream of its own.
+            read: is called after every block with what it computed for the prompt and for each text.
+        """
+        self._pass, self._states = Pass(arguments, rows, texts, read), None
+
+    def end(self) -> None:
+        """Read no more."""
+        self._pass = self._states = None
+        self._parts, self._found, self._tables = {}, [], []
+
+    # -- hooks ---------------------------------------------------------------------------------------------------
+
+    def _keep(self, handle: Any) -> None:
+        self._stack.callback(handle.remove)
+
+    def _hook_attention(self, module: Any) -> None:
+        def before(module, args, kwargs):
+            self._parts = {}
+
+        def output_of(name):
+            return lambda module, args, output: self._see(name, output)
+
+        def input_of(name):
+            return lambda module, args: self._see(name, args[0])
+
+        self._keep(module.register_forward_pre_hook(before, with_kwargs=True))
+        for name in ("to_q", "to_k", "add_k_proj"):
+            if getattr(module, name, None) is not None:
+                self._keep(getattr(module, name).register_forward_hook(output_of(name)))
+        if getattr(module, "to_out", None) is not None:
+            self._keep(module.to_out[0].register_forward_pre_hook(input_of("image")))
+        if getattr(module, "to_add_out", None) is not None:
+            self._keep(module.to_add_out.register_forward_pre_hook(input_of("text")))
+        self._keep(module.register_forward_hook(self._after_attention, with_kwargs=True))
+
+    @property
+    def _sees(self) -> bool:
+        return self._pass is not None and Stream._second_call in (None, self)
+
+    def _see(self, name: str, value: torch.Tensor) -> None:
+        if self._sees:
+            self._parts[name] = value.detach()
+
+    def _before_block(self, block: Any, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        if self._sees:
+            self._expect(kwargs)
+
+    def _expect(self, kwargs: Mapping[str, Any]) -> None:
+        self._found = []
+        self._lengths = (kwargs["encoder_hidden_states"].shape[1], kwargs["hidden_states"].shape[1])
+
+    def _after_attention(self, module: Any, args: tuple, kwargs: Mapping[str, Any], output: Any) -> None:
+        if not self._sees:
+            return
+        parts, (text, image) = self._parts, self._lengths
+        self._parts = {}
+        if "to_q" not in parts or "to_k" not in parts:
+            return  # it was not computed; `_after_block` says so
+        together = kwargs.get("encoder_hidden_states") is None
+        if together and parts["to_q"].shape[1] == image:
+            return  # the text does not reach it, as SD 3.5's `attn2`
+        text_table, image_table = self._family.split(kwargs.get("image_rotary_emb"), text)
+
+        def heads(x: torch.Tensor, norm: Any, table: Any) -> torch.Tensor:
+            x = x.unflatten(2, (module.heads, -1))
+            x = x if norm is None else norm(x)
+            return self._family.rotate(x, table).transpose(1, 2)
+
+        norm_q, norm_k = getattr(module, "norm_q", None), getattr(module, "norm_k", None)
+        norm_text = getattr(module, "norm_added_k", None)
+        if together:  # one sequence, the text first, with one set of weights
+            parts |= {"add_k_proj": parts["to_k"][:, :text], "to_k": parts["to_k"][:, text:]}
+            parts |= {"to_q": parts["to_q"][:, text:], "text": output[:, :text], "image": output[:, text:]}
+            norm_text = norm_k
+        queries = heads(parts["to_q"], norm_q, image_table)
+        self._found.append(
+            JointAttention(
+                name=self._names[module],
+                scale=queries.shape[-1] ** -0.5,
+                queries=queries,
+                image_keys=heads(parts["to_k"], norm_k, image_table),
+                text_keys=heads(parts["add_k_proj"], norm_text, text_table),
+                mask=kwargs.get("encoder_hidden_states_mask"),
+                image_vectors=parts["image"],
+                text_vectors=parts.get("text"),
+            )
+        )
+
+    @torch.no_grad()
+    def _after_block(self, block: Any, args: tuple, kwargs: Mapping[str, Any], output: Any) -> None:
+        told = self._pass
+        if told is None or Stream._second_call is not None:
+            return
+        found = self._take(block).rows(told.rows)
+        if self._states is None:
+            self._states = self._board(told, kwargs["encoder_hidden_states"][told.rows])
+        own = take_rows(kwargs, told.rows)
+        texts = tuple(self._along(block, own, number) for number in range(len(told.texts)))
+        told.read(found, texts)
+
+    def _take(self, block: Any) -> JointAttention:
+        if len(self._found) != 1:
+            raise ValueError(
+                f"{self._names[block]} made {len(self._found)} joint attentions through `to_q` and `to_k`, expected 1: "
+                "was it skipped by a cache, or were its layers replaced inside the `with`, as a LoRA does?"
+            )
+        return self._found.pop()
+
+    # -- the second call -----------------------------------------------------------------------------------------
+
+    def _board(self, told: "Pass", like: torch.Tensor) -> list[torch.Tensor | None]:
+        """The texts' states before the first block; not sooner, for an off-loaded denoiser comes when it is called."""
+        self._tables = [self._family.rotary(self._denoiser, told.arguments, len(text)) for text in told.texts]
+        states = [self._family.embed(self._denoiser, text[None].to(like)) for text in told.texts]
+        return [state.expand(len(like), -1, -1) for state in states]
+
+    def _along(self, block: Any, kwargs: Mapping[str, Any], number: int) -> JointAttention:
+        """Call the block again with a text in the prompt's place, and keep the text's next state."""
+        assert self._states is not None  # a pass is read
+        own = {**kwargs, "encoder_hidden_states": self._states[number]}
+        if "image_rotary_emb" in own:
+            own["image_rotary_emb"] = self._tables[number]
+        if "encoder_hidden_states_mask" in own:
+            own["encoder_hidden_states_mask"] = None
+        self._expect(own)
+        with self._calling():
+            self._states[number], _ = block.forward(**own)  # past the hooks on the block
+        return self._take(block)
+
+    @contextmanager
+    def _calling(self):
+        Stream._second_call = self
+        try:
+            yield
+        finally:
+            Stream._second_call = None
+
+
+def take_rows(arguments: Mapping[str, Any], rows: slice) -> dict[str, Any]:
+    """Arguments of a pass or a block with only some rows of its batch; the very tensors if those are all."""
+    batch = len(arguments["hidden_states"])
+    found = dict(arguments)
+    if range(batch)[rows] != range(batch):
+        for name in BATCHED:
+            value = found.get(name)
+            if isinstance(value, torch.Tensor) and value.ndim and len(value) == batch:
+                found[name] = value[rows]
+    return found
+
+
+def attentions(block: torch.nn.Module) -> list[Any]:
+    """The attentions of a block."""
+    return [module for module in block.modules() if hasattr(module, "set_processor") and hasattr(module, "heads")]
+
+
+def check_readable(denoiser: torch.nn.Module) -> None:
+    """ValueError for a denoiser whose attention cannot be seen, or whose blocks cannot be called twice."""
+    for name, module in denoiser.named_modules():
+        if getattr(module, "fused_projections", False) and (
+            hasattr(module, "unfuse_projections") or "Fused" in type(module.processor).__name__
+        ):
+            raise ValueError(f"{name} has fused projections: call pipe.transformer.unfuse_qkv_projections() first")
+        hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+        odd = [hook for hook in hooks if not any(part in hook for part in HARMLESS)]
+        if odd:
+            raise ValueError(
+                f"{name or 'the transformer'} has the hooks {odd}, such as caches that skip blocks: a text cannot run "
+                "along. Call pipe.transformer.disable_cache() first"
+            )
