@@ -23,11 +23,13 @@ import torch
 
 from ..attention.readers import fingerprint_of
 from ..attention.record import AttentionRecord
-from ..cityscapes import IGNORED, label_id
+from ..cityscapes import BY_NAME, IGNORED, label_id
 from ..tokens.label_maps import STREET_WORDS, Threshold, assign_labels, check_tokens, label_map, of_each, text_of
 from ..tokens.token import OptimizedToken
 from .dataset import names
 from .masks import check_ids
+
+THINGS = ("object", "human", "vehicle")  # categories of Cityscapes; the others are surroundings
 
 Labeller = Callable[[np.ndarray, AttentionRecord | None, str], np.ndarray]
 
@@ -134,6 +136,8 @@ class WordLabeller:
     Attributes:
         words: {class: word}, the classes named as in `daamlib.cityscapes`.
         margin: a pixel whose best two probabilities differ by less is ignored.
+        named_only: of the things (cars, persons, traffic lights ...) only those take part that the image's prompt names
+            (`names`), by class or by word; the surroundings always do.
         iterations: of `record.refine`, 0: none.
 
     Raises:
@@ -142,6 +146,7 @@ class WordLabeller:
 
     words: Mapping[str, str] = field(default_factory=lambda: dict(STREET_WORDS))
     margin: float = 0.1
+    named_only: bool = True
     iterations: int = 1
     source: ClassVar[str] = "daamlib.datasets.WordLabeller"
     store: ClassVar[str] = "maps"
@@ -165,12 +170,23 @@ class WordLabeller:
     @property
     def settings(self) -> dict[str, Any]:
         """Everything that a label map depends on besides the image, in JSON's own types."""
-        return {"words": dict(self.words), "margin": float(self.margin), "iterations": self.iterations}
+        limits = {"margin": float(self.margin), "named_only": self.named_only}
+        return {"words": dict(self.words), **limits, "iterations": self.iterations}
 
     def __call__(self, image: np.ndarray, record: AttentionRecord | None, prompt: str) -> np.ndarray:
-        """The (H, W) uint8 ids that the words read in the record of an image."""
-        size = (image.shape[0], image.shape[1])
-        return label_map(_required(record), self.words, size=size, iterations=self.iterations, margin=self.margin)
+        """The (H, W) uint8 ids that the words read in the record of an image of this prompt."""
+        return label_map(
+            _required(record),
+            self.words,
+            size=(image.shape[0], image.shape[1]),
+            iterations=self.iterations,
+            margin=self.margin,
+            names=[name for name in self.words if self._takes_part(name, prompt)] if self.named_only else None,
+        )
+
+    def _takes_part(self, name: str, prompt: str) -> bool:
+        surroundings = BY_NAME[name].category not in THINGS
+        return surroundings or names(name, prompt) or names(self.words[name], prompt)
 
 
 def _required(record: AttentionRecord | None) -> AttentionRecord:
@@ -193,7 +209,7 @@ def label_image(labeller: Labeller, image: np.ndarray, record: AttentionRecord |
 def _hash(token: OptimizedToken) -> str:
     """16 hexadecimal digits of the SHA-256 of what a token's probabilities follow from."""
     parts: list[Any] = [token.method, token.words, token.rows, token.scale, token.bias]
-    parts += [token.info.get(name) for name in ("joint", "passes")]
+    parts += [token.info.get(name) for name in ("joint", "passes", "layers", "max_timestep")]
     digest = hashlib.sha256(json.dumps(parts).encode())
     digest.update(token.embedding.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -8,6 +8,7 @@ probable one, or 255 (ignored) where the best two are close.
     label_map(record, [token], size=(512, 512))         # optimised tokens
 """
 
+import functools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
@@ -56,7 +57,11 @@ def text_of(words: Mapping[str, str]) -> str:
 
 
 def word_probabilities(
-    record: AttentionRecord, words: Mapping[str, str] | None = None, *, iterations: int = 1
+    record: AttentionRecord,
+    words: Mapping[str, str] | None = None,
+    names: Collection[str] | None = None,
+    *,
+    iterations: int = 1,
 ) -> HeatMaps:
     """How words compete for each pixel (zero-shot segmentation).
 
@@ -68,6 +73,7 @@ def word_probabilities(
     Args:
         record: Of the image; made with `store="maps"`, it must have been told the text (`text_of`).
         words: {class: word}, default `STREET_WORDS`.
+        names: Of the classes that a pixel may be of, default all; the text is that of all.
         iterations: Of `record.refine` on the words' maps, before they compete; 0 leaves them as they are.
 
     Returns:
@@ -84,7 +90,8 @@ def word_probabilities(
     values = (record.refine(maps, iterations=iterations) if iterations else maps).values
     deviation = values.std(dim=(1, 2), keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
     standardised = (values - values.mean(dim=(1, 2), keepdim=True)) / deviation
-    return replace(maps, values=(SHARPNESS * standardised).softmax(dim=0))
+    rows = [row for row, name in enumerate(words) if names is None or name in names]
+    return HeatMaps.of_words((SHARPNESS * standardised[rows]).softmax(dim=0), tuple(maps.tokens[row] for row in rows))
 
 
 def token_probabilities(
@@ -117,7 +124,7 @@ def token_probabilities(
         ValueError: There is no token, one has no calibration or is of another model, two read one class, or one was
             fitted to tell its classes apart but not from the background.
     """
-    return _competing(record, _token_logits(record, tokens), names, iterations)
+    return _competing(record, _token_logits(record, tokens), names, iterations=iterations)
 
 
 def _token_logits(record: AttentionRecord, tokens: Sequence[OptimizedToken]) -> HeatMaps:
@@ -133,7 +140,9 @@ def _token_logits(record: AttentionRecord, tokens: Sequence[OptimizedToken]) -> 
     return HeatMaps.of_words(torch.cat(logits), (*classes, BACKGROUND))
 
 
-def _competing(record: AttentionRecord, logits: HeatMaps, names: Collection[str] | None, iterations: int) -> HeatMaps:
+def _competing(
+    record: AttentionRecord, logits: HeatMaps, names: Collection[str] | None = None, *, iterations: int
+) -> HeatMaps:
     """What `token_probabilities` makes of the logits of the background and of the named classes."""
     rows = [i for i, name in enumerate(logits.tokens) if name == BACKGROUND or names is None or name in names]
     maps = HeatMaps.of_words(logits.values[rows].softmax(dim=0), tuple(logits.tokens[i] for i in rows))
@@ -202,7 +211,7 @@ def label_map(
         margin: A pixel whose best two probabilities differ by less is 255.
         threshold: Probability from which on a pixel is of a class; one number, or {class: number}.
         ignore_from: With a threshold, the lower end of the ignore band, likewise.
-        names: Of the tokens' classes that a pixel may be of, such as those that the prompt names; default all. With a
+        names: Of the classes that a pixel may be of, such as those that the prompt names; default all. With a
             threshold, a pixel where another may be is ignored.
         ids: {class: id}; default those of Cityscapes.
 
@@ -215,11 +224,10 @@ def label_map(
     """
     words = STREET_WORDS if classes is None else classes
     if isinstance(words, Mapping):
-        maps, among = word_probabilities(record, words, iterations=iterations), None
+        compete = functools.partial(word_probabilities, record, words, iterations=iterations)
     else:
-        logits = _token_logits(record, words)
-        maps = _competing(record, logits, None, iterations)
-        among = None if names is None else _competing(record, logits, names, iterations)
+        compete = functools.partial(_competing, record, _token_logits(record, words), iterations=iterations)
+    maps, among = compete(), None if names is None else compete(names=names)
     competing = [name for name in maps.tokens if threshold is None or name != BACKGROUND]
     # what is not named takes no part in the softmax of what is
     found = {name: among[name] if among is not None and name in among.tokens else maps[name] for name in competing}

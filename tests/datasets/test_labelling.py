@@ -130,7 +130,12 @@ def test_the_settings_are_jsons_own_types(tokens):
     settings = TokenLabeller(tuple(tokens), {"car": 0.6, "person": 0.5}).settings
     assert json.loads(json.dumps(settings)) == settings
     other = dataclasses.replace(tokens[0], bias=(0.0,))
-    assert TokenLabeller((other,)).settings["tokens"][0]["sha256"] != settings["tokens"][0]["sha256"]
+    others = [other] + [
+        dataclasses.replace(tokens[0], info={**tokens[0].info, **part})
+        for part in ({"layers": ["up_blocks.1"]}, {"max_timestep": 300}, {"passes": [9]})
+    ]
+    hashes = {TokenLabeller((token,)).settings["tokens"][0]["sha256"] for token in others}
+    assert len(hashes - {settings["tokens"][0]["sha256"]}) == len(others)
 
 
 def test_words_are_read_without_a_mask(sd1_pipe):
@@ -138,8 +143,16 @@ def test_words_are_read_without_a_mask(sd1_pipe):
     with daamlib.trace(sd1_pipe, store=labeller.store, texts=labeller.texts, self_attention=True) as trace:
         generate(sd1_pipe, height=16, width=24)
     words = dict(labeller.words)
-    found = labeller(IMAGE, trace[0], "anything")
-    assert np.array_equal(found, label_map(trace[0], words, size=(16, 24), margin=0.05))
+    everything = label_map(trace[0], words, size=(16, 24), margin=0.05)
+    assert np.array_equal(labeller(IMAGE, trace[0], "two cars"), everything) and CAR in everything
+    assert np.array_equal(dataclasses.replace(labeller, named_only=False)(IMAGE, trace[0], "a road"), everything)
+    surroundings = labeller(IMAGE, trace[0], "a road")  # no car, and what surrounds things always takes part
+    assert np.array_equal(
+        surroundings, label_map(trace[0], words, size=(16, 24), margin=0.05, names=["vegetation", "sky"])
+    )
+    assert {21, 23} <= {*np.unique(surroundings)} <= {21, 23, 255}
+    by_word = WordLabeller({**words, "car": "taxi"}, margin=0.05)
+    assert by_word.settings != dataclasses.replace(by_word, named_only=False).settings
     assert json.loads(json.dumps(labeller.settings)) == labeller.settings
     assert labeller.settings != WordLabeller(words).settings
     for options, message in (

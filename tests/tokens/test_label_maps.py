@@ -102,6 +102,9 @@ def test_words_compete(record):
     assert not torch.equal(plain.values, found.values)
     bare = dataclasses.replace(record, self_attention=None)
     assert torch.equal(word_probabilities(bare, words, iterations=0).values, plain.values)
+    some = word_probabilities(record, words, ["vegetation", "car"])  # the same softmax without the person
+    assert some.tokens == ("car", "vegetation")
+    assert_close(some["car"].flatten(), expected[0] / (expected[0] + expected[2]), 1e-4)
 
 
 def test_a_word_that_is_strong_everywhere_does_not_win_everywhere(record):
@@ -175,6 +178,8 @@ def test_label_maps_of_words(record):
     order = [26, 24, 19, 25, 11, 7, 8, 23, 21]
     assert np.array_equal(found, np.array(order, np.uint8)[expected.cpu().numpy()])
     assert (label_map(record, margin=0.2) == 255).any()
+    assert {*np.unique(label_map(record, margin=0, names=["sky", "road"]))} == {23, 7}
+    assert (label_map(record, names=[]) == 255).all()
 
 
 def test_what_cannot_be_read(record, tokens):
