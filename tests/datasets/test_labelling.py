@@ -61,6 +61,17 @@ def test_only_the_classes_of_the_prompt(tokens, record):
     assert np.array_equal(everything, labeller(IMAGE, record, BOTH))
 
 
+def test_labels_follow_the_edges_of_the_image(tokens, record):
+    image = np.random.default_rng(0).integers(0, 256, (16, 24, 3), np.uint8)
+    for labeller in (TokenLabeller(tuple(tokens), named_only=False), WordLabeller(named_only=False, margin=0.0)):
+        edges = dataclasses.replace(labeller, edge_aware=True)
+        assert edges.settings != labeller.settings
+        if isinstance(labeller, TokenLabeller):
+            expected = label_map(record, tokens, image=image, threshold=0.6, ignore_from=0.4, margin=0.0)
+            assert np.array_equal(edges(image, record, ""), expected)
+            assert not np.array_equal(labeller(image, record, ""), expected)
+
+
 def test_a_joint_token_is_read_by_its_softmax(record):
     token = token_for(record, "car", "person", "background", joint=True)
     scale, bias = (torch.tensor(n, device=record.device).view(-1, 1, 1) for n in (token.scale, token.bias))
