@@ -98,8 +98,9 @@ def load_examples(
             record = dataset.record(i, pipe)
         else:
             prompt = dataset.manifest.prompt[i]
-            options = {"timesteps": timesteps, "seed": seed + i, "self_attention": True}
-            record = trace_image(pipe, dataset.image(i), prompt=prompt, **options)
+            record = trace_image(
+                pipe, dataset.image(i), prompt=prompt, timesteps=timesteps, seed=seed + i, self_attention=True
+            )
         examples.append(Example(record, {name: dataset.mask(i, name) for name in classes if i in shown[name]}))
     return examples
 
