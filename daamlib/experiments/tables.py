@@ -75,7 +75,7 @@ def load_examples(
 ) -> list[Example]:
     """The images of a dataset that show a class their prompt names, with their attention.
 
-    What is traced holds self-attention too: with the bundled model's three noise levels 5.3 MB an image in all.
+    What is traced holds self-attention too: with the bundled model's three noise levels 5.5 MB an image in all.
 
     Args:
         dataset: Images with label maps.

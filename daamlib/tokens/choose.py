@@ -50,6 +50,8 @@ def choose_settings(
     """
     if options.get("method", "ldaam") != "ldaam" or options.get("loss", "bce") != "bce":
         raise ValueError(f'settings are chosen for LDAAM with loss="bce", got {options}')
+    if not weight_decays or not all(0 <= decay < float("inf") for decay in weight_decays):
+        raise ValueError(f"weight_decays must be 0 or positive numbers, one or more, got {list(weight_decays)}")
     records, masks = list(records), list(masks)
     tried = [
         {"layers": layers, "max_timestep": timestep} for layers in _layers(records) for timestep in _timesteps(records)
