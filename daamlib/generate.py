@@ -126,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--threshold", nargs="+", default=["0.6"], metavar="P", help="label from this probability on (default: 0.6)")
     add("--ignore-from", nargs="+", default=["0.4"], metavar="P", help="255 from this one on, 0 below (default: 0.4)")
     add("--iterations", type=int, default=1, help="of refining along the self-attention (default: 1; 0: none)")
+    add("--edge-aware", action="store_true", help="let label maps follow the edges of their image")
     add("--all-classes", action="store_true", help="label also the classes that an image's prompt does not name")
     add("--workers", type=int, help="processes or Ray actors (default: 1; with Ray as many as there is room for)")
     add("--threads", type=int, default=1, help="of each worker on a CPU; the bytes depend on it (default: 1)")

@@ -13,6 +13,7 @@ import torch
 
 from ..attention.layers import Layer
 from ..attention.record import AttentionRecord
+from ..attention.self_attention import SelfAttention
 from ..attention.trace import Store, trace
 from ..pipeline import denoiser_of
 from . import folder as files
@@ -36,6 +37,7 @@ def generate(
     batch_size: int | None = None,
     shard: tuple[int, int] = (0, 1),
     keep_steps: int = 0,
+    self_attention: bool = False,
 ) -> Dataset:
     """Generate one image a prompt into a folder; what is there already, made the same way, is kept.
 
@@ -60,6 +62,8 @@ def generate(
         batch_size: images that are denoised at once; None: 1 on a CPU, 4 elsewhere.
         shard: (k, n) makes every n-th batch from the k-th on, so that n processes fill one folder.
         keep_steps: keep so many steps, evenly spaced, of each image's attention record, queries in float16.
+        self_attention: keep with each record what `record.refine` needs: of all late steps the mean, in float16, 2.1 MB
+            an image at 32 x 32 positions.
 
     Returns:
         The dataset, or the shard's part of it; `load` returns all.
@@ -73,7 +77,8 @@ def generate(
     if not 0 <= k < n:
         raise ValueError(f"shard is (k, n) with 0 <= k < n, got {shard}")
     options = {"seed": seed, "steps": steps, "guidance": guidance, "size": size, "batch_size": batch_size}
-    generator = Generator.open(pipe, prompts, folder, labeller, shard=shard, keep_steps=keep_steps, **options)
+    kept = {"keep_steps": keep_steps, "self_attention": self_attention}
+    generator = Generator.open(pipe, prompts, folder, labeller, shard=shard, **kept, **options)
     mine = generator.indices(shard)
     files.clean(generator.folder, set(mine))
     with bar(None, "images", total=len(mine), initial=len(mine) - len(generator.missing(mine))) as progress:
@@ -155,9 +160,10 @@ class Generator:
     def _make(self, batch: range) -> Iterator[int]:
         """An image is done when its file is there, so that is written last; files that are there stay as they are."""
         prompts, keep_steps = [self.settings["prompts"][i] for i in batch], self.settings["keep_steps"]
+        keep_self = self.settings.get("self_attention", False)
         store = getattr(self.labeller, "store", None)
         keep: dict[str, Any] = {"store": "queries" if keep_steps else store}
-        keep["self_attention"] = getattr(self.labeller, "self_attention", False)
+        keep["self_attention"] = keep_self or getattr(self.labeller, "self_attention", False)
         if keep["store"] == "maps":
             keep["texts"] = getattr(self.labeller, "texts", ())
         if files.missing(self.folder, self.drawn, batch):
@@ -171,7 +177,7 @@ class Generator:
             paths = {part: self.folder / files.file_name(part, i) for part in self.parts}
             if "records" in lacking and record is not None:
                 paths["records"].parent.mkdir(exist_ok=True)
-                _thinned(record, keep_steps).save(paths["records"])  # whole or not at all, too
+                _thinned(record, keep_steps, keep_self).save(paths["records"])  # whole or not at all, too
             if "labels" in lacking and self.labeller is not None:
                 files.write_png(paths["labels"], label_image(self.labeller, image, record if store else None, prompt))
             if "images" in lacking:
@@ -209,11 +215,20 @@ def _source(labeller: Labeller) -> str:
     return getattr(labeller, "source", f"{named.__module__}.{named.__qualname__}")
 
 
-def _thinned(record: AttentionRecord, keep_steps: int) -> AttentionRecord:
-    """The record of so many steps, evenly spaced, its queries in half precision; what a labeller asked for goes."""
+def _thinned(record: AttentionRecord, keep_steps: int, keep_self: bool) -> AttentionRecord:
+    """The record of so many steps, evenly spaced, in half precision; what a labeller asked for goes."""
     passes = len(record.timesteps)  # of some schedulers more than steps
     record = record.select(steps=[int((j + 0.5) * passes / keep_steps) for j in range(keep_steps)])
-    return replace(record, layers=tuple(_halved(layer) for layer in record.layers), self_attention=None)
+    beside = _averaged(record.self_attention) if keep_self and record.self_attention is not None else None
+    return replace(record, layers=tuple(_halved(layer) for layer in record.layers), self_attention=beside)
+
+
+def _averaged(attention: SelfAttention) -> SelfAttention:
+    """The same with the mean of all its steps and layers in float16, in place of their queries and keys."""
+    assert attention.queries is not None  # a record with `keep_steps` holds queries, and so does its self-attention
+    positions = torch.eye(attention.queries.shape[1], device=attention.queries.device)
+    mean = attention.propagate(positions).T.contiguous()
+    return replace(attention, queries=None, keys=None, mean=mean.half())
 
 
 def _halved(layer: Layer) -> Layer:
@@ -237,11 +252,14 @@ def generation_settings(
     size: int | tuple[int, int] | None = None,
     batch_size: int | None = None,
     keep_steps: int = 0,
+    self_attention: bool = False,
 ) -> dict[str, Any]:
     """The settings of a generated dataset, by `generate`'s arguments; its errors."""
     check_prompts(prompts)
     if not 0 <= keep_steps <= steps:
         raise ValueError(f"keep_steps must be 0 ... {steps}, the number of steps, got {keep_steps}")
+    if self_attention and not keep_steps:
+        raise ValueError("self_attention is kept with records, of which there are none: it needs keep_steps > 0")
     device = pipe._execution_device
     batch_size = (1 if device.type == "cpu" else GPU_BATCH) if batch_size is None else batch_size
     if batch_size < 1:
@@ -267,6 +285,7 @@ def generation_settings(
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "threads": torch.get_num_threads() if device.type == "cpu" else None,
         }
+        | ({"self_attention": True} if self_attention else {})  # folders that were begun without it go on
     )
 
 

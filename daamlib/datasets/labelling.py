@@ -23,11 +23,13 @@ import torch
 
 from ..attention.readers import fingerprint_of
 from ..attention.record import AttentionRecord
-from ..cityscapes import IGNORED, label_id
+from ..cityscapes import BY_NAME, IGNORED, label_id
 from ..tokens.label_maps import STREET_WORDS, Threshold, assign_labels, check_tokens, label_map, of_each, text_of
 from ..tokens.token import OptimizedToken
 from .dataset import names
 from .masks import check_ids
+
+THINGS = ("object", "human", "vehicle")  # categories of Cityscapes; the others are surroundings
 
 Labeller = Callable[[np.ndarray, AttentionRecord | None, str], np.ndarray]
 
@@ -62,6 +64,7 @@ class TokenLabeller:
         named_only: a pixel is only of a class that the image's prompt names (`names`); where another may be, it is
             ignored.
         iterations: of `record.refine` on the probabilities, 0: none.
+        edge_aware: whether they are up-sampled along the image's edges.
 
     Raises:
         ValueError: for words that are no Cityscapes labels or come twice, thresholds that do not fit, and tokens
@@ -73,6 +76,7 @@ class TokenLabeller:
     ignore_from: Threshold = 0.4
     named_only: bool = True
     iterations: int = 1
+    edge_aware: bool = False
     source: ClassVar[str] = "daamlib.datasets.TokenLabeller"
 
     def __post_init__(self) -> None:
@@ -105,7 +109,7 @@ class TokenLabeller:
         plain = [dict(t) if isinstance(t, Mapping) else float(t) for t in (self.threshold, self.ignore_from)]
         tokens = [{"words": list(t.words), "method": t.method, "sha256": _hash(t)} for t in self.tokens]
         limits = {"threshold": plain[0], "ignore_from": plain[1]}
-        return {"tokens": tokens, **limits, "named_only": self.named_only, "iterations": self.iterations}
+        return {"tokens": tokens, **limits, **_common_settings(self)}
 
     def require_model(self, pipe: Any) -> None:
         """ValueError unless all tokens were optimised on this pipeline's model."""
@@ -119,6 +123,7 @@ class TokenLabeller:
             _required(record),
             self.tokens,
             size=(image.shape[0], image.shape[1]),
+            image=image if self.edge_aware else None,
             iterations=self.iterations,
             margin=0.0,
             threshold=self.threshold,
@@ -134,7 +139,10 @@ class WordLabeller:
     Attributes:
         words: {class: word}, the classes named as in `daamlib.cityscapes`.
         margin: a pixel whose best two probabilities differ by less is ignored.
+        named_only: of the things (cars, persons, traffic lights ...) only those take part that the image's prompt names
+            (`names`), by class or by word; the surroundings always do.
         iterations: of `record.refine`, 0: none.
+        edge_aware: whether the probabilities are up-sampled along the image's edges.
 
     Raises:
         ValueError: for classes that are no Cityscapes labels, less than two words, and another margin than 0 ... 1.
@@ -142,7 +150,9 @@ class WordLabeller:
 
     words: Mapping[str, str] = field(default_factory=lambda: dict(STREET_WORDS))
     margin: float = 0.1
+    named_only: bool = True
     iterations: int = 1
+    edge_aware: bool = False
     source: ClassVar[str] = "daamlib.datasets.WordLabeller"
     store: ClassVar[str] = "maps"
 
@@ -165,12 +175,27 @@ class WordLabeller:
     @property
     def settings(self) -> dict[str, Any]:
         """Everything that a label map depends on besides the image, in JSON's own types."""
-        return {"words": dict(self.words), "margin": float(self.margin), "iterations": self.iterations}
+        return {"words": dict(self.words), "margin": float(self.margin), **_common_settings(self)}
 
     def __call__(self, image: np.ndarray, record: AttentionRecord | None, prompt: str) -> np.ndarray:
-        """The (H, W) uint8 ids that the words read in the record of an image."""
-        size = (image.shape[0], image.shape[1])
-        return label_map(_required(record), self.words, size=size, iterations=self.iterations, margin=self.margin)
+        """The (H, W) uint8 ids that the words read in the record of an image of this prompt."""
+        return label_map(
+            _required(record),
+            self.words,
+            size=(image.shape[0], image.shape[1]),
+            image=image if self.edge_aware else None,
+            iterations=self.iterations,
+            margin=self.margin,
+            names=[name for name in self.words if self._takes_part(name, prompt)] if self.named_only else None,
+        )
+
+    def _takes_part(self, name: str, prompt: str) -> bool:
+        surroundings = BY_NAME[name].category not in THINGS
+        return surroundings or names(name, prompt) or names(self.words[name], prompt)
+
+
+def _common_settings(labeller: TokenLabeller | WordLabeller) -> dict[str, Any]:
+    return {name: getattr(labeller, name) for name in ("named_only", "iterations", "edge_aware")}
 
 
 def _required(record: AttentionRecord | None) -> AttentionRecord:
@@ -193,7 +218,7 @@ def label_image(labeller: Labeller, image: np.ndarray, record: AttentionRecord |
 def _hash(token: OptimizedToken) -> str:
     """16 hexadecimal digits of the SHA-256 of what a token's probabilities follow from."""
     parts: list[Any] = [token.method, token.words, token.rows, token.scale, token.bias]
-    parts += [token.info.get(name) for name in ("joint", "passes")]
+    parts += [token.info.get(name) for name in ("joint", "passes", "layers", "max_timestep")]
     digest = hashlib.sha256(json.dumps(parts).encode())
     digest.update(token.embedding.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -56,7 +56,8 @@ class Job:
         model: as for `load_pipeline`.
         device: as for `load_pipeline`.
         seed: as for `generate`, and so are steps, guidance, size and batch_size.
-        threshold: as for `TokenLabeller`, and so are ignore_from, named_only and iterations.
+        threshold: as for `TokenLabeller`, and so are ignore_from, named_only, iterations and
+            edge_aware.
         threads: of PyTorch on the CPU, in each worker; the bytes of a dataset that is made on a CPU depend on it.
 
     Raises:
@@ -79,6 +80,7 @@ class Job:
     ignore_from: Threshold = 0.4
     named_only: bool = True
     iterations: int = 1
+    edge_aware: bool = False
     threads: int = 1
 
     def __post_init__(self) -> None:
@@ -99,7 +101,7 @@ class Job:
     def labeller(self) -> TokenLabeller | None:
         """What labels the images, None without tokens."""
         tokens = tuple(OptimizedToken.load(path) for path in self.tokens)
-        options = (self.threshold, self.ignore_from, self.named_only, self.iterations)
+        options = (self.threshold, self.ignore_from, self.named_only, self.iterations, self.edge_aware)
         return TokenLabeller(tokens, *options) if tokens else None
 
     def open(self, device: str | None = None) -> Generator:

@@ -11,6 +11,7 @@ from .tables import count as count
 from .tables import evaluate_transfer as evaluate_transfer
 from .tables import fit as fit
 from .tables import load_examples as load_examples
+from .tables import refined_map as refined_map
 from .tables import summary as summary
 from .tables import thesis_values as thesis_values
 from .tables import train_test_split as train_test_split

@@ -50,25 +50,31 @@ def choose_settings(
     """
     if options.get("method", "ldaam") != "ldaam" or options.get("loss", "bce") != "bce":
         raise ValueError(f'settings are chosen for LDAAM with loss="bce", got {options}')
+    if not weight_decays or not all(0 <= decay < float("inf") for decay in weight_decays):
+        raise ValueError(f"weight_decays must be 0 or positive numbers, one or more, got {list(weight_decays)}")
     records, masks = list(records), list(masks)
     tried = [
         {"layers": layers, "max_timestep": timestep} for layers in _layers(records) for timestep in _timesteps(records)
     ]
-    best = min(tried, key=lambda choice: _loss(records, masks, choice, options))
-    decays = [{**best, "weight_decay": weight_decay} for weight_decay in weight_decays]
-    return min(decays, key=lambda choice: _loss(records, masks, choice, options))
+    best = min(tried, key=lambda choice: _loss(*_objective(records, masks, choice, options)))
+    objective, grids = _objective(records, masks, best, options)
+    weight_decay = min(weight_decays, key=lambda decay: _loss(replace(objective, weight_decay=decay), grids))
+    return {**best, "weight_decay": weight_decay}
 
 
-def _loss(
+def _objective(
     records: Sequence[AttentionRecord], masks: Sequence, choice: dict[str, Any], options: dict[str, Any]
-) -> float:
-    """The mean loss on the pixels that the fits have not seen."""
-    rest = {name: value for name, value in choice.items() if name == "weight_decay"}
+) -> tuple[Objective, list[tuple[int, int]]]:
+    """What a fit with these layers and steps minimises, and the grid of each image's maps."""
     reading = [select_part(record, choice["layers"], choice["max_timestep"]) for record in records]
-    objective = token_objective(reading, masks, **options, **rest)
-    sizes = [record.grid[0] * record.grid[1] for record in reading]
+    return token_objective(reading, masks, **options), [record.grid for record in reading]
+
+
+def _loss(objective: Objective, grids: Sequence[tuple[int, int]]) -> float:
+    """The mean loss on the pixels that the fits have not seen."""
+    sizes = [height * width for height, width in grids]
     losses = []
-    for part in _parts(objective.targets, [record.grid for record in reading]):
+    for part in _parts(objective.targets, grids):
         fit, test = (_of_pixels(objective, pixels, sizes) for pixels in (~part, part))
         x, bias, _, _ = newton(fit, ITERATIONS)
         losses.append(replace(test, weight_decay=0.0)(x, bias).item())

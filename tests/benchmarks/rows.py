@@ -83,8 +83,8 @@ def _same(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 1e-4) -> 
 def generation(model: models.Model, repeats: int, device: str) -> list[Row]:
     """The pipeline inside `trace`, and without. The seconds vary by more than is asked: many rounds."""
 
-    def traced(store):
-        with daamlib.trace(model.pipe, store=store) as trace:
+    def traced(store, self_attention=False):
+        with daamlib.trace(model.pipe, store=store, self_attention=self_attention) as trace:
             images = model.generate()
         len(trace)
         return images
@@ -93,14 +93,22 @@ def generation(model: models.Model, repeats: int, device: str) -> list[Row]:
     if isinstance(plain, torch.Tensor) and not torch.equal(plain, traced("linear")):
         raise AssertionError("tracing changed the latents")
     rounds = (5 if model.shape == "bundled" else 2) * repeats
-    queries, linear, base = in_turn(
-        rounds, lambda: traced("queries"), lambda: traced("linear"), model.generate, device=device
+    queries, linear, both, mean, base = in_turn(
+        rounds,
+        lambda: traced("queries"),
+        lambda: traced("linear"),
+        lambda: traced("queries", self_attention=True),
+        lambda: traced("linear", self_attention=True),
+        model.generate,
+        device=device,
     )
     guided = "guidance" if model.guidance > 1 else "no guidance"
     note = f"{model.batch} x {model.size} px, {model.steps} steps, {guided}"
     return [
         Row('generation, trace(store="linear")', "plain pipeline", linear, base, 1.03, cost=True, note=note),
         Row('generation, trace(store="queries")', "plain pipeline", queries, base, 1.05, cost=True, note=note),
+        Row("the same with self_attention", "plain pipeline", both, base, 1.05, cost=True, note=note),
+        Row('store="linear" with self_attention', "plain pipeline", mean, base, 1.05, cost=True, note=note),
     ]
 
 
@@ -171,6 +179,45 @@ def daam(model: models.Model, repeats: int, device: str) -> list[Row]:
     finally:
         torch.set_num_threads(threads)
     return rows
+
+
+@torch.no_grad()
+def refinement(model: models.Model, repeats: int, device: str) -> list[Row]:
+    """Nine maps propagated along the self-attention, against its explicit matrices; and what is kept of it."""
+    with daamlib.trace(model.pipe, self_attention=True) as queries:
+        with daamlib.trace(model.pipe, store="linear", self_attention=True) as mean:
+            replace(model, batch=1).generate()
+    kept, averaged = queries[0].self_attention, mean[0].self_attention
+    maps = torch.rand(9, *queries[0].grid, generator=torch.Generator().manual_seed(0)).to(device)
+    named = daamlib.HeatMaps.unnamed(maps)
+    expected = naive.refine(queries[0], maps)
+    for record in (queries[0], mean[0]):
+        _same(record.refine(named).values, expected, 1e-3)
+    of_queries, of_mean, explicit = in_turn(
+        repeats,
+        lambda: queries[0].refine(named),
+        lambda: mean[0].refine(named),
+        lambda: naive.refine(queries[0], maps),
+        device=device,
+    )
+    passes, positions, _ = kept.queries.shape
+    matrices = kept.queries.element_size() * passes * kept.heads * positions**2
+    note = f"{kept.grid[0]} x {kept.grid[1]} positions, {kept.heads} heads, {passes} layers and steps"
+    return [
+        Row(
+            "9 maps refined by queries and keys",
+            "explicit matrices of all heads",
+            of_queries,
+            explicit,
+            None,
+            note=note,
+        ),
+        Row("9 maps refined by the mean", "explicit matrices of all heads", of_mean, explicit, None, note=note),
+        Row(
+            "bytes, queries and keys", "matrices of all heads", [kept.nbytes], [matrices], None, note=note, unit="bytes"
+        ),
+        Row("bytes, mean", "matrices of all heads", [averaged.nbytes], [matrices], None, note=note, unit="bytes"),
+    ]
 
 
 # -- optimisation ----------------------------------------------------------------------------------------------------
@@ -314,6 +361,7 @@ ROWS = {
     "memory": memory,
     "ldaam": ldaam,
     "daam": daam,
+    "refinement": refinement,
     "optimisation": optimisation,
     "miou": miou,
     "batches": batches,

@@ -445,6 +445,27 @@ def test_records_come_back(fresh, tmp_path):
     assert torch.equal(without.to(pipe.device).daam()["tree"], record.daam()["tree"])
 
 
+def test_self_attention_is_kept_with_the_records(fresh, tmp_path):
+    pipe = fresh("sd1")
+    options = {"steps": 4, "size": (16, 24), "keep_steps": 2}
+    dataset = datasets.generate(pipe, PROMPTS[:2], tmp_path / "set", self_attention=True, **options)
+    plain = datasets.generate(pipe, PROMPTS[:2], tmp_path / "plain", **options)
+    assert dataset.path("images", 1).read_bytes() == plain.path("images", 1).read_bytes()
+    generator = torch.Generator().manual_seed(int(dataset.manifest.seed[1]))
+    with daamlib.trace(pipe, self_attention=True) as trace:
+        pipe(PROMPTS[1], num_inference_steps=4, guidance_scale=5.0, height=16, width=24, generator=generator)
+    record, maps = dataset.record(1, pipe), trace[0].select(steps=[1, 3]).daam("a tree")
+    positions = record.self_attention.grid[0] * record.self_attention.grid[1]
+    assert record.self_attention.nbytes == 2 * positions**2  # the mean, in float16
+    assert torch.allclose(record.refine(maps).values, trace[0].refine(maps).values, rtol=1e-3)
+    with pytest.raises(ValueError, match="self_attention"):  # it says in dataset.json that it is there
+        datasets.generate(pipe, PROMPTS[:2], tmp_path / "set", **options)
+    with pytest.raises(ValueError, match="self_attention"):
+        plain.record(1, pipe).refine(maps)
+    with pytest.raises(ValueError, match="keep_steps"):
+        datasets.generate(pipe, PROMPTS[:2], tmp_path / "new", steps=2, size=16, self_attention=True)
+
+
 def test_queries_beyond_half_precision(fresh, tmp_path):
     pipe = fresh("sd1")
     with torch.no_grad():

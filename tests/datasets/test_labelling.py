@@ -61,6 +61,17 @@ def test_only_the_classes_of_the_prompt(tokens, record):
     assert np.array_equal(everything, labeller(IMAGE, record, BOTH))
 
 
+def test_labels_follow_the_edges_of_the_image(tokens, record):
+    image = np.random.default_rng(0).integers(0, 256, (16, 24, 3), np.uint8)
+    for labeller in (TokenLabeller(tuple(tokens), named_only=False), WordLabeller(named_only=False, margin=0.0)):
+        edges = dataclasses.replace(labeller, edge_aware=True)
+        assert edges.settings != labeller.settings
+        if isinstance(labeller, TokenLabeller):
+            expected = label_map(record, tokens, image=image, threshold=0.6, ignore_from=0.4, margin=0.0)
+            assert np.array_equal(edges(image, record, ""), expected)
+            assert not np.array_equal(labeller(image, record, ""), expected)
+
+
 def test_a_joint_token_is_read_by_its_softmax(record):
     token = token_for(record, "car", "person", "background", joint=True)
     scale, bias = (torch.tensor(n, device=record.device).view(-1, 1, 1) for n in (token.scale, token.bias))
@@ -130,7 +141,12 @@ def test_the_settings_are_jsons_own_types(tokens):
     settings = TokenLabeller(tuple(tokens), {"car": 0.6, "person": 0.5}).settings
     assert json.loads(json.dumps(settings)) == settings
     other = dataclasses.replace(tokens[0], bias=(0.0,))
-    assert TokenLabeller((other,)).settings["tokens"][0]["sha256"] != settings["tokens"][0]["sha256"]
+    others = [other] + [
+        dataclasses.replace(tokens[0], info={**tokens[0].info, **part})
+        for part in ({"layers": ["up_blocks.1"]}, {"max_timestep": 300}, {"passes": [9]})
+    ]
+    hashes = {TokenLabeller((token,)).settings["tokens"][0]["sha256"] for token in others}
+    assert len(hashes - {settings["tokens"][0]["sha256"]}) == len(others)
 
 
 def test_words_are_read_without_a_mask(sd1_pipe):
@@ -138,8 +154,16 @@ def test_words_are_read_without_a_mask(sd1_pipe):
     with daamlib.trace(sd1_pipe, store=labeller.store, texts=labeller.texts, self_attention=True) as trace:
         generate(sd1_pipe, height=16, width=24)
     words = dict(labeller.words)
-    found = labeller(IMAGE, trace[0], "anything")
-    assert np.array_equal(found, label_map(trace[0], words, size=(16, 24), margin=0.05))
+    everything = label_map(trace[0], words, size=(16, 24), margin=0.05)
+    assert np.array_equal(labeller(IMAGE, trace[0], "two cars"), everything) and CAR in everything
+    assert np.array_equal(dataclasses.replace(labeller, named_only=False)(IMAGE, trace[0], "a road"), everything)
+    surroundings = labeller(IMAGE, trace[0], "a road")  # no car, and what surrounds things always takes part
+    assert np.array_equal(
+        surroundings, label_map(trace[0], words, size=(16, 24), margin=0.05, names=["vegetation", "sky"])
+    )
+    assert {21, 23} <= {*np.unique(surroundings)} <= {21, 23, 255}
+    by_word = WordLabeller({**words, "car": "taxi"}, margin=0.05)
+    assert by_word.settings != dataclasses.replace(by_word, named_only=False).settings
     assert json.loads(json.dumps(labeller.settings)) == labeller.settings
     assert labeller.settings != WordLabeller(words).settings
     for options, message in (

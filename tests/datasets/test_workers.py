@@ -316,7 +316,7 @@ def test_the_command_line(saved, tmp_path, capsys):
     folder = tmp_path / "set"
     arguments = [str(folder), "--prompts", str(tmp_path / "prompts.txt"), "--n", "3", "--model", str(saved / "tiny")]
     arguments += ["--tokens", str(saved / "car.safetensors"), "--steps", "1", "--size", "16", "24", "--device", "cpu"]
-    arguments += ["--threshold", "car=0.7", "--ignore-from", "0.3", "--seed", "4", "--guidance", "2"]
+    arguments += ["--threshold", "car=0.7", "--ignore-from", "0.3", "--seed", "4", "--guidance", "2", "--edge-aware"]
     assert command.main([*arguments, "--estimate"]) == 0
     said = capsys.readouterr().out
     assert "s an image, measured with one worker" in said and "3 images on 1 such" in said
@@ -328,6 +328,7 @@ def test_the_command_line(saved, tmp_path, capsys):
     settings = dataset.settings
     assert (settings["seed"], settings["steps"], settings["guidance"], settings["size"]) == (4, 1, 2.0, [16, 24])
     assert (settings["label_maps"]["threshold"], settings["label_maps"]["ignore_from"]) == ({"car": 0.7}, 0.3)
+    assert settings["label_maps"]["edge_aware"] is True
     assert CAR in dataset.labels(0)
     assert command.main(arguments) == 0
     assert capsys.readouterr().out.startswith("0 images in ")

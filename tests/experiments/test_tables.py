@@ -1,14 +1,17 @@
 """The thesis' experiment, on a tiny pipeline: the numbers are those of the parts, and the tables fit together."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 import daamlib
-from daamlib import experiments, metrics
+from daamlib import HeatMaps, experiments, metrics
 from daamlib.experiments import tables
 from daamlib.experiments.tables import Example
+from daamlib.tokens.label_maps import STREET_WORDS, text_of
 
 CLASSES = ("car", "tree")
 
@@ -19,7 +22,8 @@ def examples(sd1_pipe):
     made = []
     for i in range(6):
         image = rng.integers(0, 256, (32, 48, 3), dtype=np.uint8)
-        record = daamlib.trace_image(sd1_pipe, image, prompt="a car and a tree", timesteps=(300,), seed=i)
+        options = {"timesteps": (300,), "seed": i, "self_attention": True}
+        record = daamlib.trace_image(sd1_pipe, image, prompt="a car and a tree", **options)
         masks = {}
         for k, name in enumerate(CLASSES):
             mask = np.zeros((32, 48), bool)
@@ -38,7 +42,7 @@ def comparison(examples):
 
 
 def number(comparison, *, column="value", **wanted):
-    wanted = {"split": "test", **wanted}
+    wanted = {"split": "test", "refined": False, **wanted}
     table = comparison.results
     for name, value in wanted.items():
         table = table[table[name] == value]
@@ -93,8 +97,46 @@ def test_the_numbers_are_those_of_the_parts(examples, comparison, name):
     assert value == pytest.approx(100 * metrics.miou_curve(fitted, masks)[1][chosen])
 
 
+@pytest.mark.parametrize("name", CLASSES)
+def test_refined_rows_are_those_of_refined_maps(examples, comparison, name):
+    train, test = experiments.train_test_split(examples, name, 2, seed=3)
+    masks = np.stack([e.masks[name] for e in test])
+    words = STREET_WORDS | {name: name}  # all words in one text, and of a class that has no word its name
+    settings = daamlib.choose_settings([e.record for e in train], [e.masks[name] for e in train], word=name)
+    token = experiments.fit(train, name, "LDAAM", iterations=50, **settings)
+    text = comparison.tokens["DAAM", 2, name]
+    readers = {
+        ("DAAM", 0): lambda record: record.refine(record.daam(text_of(words)))[words[name]],
+        ("LDAAM", 0): lambda record: record.refine(record.ldaam(name))[name],
+        ("LDAAM", 2): lambda record: record.refine(HeatMaps.of_words(token.probabilities(record), (name,)))[name],
+        ("DAAM", 2): lambda record: record.refine(HeatMaps.of_words(text.probabilities(record), (name,)))[name],
+    }
+    for (method, k), reader in readers.items():
+        maps = torch.stack([reader(e.record) for e in test])
+        wanted = {"refined": True, "method": method, "train_images": k, "class": name}
+        assert number(comparison, metric="max_miou", **wanted) == pytest.approx(100 * metrics.max_miou(maps, masks))
+        curve = metrics.miou_curve(
+            torch.stack([reader(e.record) for e in train]), np.stack([e.masks[name] for e in train])
+        )
+        value = number(comparison, metric="miou_at_train_threshold", **wanted)
+        assert value == pytest.approx(100 * metrics.miou_curve(maps, masks)[1][curve[1].argmax()])
+    assert comparison.refined_tokens["LDAAM", 2, name].info["weight_decay"] == settings["weight_decay"]
+    assert comparison.refined_tokens["DAAM", 2, name] is text
+
+
+def test_refined_rows_can_be_left_out(examples, comparison):
+    bare = [Example(replace(e.record, self_attention=None), e.masks) for e in examples]
+    options = {"DAAM": {"iterations": 5, "weight_decay": 0.01}, "LDAAM": {"iterations": 50}}
+    settings = {"classes": CLASSES, "train_images": (1, 2), "resamples": 50, "seed": 3, "options": options}
+    plain = experiments.compare(bare, iterations=0, **settings)
+    expected = comparison.results[~comparison.results.refined].reset_index(drop=True)
+    pd.testing.assert_frame_equal(plain.results, expected, check_exact=True)
+    with pytest.raises(ValueError, match="self_attention"):
+        experiments.compare(bare, **settings)
+
+
 def test_all_is_the_mean_of_the_classes_curves(comparison):
-    curves = comparison.curves.query("split == 'test' and method == 'LDAAM' and train_images == 2")
+    curves = comparison.curves.query("split == 'test' and method == 'LDAAM' and train_images == 2 and not refined")
     table = curves.pivot(index="threshold", columns="class", values="miou")
     assert table["all"].to_numpy() == pytest.approx(table[list(CLASSES)].mean(axis=1).to_numpy())
     best = number(comparison, metric="max_miou", method="LDAAM", train_images=2, **{"class": "all"})
@@ -108,7 +150,9 @@ def test_all_is_the_mean_of_the_classes_curves(comparison):
 
 def test_the_table_is_whole_and_its_intervals_hold_their_values(comparison):
     table = comparison.results
-    assert len(table) == 2 * 3 * 3 * 6 * 2  # methods, plain and two k, classes and all, metrics, splits
+    assert (
+        len(table) == 2 * 2 * 3 * 3 * 6 * 2
+    )  # refined or not, methods, plain and two k, classes and all, metrics, splits
     assert not table.isna().any().any()
     assert table.value.between(0, 100).all()
     areas = table[table.metric.isin(["auc", "pooled_auc"])]
@@ -116,7 +160,11 @@ def test_the_table_is_whole_and_its_intervals_hold_their_values(comparison):
     assert (table.optimised == (table.train_images > 0)).all()
     fixed, best = (table[table.metric == name].value.to_numpy() for name in ("miou_at_train_threshold", "max_miou"))
     assert (fixed <= best + 1e-9).all()
-    assert set(comparison.tokens) == {(m, k, c) for m in ("DAAM", "LDAAM") for k in (1, 2) for c in CLASSES}
+    assert (
+        set(comparison.tokens)
+        == set(comparison.refined_tokens)
+        == {(m, k, c) for m in ("DAAM", "LDAAM") for k in (1, 2) for c in CLASSES}
+    )
 
 
 def test_the_bootstrap_draws_an_image_for_all_its_classes():
@@ -147,23 +195,26 @@ def test_the_thesis_values_stand_beside():
     assert not thesis.duplicated(["table", *keys]).any()
 
     rows = [
-        (split, "LDAAM", k > 0, k, name, "max_miou", 50.0, 40.0, 60.0)
+        (split, "LDAAM", k > 0, refined, k, name, "max_miou", 50.0, 40.0, 60.0)
         for split in ("train", "test")
+        for refined in (False, True)
         for k in (0, 1, 5)
         for name in ("rider", "all")
     ]
-    rows.append(("test", "LDAAM", False, 0, "all", "pooled_auc", 50.0, 40.0, 60.0))
+    rows.append(("test", "LDAAM", False, False, 0, "all", "pooled_auc", 50.0, 40.0, 60.0))
     of_set = pd.DataFrame(rows, columns=["split", *tables.COLUMNS])
     table = experiments.with_thesis({"generated": of_set, "rendered": of_set})
     assert table.ground_truth.tolist() == ["generated"] * len(of_set) + ["rendered"] * len(of_set)
 
-    def thesis_at(split, k, name, metric="max_miou"):
-        row = table.query("split == @split and train_images == @k and `class` == @name and metric == @metric").iloc[0]
+    def thesis_at(split, k, name, metric="max_miou", refined=False):
+        of_set = table[table.refined == refined]
+        row = of_set.query("split == @split and train_images == @k and `class` == @name and metric == @metric").iloc[0]
         return [row.thesis, row.thesis_samples]
 
     # Table 4.2 does not say its number of images; the table by number has others for five
     assert thesis_at("test", 5, "all") == [66.6, 65.4]
     assert thesis_at("test", 5, "rider") == [43.1, 38.7]
+    np.testing.assert_equal(thesis_at("test", 5, "rider", refined=True), [np.nan, np.nan])
     np.testing.assert_equal(thesis_at("test", 0, "all"), [38.3, np.nan])
     np.testing.assert_equal(thesis_at("test", 1, "all"), [np.nan, 63.1])
     np.testing.assert_equal(thesis_at("train", 5, "rider"), [np.nan, 47.4])
@@ -176,8 +227,11 @@ def results(daam, ldaam):
     for method, numbers in (("DAAM", daam), ("LDAAM", ldaam)):
         for k, value in zip((0, 1, 5), numbers, strict=True):
             for name, less in (("car", 0), ("rider", 10), ("all", 5)):
-                rows.append(("test", method, k > 0, k, name, "max_miou", value - less))
-    names = ["split", "method", "optimised", "train_images", "class", "metric", "value"]
+                rows += [
+                    ("test", method, k > 0, refined, k, name, "max_miou", value - less + 30 * refined)
+                    for refined in (False, True)
+                ]
+    names = ["split", "method", "optimised", "refined", "train_images", "class", "metric", "value"]
     return pd.DataFrame(rows, columns=names)
 
 
@@ -199,4 +253,11 @@ def test_tokens_are_evaluated_on_other_images(examples, comparison):
     maps = torch.stack([token.maps(e.record)["car"] for e in examples[:3]])
     expected = 100 * metrics.max_miou(maps, np.stack([e.masks["car"] for e in examples[:3]]))
     found = table.query("method == 'LDAAM' and train_images == 2 and metric == 'max_miou'").set_index("class").value
+    assert found["car"] == pytest.approx(expected)
+    refined = experiments.evaluate_transfer(comparison.refined_tokens, examples[:3], resamples=20, iterations=2)
+    assert refined.refined.all() and not table.refined.any()
+    token = comparison.refined_tokens["LDAAM", 2, "car"]
+    maps = [experiments.refined_map(e.record, "car", "LDAAM", token, iterations=2) for e in examples[:3]]
+    expected = 100 * metrics.max_miou(torch.stack(maps), np.stack([e.masks["car"] for e in examples[:3]]))
+    found = refined.query("method == 'LDAAM' and train_images == 2 and metric == 'max_miou'").set_index("class").value
     assert found["car"] == pytest.approx(expected)

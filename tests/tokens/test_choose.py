@@ -134,7 +134,12 @@ def test_records_of_sums_have_no_steps_to_choose(several):
 
 def test_what_cannot_be_chosen_from(several):
     records, masks = several
-    for options, message in (({"method": "daam"}, "LDAAM"), ({"loss": "dice"}, "LDAAM")):
+    for options, message in (
+        ({"method": "daam"}, "LDAAM"),
+        ({"loss": "dice"}, "LDAAM"),
+        ({"weight_decays": [1e-3, -1.0]}, "weight_decays"),
+        ({"weight_decays": []}, "weight_decays"),
+    ):
         with pytest.raises(ValueError, match=message):
             choose_settings(records, masks, **options)
     nowhere = torch.zeros(GRID, dtype=torch.bool)

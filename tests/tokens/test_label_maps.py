@@ -9,6 +9,8 @@ from helpers import assert_close, generate
 
 import daamlib
 from daamlib import label_map
+from daamlib.attention.heatmaps import upsample
+from daamlib.tokens.guided import guided_upsample
 from daamlib.tokens.label_maps import (
     SHARPNESS,
     STREET_WORDS,
@@ -102,6 +104,9 @@ def test_words_compete(record):
     assert not torch.equal(plain.values, found.values)
     bare = dataclasses.replace(record, self_attention=None)
     assert torch.equal(word_probabilities(bare, words, iterations=0).values, plain.values)
+    some = word_probabilities(record, words, ["vegetation", "car"])  # the same softmax without the person
+    assert some.tokens == ("car", "vegetation")
+    assert_close(some["car"].flatten(), expected[0] / (expected[0] + expected[2]), 1e-4)
 
 
 def test_a_word_that_is_strong_everywhere_does_not_win_everywhere(record):
@@ -175,6 +180,33 @@ def test_label_maps_of_words(record):
     order = [26, 24, 19, 25, 11, 7, 8, 23, 21]
     assert np.array_equal(found, np.array(order, np.uint8)[expected.cpu().numpy()])
     assert (label_map(record, margin=0.2) == 255).any()
+    assert {*np.unique(label_map(record, margin=0, names=["sky", "road"]))} == {23, 7}
+    assert (label_map(record, names=[]) == 255).all()
+
+
+def test_label_maps_follow_the_edges_of_their_image(record, tokens):
+    """Of an image without edges they are nearly the smooth ones, where there is an edge they change at it."""
+    size = (8 * record.grid[0], 8 * record.grid[1])
+    halves = np.zeros((*size, 3), np.uint8)
+    halves[:, size[1] // 2 + 3 :] = (200, 90, 40)  # between two cells of the maps
+    maps = torch.zeros(2, *record.grid, device=record.device)
+    maps[0, :, : record.grid[1] // 2] = 1
+    maps[1] = 1 - maps[0]
+    plain, guided = upsample(maps, size), guided_upsample(maps, halves)
+    assert_close(guided.sum(dim=0), torch.ones(size, device=record.device), 1e-4)
+    edge = size[1] // 2 + 3
+    steps = [(found[0, :, edge - 1] - found[0, :, edge]).abs().min() for found in (plain, guided)]
+    assert steps[1] > 0.5 > 0.2 > steps[0]
+    constant = guided_upsample(torch.full((1, *record.grid), 0.3, device=record.device), halves)
+    assert_close(constant, torch.full((1, *size), 0.3, device=record.device), 1e-4)
+    even = guided_upsample(maps, np.full_like(halves, 7), radius=1)
+    assert (even - plain).abs().max() < 0.1  # a mean over a few pixels
+    found = label_map(record, tokens, image=halves, margin=0)
+    expected = guided_upsample(token_probabilities(record, tokens).values, halves).argmax(dim=0)
+    assert np.array_equal(found, np.array([CAR, PERSON, 0], np.uint8)[expected.cpu().numpy()])
+    for options in ({"image": halves, "size": (3, 3)}, {"image": halves[..., 0]}, {"image": halves.astype(float)}):
+        with pytest.raises(ValueError, match="size|image"):
+            label_map(record, tokens, **options)
 
 
 def test_what_cannot_be_read(record, tokens):
