@@ -15,4 +15,4 @@ from .tokens.label_maps import label_map as label_map
 from .tokens.optimize import optimize_token as optimize_token
 from .tokens.token import OptimizedToken as OptimizedToken
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
