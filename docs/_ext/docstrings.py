@@ -14,7 +14,7 @@ def marked_up(text):
     def code(span):
         name = span.strip("`")
         public = re.fullmatch(r"(?:daamlib\.)?(\w+)[\w.]*", name)
-        if public and public[1] in vars(daamlib) and not name.islower():
+        if public and callable(vars(daamlib).get(public[1])):
             return f":py:obj:`~daamlib.{name.removeprefix('daamlib.')}`"
         return f"``{name}``"
 
@@ -49,7 +49,15 @@ def rewrite(app, what, name, obj, options, lines):
         else:
             # as one text, since code may go on in the next line
             result += marked_up("\n".join(block)).split("\n")
+    for i, line in enumerate(result[1:], start=1):
+        if result[i - 1] == "Returns:":  # the types stand in the signature: what is before a colon is none
+            result[i] = line.replace(line.lstrip(), ": " + line.lstrip())
     lines[:] = result
+
+
+def shorten(app, what, name, obj, options, signature, annotation):
+    """Sphinx cannot read `<factory>` in a signature, and then writes all of it in full."""
+    return signature and signature.replace("<factory>", "..."), annotation
 
 
 def resolve(app, env, node, contnode):
@@ -62,7 +70,8 @@ def resolve(app, env, node, contnode):
 
 
 def setup(app):
-    """Register both."""
+    """Register them."""
     app.connect("autodoc-process-docstring", rewrite, priority=400)
+    app.connect("autodoc-process-signature", shorten)
     app.connect("missing-reference", resolve)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -8,7 +8,6 @@ from pathlib import Path
 import nbformat
 from docutils import nodes
 from sphinx.util.docutils import SphinxDirective
-from sphinx.util.nodes import make_refnode
 
 PICTURES = {"image/png": "png", "image/jpeg": "jpg"}
 HEADING = re.compile(r"^#+\s+(.*)$", re.MULTILINE)
