@@ -2,6 +2,8 @@
 # make test         lint, types, unit tests, golden tests, and the notebooks under nbval
 # make test-portable   the notebooks under nbval, computed as on other processors; PORTABLE=avx2 or plain chooses one
 # make support-table   run the tests of the supported pipelines and write docs/supported.md
+# make docs         build the site into docs/_build/html, from the stored notebooks, offline
+# make docs-links   check the links that lead out of the site, which needs the network
 # make lab          open the notebooks in JupyterLab
 # make notebooks    run the notebooks in place, to store new outputs
 # make bench        time daamlib against plain loops; BENCH="--rows daam --repeats 1" and the like choose
@@ -40,7 +42,7 @@ AS_avx2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTI
 AS_plain := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX OMP_NUM_THREADS=1
 PORTABLE := avx2 plain
 
-.PHONY: reproduce test test-portable support-table lab notebooks bench bench-peers constraints clean
+.PHONY: reproduce test test-portable support-table docs docs-links lab notebooks bench bench-peers constraints clean
 
 reproduce: $(STAMP)
 	@$(PY) -m daamlib.runs \
@@ -62,6 +64,15 @@ test-portable: $(STAMP)
 
 support-table: $(STAMP)
 	$(OFFLINE) $(PY) tests/support_table.py
+
+SPHINX := -m sphinx --fail-on-warning --keep-going --quiet --conf-dir docs --doctree-dir docs/_build/doctrees
+
+docs: $(STAMP)
+	$(PY) $(SPHINX) --builder html . docs/_build/html
+	@echo docs/_build/html/index.html
+
+docs-links: $(STAMP)
+	$(PY) $(SPHINX) --builder linkcheck . docs/_build/links
 
 lab: $(STAMP)
 	$(PY) -m jupyterlab notebooks
@@ -103,5 +114,5 @@ constraints:
 	rm -rf .venv-pins
 
 clean:
-	rm -rf $(VENV) .venv-pins .venv-peers nbval_run .pytest_cache .ruff_cache .mypy_cache build dist *.egg-info
+	rm -rf $(VENV) .venv-pins .venv-peers nbval_run docs/_build .pytest_cache .ruff_cache .mypy_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

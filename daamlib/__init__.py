@@ -17,4 +17,4 @@ from .tokens.optimize import optimize_token as optimize_token
 from .tokens.probe import optimize_probe as optimize_probe
 from .tokens.token import OptimizedToken as OptimizedToken
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -73,7 +73,8 @@ def optimize_probe(
     targets = torch.cat([grid.flatten(1) for grid in grids], dim=1).to(matrix)
     weights = pixel_weights(sizes).to(matrix)
     start = (targets - targets.mean(dim=1, keepdim=True)) @ (matrix - matrix.mean(dim=0)) / len(matrix)
-    maps = linear_maps(matrix)
+    offset = matrix.new_zeros(len(matrix))
+    maps = linear_maps(matrix, offset)
     first = maps(start)
     if not first.isfinite().all():
         raise ValueError("the images' vectors hold NaN or infinite values: look at the images that made them")
@@ -84,6 +85,7 @@ def optimize_probe(
         targets=targets,
         weights=weights,
         matrix=matrix,
+        offset=offset,
         unit=first.std(dim=1, keepdim=True).clamp(min=torch.finfo(first.dtype).tiny),
         centre=None,
         weight_decay=weight_decay,

@@ -1,11 +1,13 @@
 """Optimised tokens: what `optimize_token` returns, and how it is kept on disk."""
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
 from jaxtyping import Float
 
 from ..attention.fingerprint import Fingerprint
@@ -16,6 +18,28 @@ from ..io import load_tensors, save_tensors
 from .inputs import select_part, select_steps
 
 FORMAT = "daamlib-token-2"
+FILE = "token.safetensors"  # in a repository of the hub
+
+# of a repository on the hub
+CARD = """---
+library_name: daamlib
+tags:
+  - daamlib
+  - text-embedding
+  - semantic-segmentation
+---
+
+# {words}
+
+An optimised token: it reads {words} in the attention of the diffusion model `{model}`.
+
+```python
+from daamlib import OptimizedToken
+
+token = OptimizedToken.from_pretrained("{repo_id}")
+maps = token.maps(record)  # of an image that this model generated
+```
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,6 +190,54 @@ class OptimizedToken:
         except (LookupError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a readable optimised token, or is damaged: {error}") from error
         return token
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool = False, revision: str | None = None, token: str | None = None
+    ) -> str:
+        """Upload the token, with a model card, to a repository of the Hugging Face hub, which is made if need be.
+
+        All of `info` goes along: the training prompts, and the model's id or folder. Tested against a server on the
+        same machine that answers as the hub does, never against the hub itself.
+
+        Args:
+            repo_id: As "name/car-token".
+            private: Whether a new repository is private.
+            revision: The branch, by default the main one.
+            token: Of the hub's account; None for the one that `hf auth login` stored.
+
+        Returns:
+            The address of the commit. `huggingface_hub` raises what it finds wrong.
+        """
+        card = CARD.format(words=", ".join(self.words), model=self.info.get("model", "unknown"), repo_id=repo_id)
+        api = HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / FILE
+            self.save(path)
+            files = [CommitOperationAdd(FILE, path), CommitOperationAdd("README.md", card.encode())]
+            message = f"Upload the token of {', '.join(self.words)}"
+            commit = api.create_commit(repo_id, files, commit_message=message, revision=revision)
+        return commit.commit_url
+
+    @classmethod
+    def from_pretrained(
+        cls, repo_id: str, *, revision: str | None = None, token: str | None = None
+    ) -> "OptimizedToken":
+        """Read a token from the Hugging Face hub, or from the hub's cache on this machine; see `push_to_hub`.
+
+        Args:
+            repo_id: As "name/car-token".
+            revision: A branch, tag or commit, by default the main branch.
+            token: Of the hub's account, for a private repository.
+
+        Returns:
+            The token, on the CPU.
+
+        Raises:
+            ValueError: The file is damaged, of an older format, or no token. `huggingface_hub` raises what it finds
+                wrong.
+        """
+        return cls.load(hf_hub_download(repo_id, FILE, revision=revision, token=token))
 
     def __repr__(self) -> str:
         last = f"{self.losses[-1]:.4g}" if self.losses else "none"

@@ -1,0 +1,164 @@
+"""Every Python snippet of the README, the site's pages, the cards and the docstrings runs, on the bundled model.
+
+The snippets of a page run in order and share their names. `names` says which names a page may use without making them.
+"""
+
+import ast
+import functools
+import importlib
+import pkgutil
+import re
+import textwrap
+from pathlib import Path
+
+import diffusers
+import matplotlib
+import numpy as np
+import pytest
+import torch
+
+import daamlib
+from daamlib import datasets, widgets
+from daamlib.urban.annotator import labels_for
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("data/*/README.md"))]
+PROMPT = "a red car and a person in an urban environment"
+STEPS = 2  # at most, whatever a snippet says
+
+
+def python_blocks(text):
+    """(line, code) of each block that is marked as Python."""
+    for match in re.finditer(r"^( *)```python\n(.*?)^\1```$", text, re.MULTILINE | re.DOTALL):
+        yield text.count("\n", 0, match.start(2)) + 1, textwrap.dedent(match[2])
+
+
+def indented_blocks(docstring):
+    """(line, code) of each indented block that is Python; what stands under `Args:` and the like is none, nor formulae."""
+    lines = textwrap.dedent("    " + docstring).splitlines() if docstring.startswith(" ") else docstring.splitlines()
+    for match in re.finditer(r"(?:^ {4,}.*\n?|^\n)+", "\n".join(lines) + "\n", re.MULTILINE):
+        before = "\n".join(lines)[: match.start()].rstrip()
+        code = textwrap.dedent(match[0]).strip("\n")
+        if code and not before.endswith(("Args:", "Returns:", "Raises:", "Attributes:", "Yields:")) and is_python(code):
+            yield before.count("\n") + 1, code
+
+
+def is_python(code):
+    try:
+        return any(isinstance(node, ast.Call) for node in ast.walk(ast.parse(code)))
+    except SyntaxError:
+        return False
+
+
+def documented():
+    """(module, name, docstring) of the package's modules, and of their classes and functions."""
+    for info in pkgutil.walk_packages(daamlib.__path__, "daamlib."):
+        if info.name.endswith("__main__") or "._data" in info.name:
+            continue
+        module = importlib.import_module(info.name)
+        for node in ast.walk(ast.parse(Path(module.__file__).read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+                yield module, getattr(node, "name", ""), ast.get_docstring(node)
+
+
+EXAMPLES = [
+    (module, name, list(indented_blocks(text))) for module, name, text in documented() if any(indented_blocks(text))
+]
+
+
+def run(blocks, path, names):
+    """Run blocks in one namespace; a traceback names the page and its line."""
+    for line, code in blocks:
+        exec(compile("\n" * (line - 1) + code, str(path), "exec"), names)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch, tmp_path):
+    """Few steps, an empty folder with the repository's `data`, and no window."""
+    whole = diffusers.StableDiffusionPipeline.__call__
+
+    @functools.wraps(whole)
+    def call(self, *args, num_inference_steps=STEPS, **options):
+        return whole(self, *args, num_inference_steps=min(num_inference_steps, STEPS), **options)
+
+    monkeypatch.setattr(diffusers.StableDiffusionPipeline, "__call__", call)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    matplotlib.use("agg")
+
+
+@pytest.fixture(scope="module")
+def example():
+    """The bundled model, two traced images with masks of a car, and tokens of a car and a person fitted to them."""
+    pipe = daamlib.load_pipeline(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    with daamlib.trace(pipe, self_attention=True) as trace:
+        images = pipe([PROMPT, PROMPT], num_inference_steps=STEPS, generator=generator).images
+    height, width = np.asarray(images[0]).shape[:2]
+    masks = np.zeros((2, height, width), dtype=bool)
+    masks[:, height // 2 :, : width // 2] = True
+    car, person = (
+        daamlib.optimize_token(list(trace), list(part), word=word)
+        for word, part in (("car", masks), ("person", ~masks))
+    )
+    return {
+        "pipe": pipe,
+        "records": list(trace),
+        "record": trace[0],
+        "images": images,
+        "image": images[0],
+        "masks": list(masks),
+        "mask": masks[0],
+        "car": car,
+        "person": person,
+    }
+
+
+@pytest.fixture
+def names(example, tmp_path):
+    """What a snippet may use without making it. One place: a page that needs another name adds it here."""
+    example["record"].save("car.safetensors")
+    example["car"].save("car-token.safetensors")
+    dataset = datasets.generate(
+        example["pipe"], [PROMPT], tmp_path / "made", labeller=datasets.TokenLabeller((example["car"],))
+    )
+    return {
+        **example,
+        "MODEL": daamlib.pipeline.BUNDLED,
+        "dataset": dataset,
+        "datasets": datasets,
+        "labels_for": labels_for,
+        "urban_prompts": lambda n: datasets.urban_prompts(min(n, 2)),
+        "token": example["car"],
+    }
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in PAGES if any(python_blocks(path.read_text()))], ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_the_snippets_of_a_page_run(path, names):
+    run(python_blocks(path.read_text()), path, names)
+
+
+@pytest.mark.parametrize("module, name, blocks", EXAMPLES, ids=[f"{m.__name__} {n}".strip() for m, n, _ in EXAMPLES])
+def test_the_examples_of_a_docstring_run(module, name, blocks, names, monkeypatch):
+    if module is widgets:
+        files = Path("masks/labels")
+        files.mkdir(parents=True)
+    run(blocks, module.__file__, {**vars(module), **names})
+
+
+def test_there_are_examples_in_pages_and_docstrings():
+    assert {path.name for path in PAGES if any(python_blocks(path.read_text()))} >= {"README.md", "formats.md"}
+    assert {module.__name__ for module, _, _ in EXAMPLES} >= {"daamlib.datasets", "daamlib.widgets"}
+
+
+def test_a_broken_snippet_fails_and_its_page_and_line_are_named():
+    page = "# Title\n\n```python\nx = 1\n```\n\ntext\n\n```python\nprint(x)\nprint(y)\n```\n"
+    with pytest.raises(NameError, match="'y'") as caught:
+        run(python_blocks(page), "page.md", {})
+    where = caught.traceback[-1]
+    assert (str(where.path), where.lineno + 1) == (str(Path("page.md").resolve()), 11)
+    docstring = "Do it.\n\n    x = missing(1)\n\nArgs:\n    x: of one (or two)\n"
+    with pytest.raises(NameError, match="'missing'"):
+        run(indented_blocks(docstring), "module.py", {})
