@@ -34,7 +34,7 @@ def python_blocks(text):
 
 
 def indented_blocks(docstring):
-    """(line, code) of each indented block that is Python; what stands under `Args:` and the like is none, nor formulae."""
+    """(line, code) of each indented block that is Python; not what stands under `Args:`, nor formulae."""
     lines = textwrap.dedent("    " + docstring).splitlines() if docstring.startswith(" ") else docstring.splitlines()
     for match in re.finditer(r"(?:^ {4,}.*\n?|^\n)+", "\n".join(lines) + "\n", re.MULTILINE):
         before = "\n".join(lines)[: match.start()].rstrip()
