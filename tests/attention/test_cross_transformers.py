@@ -263,17 +263,21 @@ def test_kept_maps_are_those_of_the_queries(family, run):
 def test_a_token_fitted_to_a_synthetic_mask_recovers_it(family, run, method):
     """The mask of a map of a hidden token, or with the softmax of a hidden text, is found again."""
     _, _, record = run(family)
-    hidden = record.encode("light").values[-1:] if method == "ldaam" else record.encode("a car").values
+    text = record.encode("light" if method == "ldaam" else "a car")
+    row = text.words[-1].start
+    hidden = text.values[row : row + 1] if method == "ldaam" else text.values
     read = record.ldaam_from if method == "ldaam" else record.daam_from
-    maps = read(hidden + 0.5 * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1)).to(hidden))
-    mask = maps.values[-1] > maps.values[-1].median()
+    noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1)).to(hidden)
+    maps = read(hidden + 0.5 * hidden.std() * noise)
+    of_word = maps.values[0 if method == "ldaam" else row]
+    mask = of_word > of_word.median()
     options = {"word": "car", "text": "a car"} if method == "daam" else {"word": "car"}
-    token = daamlib.optimize_token([record], [mask.cpu()], method=method, iterations=200, **options)
+    token = daamlib.optimize_token([record], [mask.cpu()], method=method, iterations=600, **options)
     found = token.probabilities(record)[0] > 0.5
     start = daamlib.optimize_token([record], [mask.cpu()], method=method, iterations=1, **options)
     assert token.losses[-1] < (0.6 if method == "ldaam" else 0.9) * start.losses[0]
-    # a text between the words of a softmax cannot be found by descent as surely as a token of a convex problem
-    assert (found == mask).float().mean() > (0.95 if method == "ldaam" else 0.8)
+    # descent is still on its way, while a convex problem is solved
+    assert (found == mask).float().mean() > (0.95 if method == "ldaam" else 0.85)
     convex = method == "ldaam" and family not in NORMED
     assert token.info["optimizer"] == ("newton" if convex else "novograd")
     assert not convex or token.gradient_norm < 1e-6
