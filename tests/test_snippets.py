@@ -16,15 +16,19 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import daamlib
 from daamlib import datasets, widgets
+from daamlib.datasets import export
+from daamlib.experiments import segmentation
 from daamlib.urban.annotator import labels_for
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("data/*/README.md"))]
 PROMPT = "a red car and a person in an urban environment"
 STEPS = 2  # at most, whatever a snippet says
+SECTION = re.compile(r"^(?:Args|Attributes|Raises|Returns|Yields):\Z", re.MULTILINE)
 
 
 def python_blocks(text):
@@ -34,12 +38,11 @@ def python_blocks(text):
 
 
 def indented_blocks(docstring):
-    """(line, code) of each indented block that is Python; not what stands under `Args:`, nor formulae."""
-    lines = textwrap.dedent("    " + docstring).splitlines() if docstring.startswith(" ") else docstring.splitlines()
-    for match in re.finditer(r"(?:^ {4,}.*\n?|^\n)+", "\n".join(lines) + "\n", re.MULTILINE):
-        before = "\n".join(lines)[: match.start()].rstrip()
+    """(line, code) of each indented block that is Python: no formula, and nothing under `Args:` and the like."""
+    for match in re.finditer(r"(?:^ {4,}.*\n|^\n)+", docstring + "\n", re.MULTILINE):
+        before = docstring[: match.start()].rstrip()
         code = textwrap.dedent(match[0]).strip("\n")
-        if code and not before.endswith(("Args:", "Returns:", "Raises:", "Attributes:", "Yields:")) and is_python(code):
+        if not SECTION.search(before) and is_python(code):
             yield before.count("\n") + 1, code
 
 
@@ -122,11 +125,24 @@ def names(example, tmp_path):
     dataset = datasets.generate(
         example["pipe"], [PROMPT], tmp_path / "made", labeller=datasets.TokenLabeller((example["car"],))
     )
+
+    def annotate(images, classes, folder):
+        """The widget, and the hand that draws in it."""
+        annotator = widgets.annotate(images, classes, folder)
+        Path(folder, "labels").mkdir(exist_ok=True)
+        Image.fromarray(np.uint8(26 * example["mask"])).save(Path(folder, "labels", "00000.png"))
+        return annotator
+
     return {
         **example,
         "MODEL": daamlib.pipeline.BUNDLED,
+        "annotate": annotate,
+        "daamlib": daamlib,
         "dataset": dataset,
         "datasets": datasets,
+        "export": export,
+        "segmentation": segmentation,
+        "test_set": dataset,
         "labels_for": labels_for,
         "urban_prompts": lambda n: datasets.urban_prompts(min(n, 2)),
         "token": example["car"],
@@ -141,10 +157,7 @@ def test_the_snippets_of_a_page_run(path, names):
 
 
 @pytest.mark.parametrize("module, name, blocks", EXAMPLES, ids=[f"{m.__name__} {n}".strip() for m, n, _ in EXAMPLES])
-def test_the_examples_of_a_docstring_run(module, name, blocks, names, monkeypatch):
-    if module is widgets:
-        files = Path("masks/labels")
-        files.mkdir(parents=True)
+def test_the_examples_of_a_docstring_run(module, name, blocks, names):
     run(blocks, module.__file__, {**vars(module), **names})
 
 
@@ -158,7 +171,7 @@ def test_a_broken_snippet_fails_and_its_page_and_line_are_named():
     with pytest.raises(NameError, match="'y'") as caught:
         run(python_blocks(page), "page.md", {})
     where = caught.traceback[-1]
-    assert (str(where.path), where.lineno + 1) == (str(Path("page.md").resolve()), 11)
+    assert (Path(where.path).name, where.lineno + 1) == ("page.md", 11)
     docstring = "Do it.\n\n    x = missing(1)\n\nArgs:\n    x: of one (or two)\n"
     with pytest.raises(NameError, match="'missing'"):
         run(indented_blocks(docstring), "module.py", {})

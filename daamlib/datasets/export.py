@@ -3,7 +3,7 @@
     export.cityscapes(dataset, "out", classes=("car", "person"))
     export.coco(dataset, "out")
     export.overlays(dataset, "out")  # for a quick look
-    export.hugging_face(dataset).push_to_hub(...)
+    export.hugging_face(dataset)  # a datasets.Dataset, which has a push_to_hub of its own
 
 Every file is written whole or not at all, and an export that was stopped is finished by the same call. Calling one
 again writes the files anew, as after `datasets.import_masks`; files of another dataset in its folders are an error.

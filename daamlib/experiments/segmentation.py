@@ -1,6 +1,7 @@
 """What labels are worth: a small segmentation network trained on a Cityscapes-style folder, tested on another.
 
     export.cityscapes(dataset, "out", split="train", classes=("car", "person"))
+    export.cityscapes(test_set, "out", split="val", classes=("car", "person"))
     images = segmentation.read("out", split="train", side=64)
     model = segmentation.train(images, steps=120, seed=0)
     segmentation.evaluate(model, segmentation.read("out", split="val", side=64))  # {class: IoU}

@@ -44,7 +44,12 @@ class Handler(BaseHTTPRequestHandler):
         match = re.fullmatch(r"/(.+)/resolve/[^/]+/(.+)", self.path)
         content = match and self.server.repos.get(match[1], {}).get(match[2])
         if content is None:
-            return self.send_error(404)
+            self.send_response(404)
+            self.send_header(
+                "X-Error-Code", "EntryNotFound" if match and match[1] in self.server.repos else "RepoNotFound"
+            )
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
         self.send_response(200)
         self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
         self.send_header("X-Repo-Commit", COMMIT)
