@@ -23,6 +23,7 @@ FEATURES = {
     "any text": "`record.daam(text)`: open-vocabulary DAAM, the softmax over the text's tokens",
     "lone word": "`record.ldaam(word)`, `record.linear_map()`: linear DAAM, without a softmax",
     "token": "`optimize_token(records, masks)`, and `token.maps(record)` of other records",
+    "concept map": "`record.concept_map(words)`: agreement with words in the attention's output space",
     "real images": "`trace_image(pipe, image)`",
     "self-attention": "`trace(pipe, self_attention=True)`, `record.refine(maps)`",
     "store=maps": '`trace(pipe, store="maps", texts=[...])`: maps of known texts in memory that steps do not add to',

@@ -35,9 +35,11 @@ PROMPT = "a red car and a traffic light, sky"
 WORDS = ["car", "traffic light", "road"]
 
 
-def supports(feature):
+def supports(feature, note=None):
     """Each family in turn, marked as one that has this feature where the test passes."""
-    params = [pytest.param(family, marks=pytest.mark.supports(family=family, feature=feature)) for family in FAMILIES]
+    kept = {} if note is None else {"note": note}
+    mark = functools.partial(pytest.mark.supports, feature=feature, **kept)
+    params = [pytest.param(family, marks=mark(family=family)) for family in FAMILIES]
     return pytest.mark.parametrize("family", params)
 
 
@@ -250,7 +252,7 @@ def test_daam_of_the_prompt_equals_explicit_probabilities(family):
     assert torch.equal(maps["car"], maps.values[same].mean(dim=0)) and at in same
 
 
-@supports("any text")
+@supports("any text", "The model makes the kept passes again, with the text beside them.")
 def test_words_read_later_equal_those_read_while_generating(family):
     record, (bare,) = shared_record(family), traced(shared(family))
     assert record.words == tuple(WORDS) and bare.words == ()
@@ -278,7 +280,7 @@ def test_a_concept_map_read_later_equals_the_one_read_while_generating(family):
             bare.concept_map(bad)
 
 
-@supports("lone word")
+@supports("lone word", "`record.ldaam(word)` alone: a stream of its own, not linear in the word's embedding.")
 def test_a_lone_word_has_a_stream_of_its_own_and_no_softmax(family):
     record, pipe = shared_record(family), shared(family)
     maps = record.ldaam("tree")
@@ -337,7 +339,7 @@ def test_a_real_image_is_read_as_the_pipeline_would_denoise_it(family):
         daamlib.trace_image(pipe, image[:, :30])
 
 
-@supports("token")
+@supports("token", "`optimize_probe`: a vector for each block in the output space, which no prompt can hold.")
 def test_a_probe_token_recovers_a_synthetic_mask(family):
     pipe = shared(family)
     records = [shared_record(family), *traced(pipe, "a tree and sky", seed=1)]
