@@ -133,9 +133,17 @@ def show_map_rows(
         ax.set_title(title, fontsize=10)
     for ax, title in zip(axes[:, 0], row_titles, strict=False):
         ax.set_ylabel(title, fontsize=10)
-    height = min(1.0, 2 / rows)  # of the bar, which no more than two rows need
-    options = {"fraction": 0.03, "aspect": 12 * rows * height, "shrink": height, "anchor": (0.0, 1.0), "pad": 0.01}
-    bar = figure.colorbar(drawn, ax=axes, ticks=[0, 0.5, 1], **options)
+    part = min(1.0, 2 / rows)  # of the height: no bar needs more than two rows
+    bar = figure.colorbar(
+        drawn,
+        ax=axes,
+        ticks=[0, 0.5, 1],
+        fraction=0.03,
+        pad=0.01,
+        shrink=part,
+        anchor=(0.0, 1.0),
+        aspect=12 * rows * part,
+    )
     bar.set_label("of the map's own range", fontsize=9)
     bar.ax.tick_params(labelsize=9)
     return figure
