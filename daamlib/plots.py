@@ -15,6 +15,12 @@ with needs("notebooks"):
 
 Picture = Image.Image | np.ndarray
 COLOUR_MAP = "magma"  # perceptually uniform
+CLASS_COLOURS = {  # of curves; by Okabe and Ito, which colour-blind readers can tell apart
+    "car": "#0072B2",
+    "person": "#E69F00",
+    "traffic light": "#009E73",
+    "rider": "#CC79A7",
+}
 
 
 def _grid(rows: int, columns: int, width: float, height: float, layout: str) -> tuple[Figure, np.ndarray]:
@@ -57,28 +63,20 @@ def show_images(
     """
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
-    figure, axes = _grid(rows, columns, size * columns, (size + 0.25) * rows, "tight")
+    figure, axes = _grid(rows, columns, size * columns, (size + 0.35) * rows, "tight")
     for ax, image in zip(axes.flat, images, strict=False):
         ax.imshow(image)
     for ax, title in zip(axes.flat, titles, strict=False):
-        ax.set_title(title, fontsize=9)
+        ax.set_title(title, fontsize=10)
     return figure
 
 
-def show_maps(
-    image: Picture,
-    maps: Mapping[str, torch.Tensor],
-    *,
-    alpha: float = 0.65,
-    columns: int = 6,
-    size: float = 2.0,
-) -> Figure:
-    """Show an image, then each map over it, up-sampled to the image and min-max normalised by itself.
+def show_maps(image: Picture, maps: Mapping[str, torch.Tensor], *, columns: int = 6, size: float = 2.0) -> Figure:
+    """Show an image, then each map in plain colours, up-sampled to the image and scaled to its own [0, 1].
 
     Args:
         image: PIL image or (H, W, 3) array.
-        maps: title -> (h, w) map. Its minimum and maximum, before normalisation, stand under the picture.
-        alpha: opacity of the maps, in [0, 1].
+        maps: title -> (h, w) map. Its minimum and maximum, before scaling, stand under the picture.
         columns: how many pictures stand in a row at most.
         size: width of a picture in inches.
 
@@ -90,13 +88,12 @@ def show_maps(
     rows = -(-(len(maps) + 1) // columns)
     figure, axes = _grid(rows, columns, size * columns, (size + 0.45) * rows, "tight")
     axes.flat[0].imshow(pixels)
-    axes.flat[0].set_title("image", fontsize=9)
+    axes.flat[0].set_title("image", fontsize=10)
     for ax, (title, values) in zip(axes.flat[1:], maps.items(), strict=False):
         heat = _array(values)
-        ax.imshow(pixels)
-        _draw_over(ax, heat, pixels, alpha=alpha)
-        ax.set_title(title, fontsize=9)
-        ax.set_xlabel(f"{heat.min():.3g} ... {heat.max():.3g}", fontsize=7)
+        _draw_over(ax, heat, pixels)
+        ax.set_title(title, fontsize=10)
+        ax.set_xlabel(f"{heat.min():.3g} ... {heat.max():.3g}", fontsize=9)
     return figure
 
 
@@ -133,12 +130,22 @@ def show_map_rows(
             if masks:
                 _outline(ax, _array(masks[title][row]) > 0)
     for ax, title in zip(axes[0], ("image", *maps), strict=True):
-        ax.set_title(title, fontsize=9)
+        ax.set_title(title, fontsize=10)
     for ax, title in zip(axes[:, 0], row_titles, strict=False):
-        ax.set_ylabel(title, fontsize=9)
-    bar = figure.colorbar(drawn, ax=axes, fraction=0.03, aspect=12 * rows, pad=0.01, ticks=[0, 0.5, 1])
-    bar.set_label("of the map's own range", fontsize=8)
-    bar.ax.tick_params(labelsize=8)
+        ax.set_ylabel(title, fontsize=10)
+    part = min(1.0, 2 / rows)  # of the height: no bar needs more than two rows
+    bar = figure.colorbar(
+        drawn,
+        ax=axes,
+        ticks=[0, 0.5, 1],
+        fraction=0.03,
+        pad=0.01,
+        shrink=part,
+        anchor=(0.0, 1.0),
+        aspect=12 * rows * part,
+    )
+    bar.set_label("of the map's own range", fontsize=9)
+    bar.ax.tick_params(labelsize=9)
     return figure
 
 
@@ -175,6 +182,6 @@ def show_values(
         drawn = ax.imshow(array, cmap=colour_map, vmin=low, vmax=high)
         if outline is not None:
             _outline(ax, np.asarray(outline))
-        ax.set_title(title, fontsize=9)
+        ax.set_title(title, fontsize=10)
     figure.colorbar(drawn, ax=axes, label=label, fraction=0.04, aspect=12 * rows, pad=0.01)
     return figure

@@ -16,7 +16,7 @@ MODULES = {
     "datasets": ["daamlib.datasets", "daamlib.generate", "daamlib.datasets.export"],
     "experiments": ["daamlib.experiments", "daamlib.experiments.segmentation"],
     "widgets": ["daamlib.widgets"],
-    "notebooks": ["daamlib.plots", "daamlib.runs"],
+    "notebooks": ["daamlib.diagrams", "daamlib.plots", "daamlib.runs"],
     "training": [f"daamlib.urban.training.{name}" for name in ("annotator", "evaluate", "run", "sample", "train")],
 }
 

@@ -112,7 +112,7 @@ def test_masks_are_checked_before_there_are_images(tmp_path):
 SMALLEST = {
     "00": ({}, "grid {maps}, "),
     "01": ({}, "1 images (3, 32, 32) -> latents (4, 16, 16)"),  # of scenes, which are square
-    "02": ({"N_CAPTIONS": 20}, "grid {maps}"),
+    "02": ({"N_IMAGES": 2}, "grid {maps}"),
     "03": ({"N_SCENES": 8}, "grid of the maps: {maps}, "),
     "04": ({"N_SCENES": 8}, "maps of {maps}, text width {width}"),
     "05": ({"N_SCENES": 24}, "one token of {width} numbers, fitted to 5 masks of {scene}"),
