@@ -108,7 +108,7 @@ def test_make_installs_the_same_and_ci_runs_the_command_of_the_readme():
 
 @pytest.mark.parametrize("folder", ["daamlib", "tests"])
 def test_what_the_code_imports_is_declared(folder):
-    extras = [text for name in FOR_USERS + ("test",) * (folder == "tests") for text in EXTRAS[name]]
+    extras = [text for name in FOR_USERS + ("test", "docs") * (folder == "tests") for text in EXTRAS[name]]
     allowed = {canonicalize_name(Requirement(text).name) for text in [*PROJECT["dependencies"], *extras]}
     owners = importlib.metadata.packages_distributions()
     files = [path for path in (ROOT / folder).rglob("*.py") if path.name != "peers.py"]  # has an environment of its own
