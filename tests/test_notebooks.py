@@ -154,8 +154,8 @@ def test_one_to_three_metrics_are_headlines(path):
 
 
 @each_notebook
-def test_the_readme_has_a_papermill_command_whose_parameters_exist(path):
-    command = re.search(rf"papermill notebooks/{path.name} .*", (ROOT / "README.md").read_text())[0]
+def test_the_docs_have_a_papermill_command_whose_parameters_exist(path):
+    command = re.search(rf"papermill notebooks/{path.name} .*", (ROOT / "docs" / "running.md").read_text())[0]
     assert set(re.findall(r"-p (\w+)", command)) <= papermill.inspect_notebook(path).keys()
 
 

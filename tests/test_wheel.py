@@ -62,7 +62,7 @@ def test_the_wheel_holds_all_code_and_the_data_that_it_reads(wheel):
 @pytest.mark.slow
 def test_the_quick_example_of_the_readme_works_outside_the_clone(python):
     readme = (ROOT / "README.md").read_text()
-    example = re.search(r"## As a library\n\n```python\n(.*?)```", readme, re.DOTALL)[1]
+    example = re.search(r"## Ten lines\n\n```python\n(.*?)```", readme, re.DOTALL)[1]
     example += "\nprint(daamlib.__file__, tuple(car.shape), image.size, mask.shape, sep='\\n')"
     done = python("-c", example)
     assert done.returncode == 0, done.stderr
