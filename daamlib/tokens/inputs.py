@@ -17,15 +17,19 @@ Rows = tuple[tuple[int, ...], ...]
 
 
 def select_steps(record: AttentionRecord | JointRecord, max_timestep: int | None) -> list[int] | None:
-    """The numbers of a record's passes with a timestep up to `max_timestep`; None where those are all."""
-    steps = [i for i, t in enumerate(record.timesteps) if max_timestep is None or t <= max_timestep]
+    """The numbers of a record's passes with a timestep up to `max_timestep`; None where those are all.
+
+    A record without such a pass, as of a real image that was noised further, has its least noisy ones.
+    """
+    limit = max(record.timesteps) if max_timestep is None else max(max_timestep, min(record.timesteps))
+    steps = [i for i, t in enumerate(record.timesteps) if t <= limit]
     return None if len(steps) == len(record.timesteps) else steps
 
 
 def select_part(record: AttentionRecord, layers: Sequence[str] | None, max_timestep: int | None) -> AttentionRecord:
     """The record of the layers and steps that a token reads, the record itself where those are all.
 
-    Raises ValueError if nothing is left, or steps are to be taken apart of a record without queries.
+    Raises ValueError if no layer is left, or steps are to be taken apart of a record without queries.
     """
     steps = select_steps(record, max_timestep)
     if steps is None and layers is None:

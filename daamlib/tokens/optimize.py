@@ -77,7 +77,7 @@ def optimize_token(
         iterations: At most so many of Newton's method, which ends sooner (default 100), or so many of NovoGrad (80).
         layers: Names of the layers to read, by default all. The token reads other records likewise.
         max_timestep: Read only the passes with a timestep up to this one (of the training schedule, 0 ... 999 for
-            Stable Diffusion), the less noisy ones. Other records likewise.
+            Stable Diffusion), the less noisy ones. Other records likewise; one without such a pass by its least noisy.
         weight_decay: w in the formula above. `choose_settings` finds these three for LDAAM.
         seed: Of the random start.
         max_bytes: Of attention probabilities held at a time (DAAM).

@@ -132,6 +132,16 @@ def test_records_of_sums_have_no_steps_to_choose(several):
         token.maps(sums[0])
 
 
+def test_a_record_without_so_late_a_pass_is_read_by_its_least_noisy_one(several):
+    records, masks = several
+    token = optimize_token(records, masks, layers=[GOOD], max_timestep=min(records[0].timesteps) - 1)
+    last = [record.timesteps.index(min(record.timesteps)) for record in records]
+    late = [record.select(steps=[step]) for record, step in zip(records, last, strict=True)]
+    expected = optimize_token(late, masks, layers=[GOOD])
+    torch.testing.assert_close(token.embedding, expected.embedding)
+    torch.testing.assert_close(token.maps(records[0]).values, expected.maps(late[0]).values)
+
+
 def test_what_cannot_be_chosen_from(several):
     records, masks = several
     for options, message in (
