@@ -71,6 +71,11 @@ def words(scenes, examples, truths):
             for kind in KINDS
         }
         show_maps(title, pairs)
+    stuff = set(label_maps.STREET_WORDS) - set(KINDS)
+    found = [
+        label_maps.label_map(e.record, size=truths.shape[1:], names=stuff | set(e.masks), margin=0.0) for e in examples
+    ]
+    show_labels("label maps of words, things that are there", np.stack(found), truths)
     default = label_maps.SHARPNESS
     for sharpness in (1.0, 2.0, 4.0, 8.0):
         label_maps.SHARPNESS = sharpness
