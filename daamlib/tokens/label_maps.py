@@ -68,9 +68,10 @@ def word_probabilities(
 
     All words stand in one text, so DAAM's softmax compares them. Start token, end token and padding are left out. Some
     words have more attention everywhere: each refined map is standardised, (D_k - mean) / deviation over the image,
-    before a softmax over the words. A word whose thing is not there claims its place all the same, so name those that may be
-    there. (Of 60 rendered scenes the most probable class had a mean IoU of 59 % over the four things where the things of
-    the caption alone took part, and of 19 % where all four did; by each word's part of the attention 42 and 23 %.)
+    before a softmax over the words. A word whose thing is not there claims its place all the same, so name those that
+    may be there. (Of 60 rendered scenes the most probable class had a mean IoU of 59 % over the four things where the
+    things of the caption alone took part, and of 19 % where all four did; by each word's part of the attention 42 and
+    23 %.)
 
     Args:
         record: Of the image; made with `store="maps"`, it must have been told the text (`text_of`).
