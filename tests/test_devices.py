@@ -292,7 +292,7 @@ def test_a_token_is_the_same_token_after_loading(gpu, made, tmp_path):
 def test_the_route_of_notebook_06(gpu, tmp_path):
     """Images and their records on disk, label maps, the comparison, its ablations and figures."""
     pipe = build("sd1", gpu)
-    options = {"steps": 2, "size": SIZE, "keep_steps": 1}
+    options = {"steps": 2, "size": SIZE, "keep_steps": 1, "self_attention": True}
     dataset = datasets.generate(pipe, PROMPTS, tmp_path / "set", labeller=halved, **options)
     examples = experiments.load_examples(dataset, pipe)
     assert [example.record.device for example in examples] == [gpu] * 4

@@ -163,7 +163,7 @@ def test_the_tables_with_drawn_masks(run, pipe, tmp_path):
     code, printed, folder, error = run("06", N_IMAGES=n, KEEP_STEPS=2, MASKS=tmp_path / "masks")
     assert code == 0, error
     assert "car           named in  12 prompts, found in  12 of their images" in printed
-    generated, rendered = (datasets.load(folder / f"{kind}-0-{n}") for kind in ("generated", "rendered"))
+    generated, rendered = (datasets.load(folder / f"{kind}-0-{n}") for kind in ("images", "rendered"))
     assert generated.settings["labels"] == ["masks of masks"]
     assert generated.labelled == list(range(n - 1))
     assert generated.image(0).size == size[::-1] and rendered.image(0).size == (32, 32)

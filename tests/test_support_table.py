@@ -69,7 +69,7 @@ def test_only_what_passed_is_supported(tmp_path):
     cells |= {("Sung", "real images"), ("Danced", "refused")}
     text = table.read_text()
     assert support_table.read(text) == cells
-    assert "| Drawn |  | yes |  |  | yes |  |  | yes [^1] |\n" in text
+    assert "| Drawn |  | yes |  |  |  | yes |  |  | yes [^1] |\n" in text
     assert "[^1]: slowly\n" in text and "| Danced | it moves |\n" in text
 
     code, printed = run(tests, "--table", table, "--check")

@@ -123,7 +123,7 @@ def concept_map(
 ) -> Float[torch.Tensor, "n k p"] | None:
     """The concept map, in the output space of the attention (ConceptAttention, Helbling et al., ICML 2025).
 
-        C[k, p] = softmax_k ( o_p . o_k )
+        C[k, p] = softmax_k <o_p, o_k>
 
     o_k is the mean of a word's tokens. Published with a mean over blocks and steps; the sum here is that times their
     number. There the words are modulated with a pooled text of zeros; here with what the pass has, the prompt's.
