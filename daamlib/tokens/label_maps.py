@@ -86,6 +86,11 @@ def word_probabilities(
         ValueError: There are less than two words, or see `AttentionRecord.daam` and `refine`.
     """
     words = STREET_WORDS if words is None else words
+    return _competing_words(_word_scores(record, words, iterations=iterations), names)
+
+
+def _word_scores(record: AttentionRecord, words: Mapping[str, str], *, iterations: int) -> HeatMaps:
+    """(K, H, W) scores of the words' classes, of which a softmax makes probabilities."""
     if len(words) < 2:
         raise ValueError(f"words compete with each other: expected two or more, got {list(words)}")
     of_text = record.daam(text_of(words))
@@ -93,8 +98,13 @@ def word_probabilities(
     values = (record.refine(maps, iterations=iterations) if iterations else maps).values
     deviation = values.std(dim=(1, 2), keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
     standardised = (values - values.mean(dim=(1, 2), keepdim=True)) / deviation
-    rows = [row for row, name in enumerate(words) if names is None or name in names]
-    return HeatMaps.of_words((SHARPNESS * standardised[rows]).softmax(dim=0), tuple(maps.tokens[row] for row in rows))
+    return replace(maps, values=SHARPNESS * standardised)
+
+
+def _competing_words(scores: HeatMaps, names: Collection[str] | None = None) -> HeatMaps:
+    """What `word_probabilities` makes of the scores of the named classes."""
+    rows = [row for row, name in enumerate(scores.tokens) if names is None or name in names]
+    return HeatMaps.of_words(scores.values[rows].softmax(dim=0), tuple(scores.tokens[row] for row in rows))
 
 
 def token_probabilities(
@@ -232,7 +242,7 @@ def label_map(
         raise ValueError(f"label maps that follow an image have its size {image.shape[:2]}, got size={size}")
     words = STREET_WORDS if classes is None else classes
     if isinstance(words, Mapping):
-        compete = functools.partial(word_probabilities, record, words, iterations=iterations)
+        compete = functools.partial(_competing_words, _word_scores(record, words, iterations=iterations))
     else:
         compete = functools.partial(_competing, record, _token_logits(record, words), iterations=iterations)
     maps, among = compete(), None if names is None else compete(names=names)
