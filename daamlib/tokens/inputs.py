@@ -1,6 +1,7 @@
 """What is given to token optimisation, checked: masks on the grid of the maps, and the embeddings to start from."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +36,15 @@ def select_part(record: AttentionRecord, layers: Sequence[str] | None, max_times
     if steps is None and layers is None:
         return record
     return record.select(layers=None if layers is None else lambda layer: layer.name in layers, steps=steps)
+
+
+def made_of(records: Sequence[AttentionRecord | JointRecord]) -> dict[str, Any]:
+    """What a token's `info` says of the model and the images that it was fitted to."""
+    return {
+        "model": str(getattr(records[0].pipe, "name_or_path", None)),  # it may be a Path
+        "fingerprint": {name: list(numbers) for name, numbers in records[0].fingerprint.layers.items()},
+        "prompts": [record.prompt for record in records],
+    }
 
 
 def read_masks(

@@ -24,9 +24,9 @@ import torch
 
 from ..attention.ldaam import LinearMap
 from ..attention.record import MAX_BYTES, AttentionRecord
-from .inputs import Rows, read_masks, select_part, start_text, start_tokens
+from .inputs import Rows, made_of, read_masks, select_part, start_text, start_tokens
 from .objective import Objective, linear_maps, linear_rows, loss_of, normed_maps, pixel_weights, softmax_maps
-from .solvers import newton, novograd
+from .solvers import newton, novograd, solved
 from .token import OptimizedToken
 
 BACKGROUND = "background"  # the name of the class of what no mask covers
@@ -101,28 +101,14 @@ def optimize_token(
     )  # fmt: skip
     solve = newton if objective.centre is None and loss == "bce" else novograd
     iterations = iterations or ITERATIONS[solve]
-    x, bias, scale, losses = solve(objective, iterations)
-    last = objective(x.requires_grad_(), bias, scale)
-    (gradient,) = torch.autograd.grad(last, x)
-    x = x.detach()
-    scale = scale / objective.unit  # of the maps as they are
-    bias = bias - scale * objective.centre_of(objective.maps(x))
-    if not all(values.isfinite().all() for values in (x, bias, scale, last, gradient)):
-        raise ValueError(f"the optimisation ended in values that are not finite, with weight_decay={weight_decay!r}")
+    fit = solved(objective, solve(objective, iterations))
     return OptimizedToken(
-        embedding=x.float().cpu(),
+        embedding=fit.embedding.float().cpu(),
         method=method,
-        words=objective.words,
-        rows=objective.rows,
-        scale=tuple(scale.flatten().tolist()),
-        bias=tuple(bias.flatten().tolist()),
-        losses=(*losses, last.item()),
-        gradient_norm=(gradient.norm() * objective.start.norm()).item(),
+        **fit.fields,
         seconds=time.perf_counter() - started,
         info={
-            "model": str(getattr(records[0].pipe, "name_or_path", None)),  # it may be a Path
-            "fingerprint": {name: list(numbers) for name, numbers in records[0].fingerprint.layers.items()},
-            "prompts": [record.prompt for record in records],
+            **made_of(records),
             "passes": [len(record.timesteps) for record in reading],  # whose sum a map is
             "text": text,
             "word": [word] if isinstance(word, str) else list(word or ()) or None,

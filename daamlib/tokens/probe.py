@@ -18,10 +18,10 @@ import torch
 from jaxtyping import Float
 
 from ..attention.joint.record import JointRecord
-from .inputs import read_masks
+from .inputs import made_of, read_masks
 from .objective import Objective, linear_maps, loss_of, pixel_weights
 from .optimize import BACKGROUND
-from .solvers import newton
+from .solvers import newton, solved
 from .token import OptimizedToken
 
 
@@ -93,26 +93,14 @@ def optimize_probe(
         words=words,
         rows=tuple((k,) for k in range(len(words))),
     )
-    x, bias, scale, losses = newton(objective, iterations)
-    last = objective(x.requires_grad_(), bias)
-    (gradient,) = torch.autograd.grad(last, x)
-    x = x.detach()
-    scale = scale / objective.unit  # of the maps as they are
-    bias = bias - scale * objective.centre_of(maps(x))
+    fit = solved(objective, newton(objective, iterations))
     return OptimizedToken(
-        embedding=(x @ basis.T).float().cpu(),
+        embedding=(fit.embedding @ basis.T).float().cpu(),
         method="probe",
-        words=words,
-        rows=objective.rows,
-        scale=tuple(scale.flatten().tolist()),
-        bias=tuple(bias.flatten().tolist()),
-        losses=(*losses, last.item()),
-        gradient_norm=(gradient.norm() * start.norm()).item(),
+        **fit.fields,
         seconds=time.perf_counter() - started,
         info={
-            "model": str(getattr(records[0].pipe, "name_or_path", None)),  # it may be a Path
-            "fingerprint": {name: list(numbers) for name, numbers in records[0].fingerprint.layers.items()},
-            "prompts": [record.prompt for record in records],
+            **made_of(records),
             "passes": [len(record.timesteps) for record in records],  # whose sum a map is
             "word": list(names) or None,
             "loss": "bce",

@@ -1,6 +1,8 @@
 """Two ways to a minimum of an `Objective`: Newton's method where it is convex, NovoGrad where it is not."""
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -11,6 +13,43 @@ STEP = 2.0  # of NovoGrad: the length of its first steps; found by trial on the 
 DAMPING = 0.01  # of NovoGrad's coordinates, as a part of the mean variance of A's rows; likewise
 
 Solution = tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[float]]  # x, (K, 1) bias and scale, losses
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """Where a solver ended.
+
+    Attributes:
+        embedding: x.
+        fields: of the `OptimizedToken`: its words and rows, the scale and bias of the maps as they are, the losses and
+            the norm of the gradient.
+    """
+
+    embedding: torch.Tensor
+    fields: dict[str, Any]
+
+
+def solved(objective: Objective, solution: Solution) -> Fit:
+    """What a solver found, for the maps as they are. ValueError if it ended in values that are not finite."""
+    x, bias, scale, losses = solution
+    last = objective(x.requires_grad_(), bias, scale)
+    (gradient,) = torch.autograd.grad(last, x)
+    x = x.detach()
+    scale = scale / objective.unit
+    bias = bias - scale * objective.centre_of(objective.maps(x))
+    if not all(values.isfinite().all() for values in (x, bias, scale, last, gradient)):
+        raise ValueError(
+            f"the optimisation ended in values that are not finite, with weight_decay={objective.weight_decay!r}"
+        )
+    fields = {
+        "words": objective.words,
+        "rows": objective.rows,
+        "scale": tuple(scale.flatten().tolist()),
+        "bias": tuple(bias.flatten().tolist()),
+        "losses": (*losses, last.item()),
+        "gradient_norm": (gradient.norm() * objective.start.norm()).item(),
+    }
+    return Fit(x, fields)
 
 
 def newton(objective: Objective, iterations: int) -> Solution:
