@@ -63,11 +63,11 @@ def prepare_device(name):
     torch.use_deterministic_algorithms(True)
 
 
-def _tokenizer(context):
+def clip_tokenizer(context):
     return CLIPTokenizer.from_pretrained(GOLDEN / "tiny-sd15" / "tokenizer", model_max_length=context)
 
 
-def _text_encoder(width, context, kind=CLIPTextModel):
+def clip(width, context, kind=CLIPTextModel, *, projection=16):
     config = CLIPTextConfig(
         vocab_size=592,
         hidden_size=width,
@@ -75,7 +75,7 @@ def _text_encoder(width, context, kind=CLIPTextModel):
         num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=context,
-        projection_dim=16,
+        projection_dim=projection,
         bos_token_id=590,
         eos_token_id=591,
         pad_token_id=591,
@@ -83,29 +83,34 @@ def _text_encoder(width, context, kind=CLIPTextModel):
     return kind(config).eval()
 
 
-def _parts(unet, prediction="epsilon"):
-    vae = AutoencoderKL(
+def vae(**config):
+    """An autoencoder of half the image's side and four channels."""
+    return AutoencoderKL(
         block_out_channels=(4, 8),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         latent_channels=4,
         norm_num_groups=2,
-        sample_size=32,
-    )
+        **config,
+    ).eval()
+
+
+def _parts(unet, prediction="epsilon"):
+    autoencoder = vae(sample_size=32)
     scheduler = DDIMScheduler(**SCHEDULER, prediction_type=prediction)
     model = UNet2DConditionModel(sample_size=16, in_channels=4, out_channels=4, **unet).eval()
     with torch.no_grad():  # random weights at their usual size give nearly constant attention, which would prove little
         for name, weight in model.named_parameters():
             if name.endswith(("attn2.to_q.weight", "attn2.to_k.weight")):
                 weight.mul_(4)
-    return {"unet": model, "vae": vae.eval(), "scheduler": scheduler}
+    return {"unet": model, "vae": autoencoder, "scheduler": scheduler}
 
 
 def _sd(unet, width, context, prediction="epsilon"):
     return StableDiffusionPipeline(
         **_parts(unet, prediction),
-        text_encoder=_text_encoder(width, context),
-        tokenizer=_tokenizer(context),
+        text_encoder=clip(width, context),
+        tokenizer=clip_tokenizer(context),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -115,10 +120,10 @@ def _sd(unet, width, context, prediction="epsilon"):
 def _sdxl():
     return StableDiffusionXLPipeline(
         **_parts(SDXL),
-        text_encoder=_text_encoder(24, 77),
-        text_encoder_2=_text_encoder(16, 77, CLIPTextModelWithProjection),
-        tokenizer=_tokenizer(77),
-        tokenizer_2=_tokenizer(77),
+        text_encoder=clip(24, 77),
+        text_encoder_2=clip(16, 77, CLIPTextModelWithProjection),
+        tokenizer=clip_tokenizer(77),
+        tokenizer_2=clip_tokenizer(77),
         add_watermarker=False,
     )
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from diffusers import (
     AutoencoderDC,
-    AutoencoderKL,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     PixArtAlphaPipeline,
@@ -15,6 +14,7 @@ from diffusers import (
     SanaPipeline,
     SanaTransformer2DModel,
 )
+from tiny import vae
 from tokenizers.processors import TemplateProcessing
 from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
@@ -66,18 +66,11 @@ def _pixart(kind, **config):
         patch_size=2,
         **config,
     )
-    vae = AutoencoderKL(
-        block_out_channels=(4, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=2,
-        sample_size=32,
-    )
+    autoencoder = vae(sample_size=32)
     return kind(
         tokenizer=tokenizer,
         text_encoder=T5EncoderModel(encoder).eval(),
-        vae=vae.eval(),
+        vae=autoencoder,
         transformer=_spread(transformer),
         scheduler=DPMSolverMultistepScheduler(),
     )
