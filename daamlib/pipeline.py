@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 from .resources import bundled
 
 BUNDLED = bundled("urban-tiny")
+DENOISERS = ("unet", "transformer")  # the parts of pipelines that may denoise
 
 
 def load_pipeline(
@@ -82,7 +83,7 @@ def denoiser_of(pipe: Any) -> Any:
     Raises:
         TypeError: for a pipeline without one.
     """
-    for part in ("unet", "transformer"):
+    for part in DENOISERS:
         denoiser = getattr(pipe, part, None)
         if isinstance(denoiser, torch.nn.Module):
             return getattr(denoiser, "_orig_mod", denoiser)
@@ -90,6 +91,25 @@ def denoiser_of(pipe: Any) -> Any:
         f"expected a diffusers pipeline with a U-Net or a transformer, got {type(pipe).__name__}: DAAM reads the "
         "attention of its denoiser"
     )
+
+
+@contextmanager
+def uncompiled(pipe: Any) -> Iterator[None]:
+    """Run nothing compiled inside the `with`, if any of the denoiser is: compiled code does not call new hooks.
+
+    Args:
+        pipe: a diffusers pipeline, its denoiser compiled by `torch.compile(denoiser)` or by a module's own `compile()`.
+
+    Yields:
+        None.
+    """
+    denoisers = [getattr(pipe, name, None) for name in DENOISERS]
+    parts = [part for each in denoisers if isinstance(each, torch.nn.Module) for part in each.modules()]
+    if any(hasattr(part, "_orig_mod") or part._compiled_call_impl is not None for part in parts):
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    else:
+        yield
 
 
 @contextmanager

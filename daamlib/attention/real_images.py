@@ -9,6 +9,7 @@ from diffusers.image_processor import VaeImageProcessor
 
 from .joint.families import family_of
 from .joint.trace import trace_pixels
+from .noise import add_noise
 from .readers import reader_of
 from .trace import trace
 
@@ -63,12 +64,7 @@ def trace_image(
         encoded = vae.encode(pixels.to(vae.dtype))
         mean = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latent
         latents = mean.float() * vae.config.scaling_factor
-    generator = torch.Generator("cpu").manual_seed(seed)
-    noisy = []
-    for step in steps:
-        noise = torch.randn(latents.shape, generator=generator).to(device)
-        signal, strength = _levels(pipe.scheduler, step, device)
-        noisy.append(signal * latents + strength * noise)
+    noisy = add_noise(latents, [_levels(pipe.scheduler, step, device) for step in steps], seed)
     with trace(pipe, self_attention=self_attention) as tracer:
         reader.denoise(prompt, steps, noisy, (pixels.shape[-2], pixels.shape[-1]))
     pipe.maybe_free_model_hooks()  # as at the end of the pipeline's own call: off-loaded models go back
@@ -82,7 +78,7 @@ def _levels(scheduler, step: int, device: torch.device) -> tuple[torch.Tensor, t
     if getattr(scheduler.config, "use_flow_sigmas", False) or not hasattr(scheduler, "alphas_cumprod"):
         sigma = torch.tensor(step / scheduler.config.num_train_timesteps, device=device)
         return 1 - sigma, sigma
-    alpha = scheduler.alphas_cumprod.to(device)[step]  # a scheduler takes them along to where it was last used
+    alpha = scheduler.alphas_cumprod[step].to(device)  # a scheduler takes them along to where it was last used
     return alpha.sqrt(), (1 - alpha).sqrt()
 
 

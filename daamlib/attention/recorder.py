@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from ..pipeline import uncompiled
 from .batches import Batch, Encoding, halves, known_batch, own_batch
 from .collectors import Collector, OnlineMaps, Queries, QuerySum
 from .layers import KeyProjection, Layer
@@ -114,8 +115,7 @@ class Recorder:
 
     def attach(self, stack: ExitStack) -> None:
         """Register all hooks, to be removed with the stack."""
-        if self._reader.is_compiled:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(uncompiled(self._pipe))
         # where a call begins and ends, and the only place where a prompt's text can be seen
         stack.enter_context(watch(self._pipe, "check_inputs", self._after_check))
         stack.enter_context(watch(self._pipe, "encode_prompt", self._after_prompt))

@@ -66,6 +66,12 @@ def check_embeddings(
     return values.to(device, torch.promote_types(values.dtype, torch.float32))
 
 
+def require_text(text: Any) -> None:
+    """TypeError unless it is a string."""
+    if not isinstance(text, str):
+        raise TypeError(f"text must be a string, got {type(text).__name__}: {text!r}")
+
+
 def read_tokens(tokenizer, ids: Sequence[int]) -> tuple[tuple[str, ...], tuple[Word, ...]]:
     """The readable tokens of CLIP's `ids` (start token first) and the words they make, up to the first end token."""
     raw = tokenizer.convert_ids_to_tokens(list(ids))
@@ -178,8 +184,7 @@ def encode(pipe: Any, text: str, *, padding: bool = False, options: Mapping[str,
         TypeError: `text` is no string.
         ValueError: it is longer than the context length.
     """
-    if not isinstance(text, str):
-        raise TypeError(f"text must be a string, got {type(text).__name__}: {text!r}")
+    require_text(text)
     tokenizer, context = _tokenizer_of(pipe)
     # counted without truncation; `verbose=False` silences the tokenizer's own warning, the error says it better
     count = len(tokenizer(_converted(pipe, tokenizer, text), verbose=False).input_ids)

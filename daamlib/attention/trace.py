@@ -15,7 +15,7 @@ from typing import Any, get_args
 import torch
 
 from .joint.families import family_of
-from .joint.trace import trace_joint
+from .joint.trace import JointRecorder
 from .recorder import Branch, Keep, Recorder, Store, Trace
 
 
@@ -78,6 +78,7 @@ def trace(
             raise ValueError(f"{name} must be one of {get_args(known)}, got {value!r}")
     if isinstance(texts, str) or (texts and store != "maps"):
         raise ValueError(f'texts is a list of strings and needs store="maps", got {texts!r} with store={store!r}')
+    device = None if store_device is None else torch.device(store_device)
     family = family_of(pipe)
     if family is not None:
         usual = {
@@ -91,15 +92,13 @@ def trace(
         odd = [name for name, (given, default) in usual.items() if given != default]
         if odd:
             raise ValueError(f"{', '.join(odd)}: {family.name} is a joint model, it takes words and store_device only")
-        with trace_joint(pipe, family, words, store_device) as tracer:
-            yield tracer
-        return
-    if words:
+        recorder: Recorder | JointRecorder = JointRecorder(pipe, family, words, device)
+    elif words:
         raise ValueError(
             f"words run along with joint models only, {type(pipe).__name__} is none: its records read any text later"
         )
-    device = None if store_device is None else torch.device(store_device)
-    recorder = Recorder(pipe, branch, Keep(store, tuple(texts), device, self_attention), middle, stream)
+    else:
+        recorder = Recorder(pipe, branch, Keep(store, tuple(texts), device, self_attention), middle, stream)
     with ExitStack() as stack:
         recorder.attach(stack)
         try:

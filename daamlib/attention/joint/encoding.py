@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..text import TokenEmbeddings
+from ..text import TokenEmbeddings, require_text
 from .families import Family
 from .text import one_after_another, side_by_side, without_padding
 
@@ -36,8 +36,7 @@ def encode_text(pipe: Any, family: Family, text: str, options: Mapping[str, Any]
 
     Raises TypeError for what is no string, ValueError for a text that is too long.
     """
-    if not isinstance(text, str):
-        raise TypeError(f"text must be a string, got {type(text).__name__}: {text!r}")
+    require_text(text)
     values = embed_prompt(pipe, family, text, options)[0][0]
     found = without_padding(name_prompt(pipe, family, {"prompt": text}, values))
     if len(found.words) < len(family.names(pipe, {"prompt": text}, MANY)[1]):

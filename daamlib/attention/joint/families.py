@@ -1,8 +1,7 @@
 """What is particular to each family of joint models: one description each."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel, SD3Tr
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb_qwen
 
+from ...pipeline import denoiser_of
 from .text import Names, clip_names, piece_names, side_by_side
 
 T5 = {"mark": "▁", "end": "</s>"}
@@ -58,25 +58,10 @@ class Family:
 
 def family_of(pipe: Any) -> Family | None:
     """The family of a pipeline's transformer; None if it is none of these."""
+    if getattr(pipe, "transformer", None) is None:
+        return None
     denoiser = denoiser_of(pipe)
     return next((family for family in FAMILIES if isinstance(denoiser, family.denoiser)), None)
-
-
-def denoiser_of(pipe: Any) -> Any:
-    """The pipeline's transformer itself, not the wrapper of `torch.compile`; None without one."""
-    transformer = getattr(pipe, "transformer", None)
-    return getattr(transformer, "_orig_mod", transformer)
-
-
-@contextmanager
-def uncompiled(pipe: Any) -> Iterator[None]:
-    """Nothing that is compiled runs so, if any of the transformer is: compiled code does not call new hooks."""
-    parts = pipe.transformer.modules()
-    if any(hasattr(part, "_orig_mod") or part._compiled_call_impl is not None for part in parts):
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    else:
-        yield
 
 
 def _packed(latents: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from .families import Family, denoiser_of, uncompiled
+from ...pipeline import denoiser_of, uncompiled
+from .families import Family
 from .maps import Formulae, JointAttention, Sums, concept_map, open_vocabulary_daam, prompt_daam
 from .stream import Stream, take_rows
 

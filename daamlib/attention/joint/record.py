@@ -1,6 +1,5 @@
 """The record of one image of a joint model: its maps, and the passes to make again for further ones."""
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,12 +8,14 @@ from typing import Any
 import torch
 
 from ...io import load_tensors, save_tensors
+from ...pipeline import denoiser_of
 from ..fingerprint import Fingerprint
 from ..heatmaps import HeatMaps
 from ..ldaam import LinearMap
+from ..readers.sites import fingerprint_of_keys
 from ..text import TokenEmbeddings, Word
 from .encoding import check_words, encode_text, encode_words
-from .families import Family, denoiser_of, family_of
+from .families import Family, family_of
 from .maps import Formulae, Sums, concept_map, lone_word, open_vocabulary_daam
 from .reading import CONCEPTS, PROMPT, WORDS, make_again
 from .stream import attentions
@@ -176,7 +177,8 @@ class JointRecord:
 
     def layer_names(self) -> list[str]:
         """The names of the attentions that are read. ValueError for a record without a pipeline."""
-        return list(_keys(denoiser_of(self.pipe), self._family()))
+        family = self._family()
+        return list(_keys(denoiser_of(self.pipe), family))
 
     def to(self, device: str | torch.device) -> "JointRecord":
         """A record with all its tensors on `device`; the pipeline stays."""
@@ -329,15 +331,5 @@ def _keys(denoiser: Any, family: Family) -> dict[str, Any]:
 def fingerprint_of_joint(pipe: Any, family: Family) -> Fingerprint:
     """The fingerprint of a pipeline as it is now, by the image's keys in every block."""
     denoiser = denoiser_of(pipe)
-
-    def project(to_k: Any, values: torch.Tensor) -> torch.Tensor:
-        device = next(to_k.parameters()).device
-        # off-loaded layer by layer, weights are on `meta` and come to where the pipeline computes
-        device = pipe._execution_device if device.type == "meta" else device
-        return to_k(values.to(device, denoiser.dtype))
-
-    keys = _keys(denoiser, family)
-    return Fingerprint.of_keys(
-        {name: functools.partial(project, module.to_k) for name, module in keys.items()},
-        denoiser.inner_dim,
-    )
+    keys = {name: [module.to_k] for name, module in _keys(denoiser, family).items()}
+    return fingerprint_of_keys(keys, denoiser.inner_dim, denoiser.dtype, pipe)

@@ -2,19 +2,21 @@
 
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 
+from ...pipeline import denoiser_of, uncompiled
 from ..batches import Encoding, known_batch
+from ..noise import add_noise
 from ..recorder import Trace
 from ..text import TokenEmbeddings
 from ..watch import watch
 from .encoding import EMBEDDED_WITH, check_words, embed_prompt, encode_words, name_prompt
-from .families import Family, denoiser_of, uncompiled
+from .families import Family
 from .maps import Sums
 from .reading import PROMPT, check_arguments, keep_arguments, make_again, passes_to_keep, while_generating
 from .record import JointRecord, fingerprint_of_joint
@@ -40,7 +42,18 @@ class Call:
 
 
 class JointRecorder:
-    """The hooks of one trace of a joint model, and the pipeline call that they are told of."""
+    """The hooks of one trace of a joint model, and the pipeline call that they are told of.
+
+    Args:
+        pipe: the pipeline.
+        family: its own.
+        words: that run along while images are generated, none or two and more.
+        device: where the records go; None: where they were made.
+
+    Raises:
+        TypeError: `words` is no list of strings.
+        ValueError: the transformer's attention cannot be read, or the words cannot compete.
+    """
 
     _embedding: ClassVar[bool] = False  # words of our own, in this trace or in one around it
 
@@ -203,37 +216,6 @@ def _by_image(arguments: Mapping[str, Any], images: int) -> list[dict[str, str] 
     return list(found) if len(found) == images else [None] * images
 
 
-@contextmanager
-def trace_joint(
-    pipe: Any, family: Family, words: Sequence[str], store_device: str | torch.device | None
-) -> Iterator[Trace]:
-    """`daamlib.trace` of a joint model.
-
-    Args:
-        pipe: the pipeline.
-        family: its own.
-        words: that run along while images are generated, none or two and more.
-        store_device: where the records go; None: where they were made.
-
-    Yields:
-        The records, `JointRecord`s, growing while images are generated.
-
-    Raises:
-        TypeError: `words` is no list of strings.
-        ValueError: the transformer's attention cannot be read, or the words cannot compete.
-    """
-    device = None if store_device is None else torch.device(store_device)
-    recorder = JointRecorder(pipe, family, words, device)
-    with ExitStack() as stack:
-        recorder.attach(stack)
-        try:
-            yield recorder.trace
-        except BaseException:
-            recorder.abandon()
-            raise
-        recorder.close()
-
-
 @torch.no_grad()
 def trace_pixels(
     pipe: Any, family: Family, pixels: torch.Tensor, *, prompt: str, timesteps: Sequence[int], seed: int
@@ -263,12 +245,10 @@ def trace_pixels(
     denoiser, device = denoiser_of(pipe), pipe._execution_device
     latents = family.encode_image(pipe, pixels.to(device))
     encoded = embed_prompt(pipe, family, prompt, {})
-    generator = torch.Generator("cpu").manual_seed(seed)
+    levels = [step / LEVELS for step in steps]
     calls: list[dict[str, Any]] = []
-    for step in steps:
-        noise, level = torch.randn(latents.shape, generator=generator).to(device), step / LEVELS
-        noisy = ((1 - level) * latents + level * noise).to(denoiser.dtype)
-        arguments = family.arguments(pipe, noisy, level, encoded)
+    for noisy, level in zip(add_noise(latents, [(1 - s, s) for s in levels], seed), levels, strict=True):
+        arguments = family.arguments(pipe, noisy.to(denoiser.dtype), level, encoded)
         calls.append(keep_arguments(arguments, 0, calls[-1] if calls else {}))
     grid = check_arguments(family, denoiser, calls[0])
     maps = make_again(pipe, family, calls, [], while_generating(None))

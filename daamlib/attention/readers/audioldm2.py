@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ..text import TokenEmbeddings, read_pieces
+from ..text import TokenEmbeddings, read_pieces, require_text
 from .sites import Pass, Site
 from .unet import UNetReader, cross_attentions
 
@@ -105,8 +105,7 @@ class T5Reader(UNetReader):
             TypeError: `text` is no string.
             ValueError: it is longer than the context length.
         """
-        if not isinstance(text, str):
-            raise TypeError(f"text must be a string, got {type(text).__name__}: {text!r}")
+        require_text(text)
         tokenizer = self.pipe.tokenizer_2
         count, context = len(tokenizer(text, verbose=False).input_ids), tokenizer.model_max_length
         if count > context:

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from ...pipeline import denoiser_of
+from ...pipeline import denoiser_of, uncompiled
 from ..fingerprint import Fingerprint
-from ..text import PAD, TokenEmbeddings, read_pieces
-from .sites import Pass, Site, fingerprint_of_sites, is_compiled
+from ..text import PAD, TokenEmbeddings, read_pieces, require_text
+from .sites import Pass, Site, fingerprint_of_sites, place_of, state_of_weights
 
 KINDS = ("PixArtTransformer2DModel", "SanaTransformer2DModel")
 PROJECTIONS = ("caption_projection", "caption_norm")  # what c has gone through, in this order, where a model has it
@@ -62,8 +62,7 @@ class CrossTransformerReader:
         text = torch.ones(1, PROBE_TOKENS, config.caption_channels or config.cross_attention_dim)
         arguments = self._arguments(latents, 0.0, text, torch.ones(1, PROBE_TOKENS), (patch, PROBE_POSITIONS * patch))
         with ExitStack() as stack, torch.no_grad():
-            if self.is_compiled:  # what was compiled before would not call the hooks
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(uncompiled(self.pipe))
             for name, module in self.denoiser.named_modules():
                 if getattr(module, "to_k", None) is not None and hasattr(module, "to_q"):
                     hook = lambda _, args, name=name: keep(name.replace("_orig_mod.", ""), args)  # noqa: E731
@@ -108,11 +107,6 @@ class CrossTransformerReader:
     @functools.cached_property
     def _signature(self) -> inspect.Signature:
         return inspect.signature(self.denoiser.forward)
-
-    @property
-    def is_compiled(self) -> bool:
-        """Whether any of the transformer is."""
-        return is_compiled(self.pipe.transformer)
 
     @property
     def image_factor(self) -> int:
@@ -185,13 +179,8 @@ class CrossTransformerReader:
         for name in PROJECTIONS:
             module = getattr(self.denoiser, name, None)
             if module is not None:
-                text = module(text.to(self._place(module), self.denoiser.dtype))
+                text = module(text.to(place_of(module, self.pipe), self.denoiser.dtype))
         return text.detach()
-
-    def _place(self, module: torch.nn.Module) -> torch.device:
-        """Where a part of the denoiser computes; off-loaded layer by layer, weights come to where the pipeline does."""
-        device = next(module.parameters()).device
-        return self.pipe._execution_device if device.type == "meta" else device
 
     def _ids(self, prompt: str, options: Mapping[str, Any], *, truncation: bool) -> tuple[list[int], int]:
         """The token of each row of a prompt's embeddings, and the row where its own words begin."""
@@ -225,8 +214,7 @@ class CrossTransformerReader:
             TypeError: `text` is no string.
             ValueError: it is longer than the context length.
         """
-        if not isinstance(text, str):
-            raise TypeError(f"text must be a string, got {type(text).__name__}: {text!r}")
+        require_text(text)
         options = options or {}
         count, kept = (len(self._ids(text, options, truncation=cut)[0]) for cut in (False, True))
         if count > kept:
@@ -250,9 +238,8 @@ class CrossTransformerReader:
 
     def text_state(self) -> tuple:
         """Something that changes when the weights that embed a text do, or a LoRA is loaded into them."""
-        parts = [self.pipe.text_encoder, *(getattr(self.denoiser, name, None) for name in PROJECTIONS)]
-        weights = [weight for part in parts if part is not None for weight in part.parameters()]
-        return tuple((id(weight), 0 if weight.is_inference() else weight._version) for weight in weights)
+        projections = [getattr(self.denoiser, name, None) for name in PROJECTIONS]
+        return state_of_weights([self.pipe.text_encoder, *projections])
 
     # -- passes --------------------------------------------------------------------------------------------------
 
@@ -296,4 +283,4 @@ class CrossTransformerReader:
 
     def fingerprint(self) -> Fingerprint:
         """What tells the model from others as it is now, with the LoRA it holds."""
-        return fingerprint_of_sites(self.sites, self.denoiser.dtype, self.pipe._execution_device)
+        return fingerprint_of_sites(self.sites, self.denoiser.dtype, self.pipe)

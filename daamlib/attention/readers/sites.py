@@ -1,7 +1,7 @@
 """What every reader speaks of: the sites of a model, and one pass of its denoiser."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,20 +85,42 @@ class Pass:
     mask: torch.Tensor | None = None
 
 
-def is_compiled(denoiser: torch.nn.Module) -> bool:
-    """Whether any of it is, by `torch.compile(denoiser)` or, in place, by a module's own `compile()`."""
-    parts = denoiser.modules()
-    return any(hasattr(part, "_orig_mod") or part._compiled_call_impl is not None for part in parts)
+def state_of_weights(modules: Iterable[torch.nn.Module | None]) -> tuple:
+    """Something that changes when the modules' weights do, or a LoRA is loaded into them."""
+    weights = [weight for module in modules if module is not None for weight in module.parameters()]
+    return tuple((id(weight), 0 if weight.is_inference() else weight._version) for weight in weights)
 
 
-def fingerprint_of_sites(sites: Sequence[Site], dtype: torch.dtype, device: torch.device) -> Fingerprint:
-    """The fingerprint of a model's sites. dtype: of its weights; device: where it computes, if they are off-loaded."""
+def place_of(module: torch.nn.Module, pipe: Any) -> torch.device:
+    """Where a module computes; off-loaded layer by layer, weights are on `meta` and come to where the pipeline does."""
+    device = next(module.parameters()).device
+    return pipe._execution_device if device.type == "meta" else device
 
-    def project(site: Site, embeddings: torch.Tensor) -> torch.Tensor:
-        to_k, norm = site.module.to_k, getattr(site.module, "norm_k", None)
-        place = next(to_k.parameters()).device
-        # off-loaded layer by layer, weights are on `meta` and come to where the pipeline computes
-        keys = to_k(embeddings.to(device if place.type == "meta" else place, dtype))
-        return keys if norm is None else norm(keys)
 
-    return Fingerprint.of_keys({site.name: functools.partial(project, site) for site in sites}, sites[0].d_text)
+def fingerprint_of_keys(
+    keys: Mapping[str, Sequence[torch.nn.Module]], width: int, dtype: Any, pipe: Any
+) -> Fingerprint:
+    """The fingerprint of a pipeline's model as it is now.
+
+    Args:
+        keys: for each layer's name the modules that make its keys, one after the other.
+        width: of what the first of them takes.
+        dtype: of the weights.
+        pipe: the pipeline.
+
+    Returns:
+        The fingerprint.
+    """
+
+    def project(modules: Sequence[torch.nn.Module], values: torch.Tensor) -> torch.Tensor:
+        values = values.to(place_of(modules[0], pipe), dtype)
+        return functools.reduce(lambda made, module: module(made), modules, values)
+
+    return Fingerprint.of_keys({name: functools.partial(project, made_by) for name, made_by in keys.items()}, width)
+
+
+def fingerprint_of_sites(sites: Sequence[Site], dtype: torch.dtype, pipe: Any) -> Fingerprint:
+    """The same of a model's sites."""
+    made_by = {site.name: (site.module.to_k, getattr(site.module, "norm_k", None)) for site in sites}
+    keys = {name: [module for module in modules if module is not None] for name, modules in made_by.items()}
+    return fingerprint_of_keys(keys, sites[0].d_text, dtype, pipe)

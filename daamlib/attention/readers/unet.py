@@ -10,7 +10,7 @@ import torch
 from ...pipeline import denoiser_of
 from ..fingerprint import Fingerprint
 from ..text import TokenEmbeddings, embed_prompt, encode, name_tokens
-from .sites import Pass, Site, fingerprint_of_sites, is_compiled
+from .sites import Pass, Site, fingerprint_of_sites, state_of_weights
 
 
 class UNetReader:
@@ -50,11 +50,6 @@ class UNetReader:
     def signature(self) -> inspect.Signature:
         """Of the U-Net's call."""
         return inspect.signature(self.denoiser.forward)
-
-    @property
-    def is_compiled(self) -> bool:
-        """Whether any of the U-Net is."""
-        return is_compiled(self.pipe.unet)
 
     @property
     def image_factor(self) -> int:
@@ -100,9 +95,7 @@ class UNetReader:
 
     def text_state(self) -> tuple:
         """Something that changes when the text encoders' weights do, or a LoRA is loaded into them."""
-        encoders = [getattr(self.pipe, name, None) for name in ("text_encoder", "text_encoder_2")]
-        weights = [weight for encoder in encoders if encoder is not None for weight in encoder.parameters()]
-        return tuple((id(weight), 0 if weight.is_inference() else weight._version) for weight in weights)
+        return state_of_weights(getattr(self.pipe, name, None) for name in ("text_encoder", "text_encoder_2"))
 
     def named(
         self,
@@ -137,7 +130,7 @@ class UNetReader:
 
     def fingerprint(self) -> Fingerprint:
         """What tells the model from others as it is now, with the LoRA it holds."""
-        return fingerprint_of_sites(self.sites, self.denoiser.dtype, self.pipe._execution_device)
+        return fingerprint_of_sites(self.sites, self.denoiser.dtype, self.pipe)
 
 
 def cross_attentions(unet: Any, *, middle: bool) -> Iterator[Site]:
