@@ -10,6 +10,7 @@ from .attention.record import require_same_model as require_same_model
 from .attention.recorder import Trace as Trace
 from .attention.text import TokenEmbeddings as TokenEmbeddings
 from .attention.trace import trace as trace
+from .pipeline import generators as generators
 from .pipeline import load_pipeline as load_pipeline
 from .tokens.choose import choose_settings as choose_settings
 from .tokens.label_maps import label_map as label_map

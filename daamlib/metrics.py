@@ -159,6 +159,25 @@ def area_under_curve(
     return float(np.trapezoid(values, levels))
 
 
+def correlation(one: Array, other: Array) -> float:
+    """Pearson's correlation of two heat maps over their cells: 1 for the same shape, whatever scale and offset.
+
+    Args:
+        one: (h, w) map.
+        other: likewise, of the same shape.
+
+    Returns:
+        A number in [-1, 1], NaN where a map is constant.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    one, other = (torch.as_tensor(heat).detach().cpu().double() for heat in (one, other))
+    if one.shape != other.shape:
+        raise ValueError(f"maps of one shape can be compared, got {tuple(one.shape)} and {tuple(other.shape)}")
+    return torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1].item()
+
+
 def _count(maps: torch.Tensor, masks: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
     """(n, h, w) maps, (n, H, W) masks -> (2, n, T) int64: intersection and union at each of the levels."""
     _, height, width = masks.shape

@@ -1,7 +1,7 @@
 """One way to a pipeline: the bundled model, a folder or a model id."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,20 @@ def image_size(pipe: Any) -> tuple[int, int]:
     if not height or not width:
         raise ValueError(f"the denoiser's config has the sample_size {cells!r}: expected the cells of a latent's side")
     return height * pipe.vae_scale_factor, width * pipe.vae_scale_factor
+
+
+def generators(seeds: Iterable[int]) -> list[torch.Generator]:
+    """A random generator for each image of a batch, so that an image is the same however many are made together.
+
+        pipe(["a car"] * 3, generator=daamlib.generators(range(3)))
+
+    Args:
+        seeds: of the images.
+
+    Returns:
+        One generator a seed, on the CPU: the noise is then the same whatever the pipeline computes on.
+    """
+    return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
 
 
 def denoiser_of(pipe: Any) -> Any:

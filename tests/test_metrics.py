@@ -175,3 +175,14 @@ def test_a_resample_without_any_of_the_images_has_no_curve(some, pooled):
     nothing, second = counts.resampled_curves(drawn, pooled=pooled)
     assert np.isnan(nothing).all()
     assert second == pytest.approx(counts.intersection[1] / counts.union[1])
+
+
+def test_the_correlation_is_of_shape_alone():
+    heat = torch.rand(5, 7, generator=torch.Generator().manual_seed(0))
+    assert metrics.correlation(heat, 3 * heat - 2) == pytest.approx(1)
+    assert metrics.correlation(heat.numpy(), -heat) == pytest.approx(-1)
+    other = torch.rand(5, 7, generator=torch.Generator().manual_seed(1))
+    expected = np.corrcoef(heat.flatten(), other.flatten())[0, 1]
+    assert metrics.correlation(heat, other) == pytest.approx(expected, abs=1e-6)
+    with pytest.raises(ValueError, match="one shape"):
+        metrics.correlation(heat, heat[:2])

@@ -26,3 +26,9 @@ def test_a_missing_bundled_model_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setattr(pipeline, "BUNDLED", tmp_path / "urban-tiny")
     with pytest.raises(FileNotFoundError, match="urban-tiny"):
         daamlib.load_pipeline()
+
+
+def test_a_generator_for_each_seed():
+    first, second = daamlib.generators([3, 4])
+    assert (first.initial_seed(), second.initial_seed()) == (3, 4)
+    assert first.device.type == "cpu"

@@ -10,8 +10,8 @@ Any of it can be killed at any moment and is finished by the same call again. `r
 ``python -m daamlib.generate`` do the same with many workers.
 """
 
+from ..cityscapes import MIN_AREA as MIN_AREA
 from .dataset import CLASSES as CLASSES
-from .dataset import MIN_AREA as MIN_AREA
 from .dataset import Dataset as Dataset
 from .dataset import load as load
 from .dataset import names as names

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from ..attention.record import AttentionRecord
-from ..cityscapes import label_id
+from ..cityscapes import MIN_AREA, label_id
 from ..extras import needs
 from . import folder as files
 
@@ -17,11 +17,6 @@ with needs("datasets"):
     import pandas as pd
 
 CLASSES = ("car", "person", "traffic light", "rider")  # the thesis' four
-# A class counts as found where it covers this share of the image. A thing that is there is larger: over 6,000 rendered
-# scenes the 1st percentile of the visible area is 3.7 % for a car, 4.7 % for a person, 3.8 % for a traffic light
-# (without its pole) and 6.8 % for a rider, and the smallest of all is 3.3 %. So a whole object passes although the
-# annotator misses a third of it, and a few stray pixels do not.
-MIN_AREA = 0.02
 IRREGULAR = {"person": "people"}  # plurals that no rule makes
 
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ..cityscapes import label_id
+from ..cityscapes import MIN_AREA, label_id
 from ..resources import bundled
 from ..urban import scenes
 from ..urban.captions import join_words
 from . import folder as files
-from .dataset import CLASSES, MIN_AREA, Dataset, load
+from .dataset import CLASSES, Dataset, load
 from .progress import bar
 
 PROMPTS = bundled("prompts/urban.json")

@@ -6,3 +6,4 @@ with needs("notebooks"):
     from .metrics import write_metrics as write_metrics
     from .run import find_notebooks as find_notebooks
     from .run import main as main
+    from .timing import milliseconds as milliseconds

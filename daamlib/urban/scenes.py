@@ -61,7 +61,7 @@ class Scene:
     Attributes:
         image: uint8 (S, S, 3).
         labels: uint8 (S, S) of Cityscapes ids.
-        caption: of the sparse grammar.
+        caption: what the bundled model was trained with, see `captions.caption`.
         things: from back to front.
         time: a key of `captions.TIMES`.
         trees: how many.
@@ -75,6 +75,11 @@ class Scene:
     time: str
     trees: int
     seed: int
+
+    @property
+    def text(self) -> str:
+        """The scene's things and nothing else, such as "a car and a person"; "a photo" of a scene without."""
+        return " and ".join(f"a {thing.kind}" for thing in self.things) or "a photo"
 
 
 class _Canvas:

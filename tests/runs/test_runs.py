@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from daamlib.runs import find_notebooks, main, write_metrics
+from daamlib.runs import find_notebooks, main, timing, write_metrics
 
 PARAMETERS = "MODEL = None  # the model\nSEED = 0  # the seed\nOUTPUT_DIR = 'outputs'  # where results go"
 METRICS = """from daamlib.runs import write_metrics
@@ -291,3 +291,11 @@ def test_a_wrong_comparison(tmp_path, monkeypatch, capsys, arguments, message):
         main(["compare", *arguments])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err.split("error:")[1]
+
+
+def test_the_shortest_of_some_runs_is_timed(monkeypatch):
+    clock = iter([0.0, 0.5, 1.0, 1.2, 2.0, 2.9])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
+    calls = []
+    assert timing.milliseconds(lambda: calls.append(1)) == pytest.approx(200)
+    assert len(calls) == 3

@@ -171,3 +171,10 @@ def test_to_train_ids():
         to_train_ids(np.array([34]))
     with pytest.raises(TypeError, match="float"):
         to_train_ids(np.array([7.0]))
+
+
+def test_the_text_of_a_scene_names_its_things_alone(scenes):
+    for scene in scenes:
+        kinds = [thing.kind for thing in scene.things]
+        assert scene.text == (" and ".join(f"a {kind}" for kind in kinds) if kinds else "a photo")
+    assert any(scene.things for scene in scenes)

@@ -23,8 +23,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
-from ...cityscapes import BY_NAME
-from ...datasets.dataset import MIN_AREA
+from ...cityscapes import BY_NAME, MIN_AREA
 from ..annotator import annotate, load_annotator
 from ..scenes import HELD_OUT, KINDS, SIZE, render, to_tensor
 from .words import measure_words
