@@ -1,16 +1,34 @@
-"""The models that are timed: the bundled one, and U-Nets of full size with random weights.
+"""The models that are timed: the bundled one, and denoisers of full size with random weights.
 
-Speed does not depend on the values. The big ones have no text encoder and no VAE: they are called with embeddings and
-give latents, so that the denoising loop, which tracing adds to, is timed alone.
+Speed does not depend on the values. The big ones have no VAE and, but for the joint one, no text encoder: they are
+called with embeddings and give latents, so that the denoising loop, which tracing adds to, is timed alone.
 """
 
+import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextModelWithProjection
 
 import daamlib
+
+sys.path.append(str(Path(__file__).parents[1]))
+import tiny
+import tiny_joint
 
 SD15 = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}  # the rest are diffusers' defaults
 SDXL = {
@@ -26,8 +44,35 @@ SDXL = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
-SHAPES = {"bundled": None, "sd15": SD15, "sdxl": SDXL}
+PIXART_SIGMA = {
+    "sample_size": 128,
+    "num_layers": 28,
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "in_channels": 4,
+    "out_channels": 8,
+    "cross_attention_dim": 1152,
+    "caption_channels": 4096,
+    "interpolation_scale": 2,
+    "use_additional_conditions": False,
+}
+SD3_MEDIUM = {
+    "sample_size": 128,
+    "num_layers": 24,
+    "num_attention_heads": 24,
+    "attention_head_dim": 64,
+    "in_channels": 16,
+    "out_channels": 16,
+    "joint_attention_dim": 4096,
+    "caption_projection_dim": 1536,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 192,
+}
+SHAPES = {"bundled": None, "sd15": SD15, "sdxl": SDXL, "pixart_sigma": PIXART_SIGMA, "sd3_medium": SD3_MEDIUM}
+PIXELS = {"sd15": 512, "sdxl": 1024, "pixart_sigma": 1024, "sd3_medium": 1024}
+PIXELS_OF_CPU = {"pixart_sigma": 512, "sd3_medium": 256}  # at their own size a step takes minutes
 DDIM = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
+PROMPT = "a red car and a tree"
 
 
 @dataclass(frozen=True)
@@ -46,39 +91,101 @@ class Model:
         pipe, generator = self.pipe, torch.Generator().manual_seed(0)
         size = size or self.size
         options = {"num_inference_steps": steps or self.steps, "guidance_scale": self.guidance, "generator": generator}
-        if self.shape == "bundled":
-            return pipe(["a red car and a tree"] * self.batch, height=size, width=size, **options).images
-        config = pipe.unet.config
-        text = torch.randn(self.batch, 77, config.cross_attention_dim, generator=generator)
-        text = text.to(pipe.unet.device, pipe.unet.dtype)
+        if self.shape in ("bundled", "sd3_medium"):
+            latent = {} if self.shape == "bundled" else {"output_type": "latent"}
+            return pipe([PROMPT] * self.batch, height=size, width=size, **latent, **options).images
+        embedded = self._embedded(generator)
+        return pipe(**embedded, height=size, width=size, output_type="latent", **options).images
+
+    def _embedded(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """A text and an empty one, as the pipeline takes them."""
+        denoiser = self.pipe.transformer if self.shape == "pixart_sigma" else self.pipe.unet
+        config = denoiser.config
+        tokens, width = (
+            (300, config.caption_channels) if self.shape == "pixart_sigma" else (77, config.cross_attention_dim)
+        )
+        text = torch.randn(self.batch, tokens, width, generator=generator).to(denoiser.device, denoiser.dtype)
         texts = {"prompt_embeds": text, "negative_prompt_embeds": torch.zeros_like(text)}
         if self.shape == "sdxl":
             pooled = text[:, 0, :1280]
-            texts |= {"pooled_prompt_embeds": pooled, "negative_prompt_embeds": torch.zeros_like(text)}
-            texts |= {"negative_pooled_prompt_embeds": torch.zeros_like(pooled)}
-        return pipe(**texts, height=size, width=size, output_type="latent", **options).images
+            texts |= {"pooled_prompt_embeds": pooled, "negative_pooled_prompt_embeds": torch.zeros_like(pooled)}
+        if self.shape == "pixart_sigma":
+            mask = torch.ones(self.batch, tokens, device=text.device)
+            texts |= {"prompt_attention_mask": mask, "negative_prompt_attention_mask": mask, "negative_prompt": None}
+            texts |= {"use_resolution_binning": False}
+        return texts
 
 
 def load(shape: str, *, size: int | None, steps: int | None, batch: int, device: str, dtype: torch.dtype) -> Model:
-    """On a CPU the big models make two steps without guidance: tracing costs the same, so it weighs twice as much."""
+    """On a CPU the big models make a step or two without guidance: tracing costs the same, so it weighs more."""
     if shape == "bundled":
         pipe = daamlib.load_pipeline(device=device, dtype=dtype)
         return Model(shape, pipe, size or 128, steps or 10, batch, 5.0)
     torch.manual_seed(0)
-    with torch.device(device):
-        unet = UNet2DConditionModel(**SHAPES[shape]).eval().to(dtype)
-    nothing = {"vae": None, "text_encoder": None, "tokenizer": None}
-    if shape == "sd15":
-        kind = StableDiffusionPipeline
-        nothing |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    else:
-        kind = StableDiffusionXLPipeline
-        nothing |= {"text_encoder_2": None, "tokenizer_2": None, "add_watermarker": False}
-    pipe = kind(unet=unet, scheduler=DDIMScheduler(**DDIM), **nothing).to(device)
+    pipe = BUILDERS[shape](device, dtype).to(device)
     pipe.set_progress_bar_config(disable=True)
-    fast = device != "cpu"
-    pixels = {"sd15": 512, "sdxl": 1024}[shape]
-    return Model(shape, pipe, size or pixels, steps or (30 if fast else 2), batch, 5.0 if fast else 1.0)
+    if device == "cpu":
+        few = 1 if shape in PIXELS_OF_CPU else 2
+        return Model(shape, pipe, size or PIXELS_OF_CPU.get(shape, PIXELS[shape]), steps or few, batch, 1.0)
+    return Model(shape, pipe, size or PIXELS[shape], steps or 30, batch, 5.0)
+
+
+def _denoiser(kind: Any, shape: str, device: str, dtype: torch.dtype) -> Any:
+    with torch.device(device):
+        return kind(**SHAPES[shape]).eval().to(dtype)
+
+
+def _sd15(device: str, dtype: torch.dtype) -> StableDiffusionPipeline:
+    return StableDiffusionPipeline(
+        unet=_denoiser(UNet2DConditionModel, "sd15", device, dtype),
+        scheduler=DDIMScheduler(**DDIM),
+        vae=None,
+        text_encoder=None,
+        tokenizer=None,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def _sdxl(device: str, dtype: torch.dtype) -> StableDiffusionXLPipeline:
+    return StableDiffusionXLPipeline(
+        unet=_denoiser(UNet2DConditionModel, "sdxl", device, dtype),
+        scheduler=DDIMScheduler(**DDIM),
+        vae=None,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        add_watermarker=False,
+    )
+
+
+def _pixart_sigma(device: str, dtype: torch.dtype) -> PixArtSigmaPipeline:
+    transformer = _denoiser(PixArtTransformer2DModel, "pixart_sigma", device, dtype)
+    parts = {"vae": None, "text_encoder": None, "tokenizer": None}
+    return PixArtSigmaPipeline(transformer=transformer, scheduler=DPMSolverMultistepScheduler(), **parts)
+
+
+def _sd3_medium(device: str, dtype: torch.dtype) -> StableDiffusion3Pipeline:
+    """With text encoders of the right width and two layers, or one: words that run along are embedded by the model."""
+    encoders = {
+        "text_encoder": tiny.clip(768, 77, CLIPTextModelWithProjection, projection=768),
+        "text_encoder_2": tiny.clip(1280, 77, CLIPTextModelWithProjection, projection=1280),
+        "text_encoder_3": tiny_joint.t5(4096),
+    }
+    return StableDiffusion3Pipeline(
+        transformer=_denoiser(SD3Transformer2DModel, "sd3_medium", device, dtype),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=None,
+        tokenizer=tiny.clip_tokenizer(77),
+        tokenizer_2=tiny.clip_tokenizer(77),
+        tokenizer_3=tiny_joint.t5_tokenizer(256),
+        **{name: encoder.to(dtype) for name, encoder in encoders.items()},
+    )
+
+
+BUILDERS = {"sd15": _sd15, "sdxl": _sdxl, "pixart_sigma": _pixart_sigma, "sd3_medium": _sd3_medium}
 
 
 def records(model: Model, count: int, steps: int) -> list[daamlib.AttentionRecord]:

@@ -12,7 +12,7 @@ def daam(record, embeddings: torch.Tensor) -> torch.Tensor:
     """(m, d_text) -> (m, H, W): for every layer and step, products of all heads, softmax, sum over the heads."""
     maps = 0.0
     for layer in record.layers:
-        keys = (embeddings @ layer.key_weight.float().T * layer.scale).unflatten(1, (layer.heads, -1))
+        keys = _keys(layer, embeddings).unflatten(1, (layer.heads, -1))
         keys = keys.permute(1, 2, 0)  # (head, d_head, m)
         total = 0.0
         for queries in layer.queries:
@@ -22,11 +22,31 @@ def daam(record, embeddings: torch.Tensor) -> torch.Tensor:
     return maps
 
 
+def published_daam(record, by_head: list[torch.Tensor], embeddings: torch.Tensor) -> torch.Tensor:
+    """(m, d_text) -> (m, H, W): the operations of the published OVAM, from queries that already lie head by head.
+
+    by_head: (step, head, h*w, d_head) of each layer, see `by_head`; that layout is not part of what is timed.
+    """
+    maps = []
+    for layer, queries in zip(record.layers, by_head, strict=True):
+        keys = _keys(layer, embeddings).unflatten(1, (layer.heads, -1)).transpose(0, 1).contiguous()
+        scores = [torch.bmm(of_step, keys.transpose(1, 2)).transpose(1, 2).contiguous() for of_step in queries]
+        total = torch.stack(scores).softmax(dim=2).sum(dim=0).sum(dim=0)
+        maps.append(upsample(total.unflatten(1, layer.grid), record.grid))
+    return torch.stack(maps).sum(dim=0)
+
+
+def by_head(record) -> list[torch.Tensor]:
+    """(step, head, h*w, d_head) queries of each layer, contiguous."""
+    layers = record.layers
+    return [layer.queries.float().unflatten(2, (layer.heads, -1)).transpose(1, 2).contiguous() for layer in layers]
+
+
 def ldaam(record, embedding: torch.Tensor) -> torch.Tensor:
     """(d_text,) -> (H, W): for every layer, step and head, the scores of one token, up-sampled, summed."""
     total = 0.0
     for layer in record.layers:
-        keys = (layer.key_weight.float() @ embedding * layer.scale).unflatten(0, (layer.heads, -1))
+        keys = _keys(layer, embedding).unflatten(0, (layer.heads, -1))
         for queries in layer.queries:
             for query, key in zip(queries.float().unflatten(1, (layer.heads, -1)).unbind(1), keys, strict=True):
                 total = total + upsample((query @ key).unflatten(0, layer.grid)[None], record.grid)[0]
@@ -87,6 +107,12 @@ def miou_curve(maps: torch.Tensor, masks: torch.Tensor, thresholds: list[float])
             found = heat > threshold
             curve[i] += float((found & mask).sum() / (found | mask).sum()) / len(maps)
     return curve
+
+
+def _keys(layer, embeddings: torch.Tensor) -> torch.Tensor:
+    """(..., d_text) -> (..., channels), scaled; of transformers the layer has a bias."""
+    bias = 0.0 if layer.to_k.bias is None else layer.to_k.bias.float()
+    return (embeddings @ layer.key_weight.float().T + bias) * layer.scale
 
 
 def upsample(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

@@ -182,6 +182,38 @@ def daam(model: models.Model, repeats: int, device: str) -> list[Row]:
 
 
 @torch.no_grad()
+def published(model: models.Model, repeats: int, device: str) -> list[Row]:
+    """All maps of a text of 4 steps on one thread, against what the published OVAM does, and against products alone.
+
+    The products of queries that lie head by head with the keys are a part of every exact way: how fast it can be.
+    """
+    (record,) = models.records(model, 1, 4)
+    queries = naive.by_head(record)
+    threads, rows = torch.get_num_threads(), []
+    torch.set_num_threads(1)
+    try:
+        for tokens in (3, 10, 77):
+            text = torch.randn(tokens, record.d_text, generator=torch.Generator().manual_seed(0)).to(device)
+            _same(record.daam_from(text).values, naive.published_daam(record, queries, text))
+            keys = [layer.keys(text) for layer in record.layers]
+            ours, theirs, products = in_turn(
+                3 * repeats,
+                lambda x=text: record.daam_from(x),
+                lambda x=text: naive.published_daam(record, queries, x),
+                lambda k=keys: [
+                    [of_layer @ of_step.mT for of_step in steps] for of_layer, steps in zip(k, queries, strict=True)
+                ],
+                device=device,
+            )
+            what, note = f"OV-DAAM maps, {tokens} tokens", "4 steps, one thread"
+            rows.append(Row(what, "the operations of ovam", ours, theirs, 2, note=note))
+            rows.append(Row(what, "products of queries and keys alone", ours, products, None, cost=True, note=note))
+    finally:
+        torch.set_num_threads(threads)
+    return rows
+
+
+@torch.no_grad()
 def refinement(model: models.Model, repeats: int, device: str) -> list[Row]:
     """Nine maps propagated along the self-attention, against its explicit matrices; and what is kept of it."""
     with daamlib.trace(model.pipe, self_attention=True) as queries:
@@ -218,6 +250,32 @@ def refinement(model: models.Model, repeats: int, device: str) -> list[Row]:
         ),
         Row("bytes, mean", "matrices of all heads", [averaged.nbytes], [matrices], None, note=note, unit="bytes"),
     ]
+
+
+def joint(model: models.Model, repeats: int, device: str) -> list[Row]:
+    """A joint model: words that run along while it generates, and a text that is read later."""
+    words = ["car", "tree", "road"]
+
+    def traced():
+        with daamlib.trace(model.pipe, words=words) as trace:
+            images = model.generate()
+        return images, trace[0]
+
+    plain, (images, record) = model.generate(), traced()
+    if not torch.equal(plain, images):
+        raise AssertionError("tracing changed the latents")
+    along, base = in_turn(repeats, traced, model.generate, device=device)
+    later, step = in_turn(repeats, lambda: record.daam("a car and a sky"), model.generate, device=device)
+    blocks = record.layer_names()
+    vectors = 4 * 3 * len(blocks) * record.grid[0] * record.grid[1] * model.pipe.transformer.inner_dim
+    read = min(model.steps, 4)
+    note = f"{model.size} px, {model.steps} steps, of which {read} are read"
+    return [
+        Row(f"generation, trace(words={len(words)})", "plain pipeline", along, base, None, cost=True, note=note),
+        Row("a text later, 5 words", "plain pipeline", later, step, None, cost=True, note=note),
+        Row("bytes of the record", "q, k, outputs of a step in float32", [record.nbytes], [vectors], None, note=note,
+            unit="bytes"),
+    ]  # fmt: skip
 
 
 # -- optimisation ----------------------------------------------------------------------------------------------------
@@ -357,13 +415,23 @@ def waits(model: models.Model, repeats: int, device: str) -> list[Row]:
 
 
 ROWS = {
+    "joint": joint,
     "generation": generation,
     "memory": memory,
     "ldaam": ldaam,
     "daam": daam,
+    "published": published,
     "refinement": refinement,
     "optimisation": optimisation,
     "miou": miou,
     "batches": batches,
     "waits": waits,
 }
+OF_TRANSFORMERS = ("generation", "memory", "ldaam", "daam", "refinement")
+
+
+def fits(name: str, shape: str) -> bool:
+    """Whether a row is measured of a model: joint models have rows of their own, and transformers no further ones."""
+    if shape == "pixart_sigma":
+        return name in OF_TRANSFORMERS
+    return (name == "joint") == (shape == "sd3_medium")

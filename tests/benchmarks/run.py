@@ -2,6 +2,7 @@
 
     python tests/benchmarks/run.py                                  # the bundled model and SD 1.5's shape
     python tests/benchmarks/run.py --rows daam ldaam --shapes sd15 --repeats 5
+    python tests/benchmarks/run.py --shapes pixart_sigma sd3_medium --repeats 2 --name transformers
     python tests/benchmarks/run.py --device cuda --dtype float16 --shapes sd15 sdxl --size 1024 --steps 30 --batch 8
 
 What is compared stands in rows.py, the plain ways in naive.py. Every round runs ours and theirs in turn; the ratio is
@@ -43,7 +44,7 @@ def main(arguments: list[str] | None = None) -> pd.DataFrame:
             device=options.device,
             dtype=getattr(torch, options.dtype),
         )
-        for name in options.rows:
+        for name in [name for name in options.rows if rows.fits(name, model.shape)]:
             for row in rows.ROWS[name](model, options.repeats, options.device):
                 table.append(_entry(row, model, options))
                 print(_line(table[-1]), flush=True)
@@ -101,7 +102,7 @@ def _entry(row: rows.Row, model: models.Model, options: argparse.Namespace) -> d
 def _line(entry: dict) -> str:
     values = [_number(entry[name], entry["unit"]) for name in ("ours", "theirs")]
     return (
-        f"{entry['what']:<38} {entry['shape']:<8} {entry['against']:<36} {values[0]:>10} {values[1]:>10} "
+        f"{entry['what']:<38} {entry['shape']:<12} {entry['against']:<36} {values[0]:>10} {values[1]:>10} "
         f"{entry['ratio']:>9.3g} {entry['to_reach']:>8} {entry['reached']:>4}  {entry['note']}"
     )
 
