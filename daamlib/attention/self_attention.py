@@ -53,15 +53,19 @@ class SelfAttention:
         if self.mean is not None:
             return maps @ self.mean.to(maps).T
         assert self.queries is not None and self.keys is not None
-        values = maps.T.expand(self.heads, -1, -1)  # (head, n, m)
+        width = self.queries.shape[2] // self.heads
+        # as wide as the queries: the fast kernels of PyTorch take no others
+        values = F.pad(maps.T, (0, max(0, width - len(maps)))).expand(1, self.heads, -1, -1)  # (1, head, n, m or more)
         means = []
         for queries, keys in zip(self.queries, self.keys, strict=True):
-            q, k = (part.to(maps.dtype).unflatten(1, (self.heads, -1)).transpose(0, 1) for part in (queries, keys))
+            q, k = (
+                part.to(maps.dtype).unflatten(1, (self.heads, -1)).transpose(0, 1)[None] for part in (queries, keys)
+            )
             if self.linear:
-                means.append(_linear_attention(q, k, values).mean(dim=0))
+                means.append(_linear_attention(q, k, values).mean(dim=1)[0])
             else:
-                means.append(F.scaled_dot_product_attention(q, k, values, scale=self.scale).mean(dim=0))
-        return (functools.reduce(torch.add, means) / len(means)).T
+                means.append(F.scaled_dot_product_attention(q, k, values, scale=self.scale).mean(dim=1)[0])
+        return (functools.reduce(torch.add, means) / len(means)).T[: len(maps)]
 
     @property
     def nbytes(self) -> int:
