@@ -18,7 +18,7 @@ from daamlib import AttentionRecord
 from daamlib.attention.ldaam import LinearMap
 from daamlib.attention.readers import fingerprint_of, reader_of
 from daamlib.attention.readers.cross_transformer import PROBE_POSITIONS
-from daamlib.attention.text import read_pieces
+from daamlib.attention.readers.words import read_pieces
 from daamlib.pipeline import image_size
 
 NORMED = ("Sana 1.5",)  # whose keys are normalised
