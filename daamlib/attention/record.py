@@ -11,14 +11,14 @@ from torch.nn import functional as F
 
 from ..io import load_tensors, save_tensors
 from .daam import daam
-from .fingerprint import Fingerprint
+from .fingerprint import Fingerprint, placed
 from .heatmaps import HeatMaps, upsample
 from .layers import KeyProjection, Layer
 from .ldaam import LinearMap, NormedLinearMap, collapse
 from .readers import fingerprint_of, reader_of
 from .self_attention import SelfAttention
 from .softmax import MAX_BYTES
-from .text import TokenEmbeddings, Word, check_embeddings
+from .text import TokenEmbeddings, check_embeddings
 
 FORMAT = "daamlib-record-2"
 TENSORS = ("queries", "query_sum")  # of a layer, in a file, beside the tensors of its keys
@@ -323,7 +323,7 @@ class AttentionRecord:
         tensors, header = load_tensors(path, FORMAT)
         try:
             texts = {
-                text: _named_embeddings(tensors[f"texts.{key}"], *names)
+                text: TokenEmbeddings.stored(tensors[f"texts.{key}"], *names)
                 for key, (text, names) in enumerate(header["texts"].items())
             }
             layers = []
@@ -345,7 +345,9 @@ class AttentionRecord:
             record = cls(
                 self_attention=beside,
                 prompt=header["prompt"],
-                prompt_embeddings=_named_embeddings(tensors["prompt_embeddings"], header["tokens"], header["words"]),
+                prompt_embeddings=TokenEmbeddings.stored(
+                    tensors["prompt_embeddings"], header["tokens"], header["words"]
+                ),
                 timesteps=[int(t) for t in header["timesteps"]],
                 layers=tuple(layers),
                 branch=header["branch"],
@@ -357,13 +359,8 @@ class AttentionRecord:
             _check(record)
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise ValueError(f"{path} is not a readable attention record, or is damaged: {error}") from error
-        if pipe is None:
-            return record if device is None else record.to(device)
-        middle = any(layer.name.startswith("mid_block") for layer in layers)
-        difference = record.fingerprint.difference(fingerprint_of(pipe, middle=middle, stream=record.stream))
-        if difference:
-            raise ValueError(f"{path} and the pipeline have {difference}: give the model that made it, with its LoRA")
-        return record.to(device or pipe._execution_device)
+        fingerprint = functools.partial(fingerprint_of, middle=True, stream=record.stream)
+        return placed(record, path, pipe, device, fingerprint)
 
     def __repr__(self) -> str:
         return (
@@ -377,10 +374,6 @@ def _named(maps: torch.Tensor, embeddings: torch.Tensor | TokenEmbeddings) -> He
     if isinstance(embeddings, TokenEmbeddings):
         return HeatMaps(maps, embeddings.tokens, embeddings.words)
     return HeatMaps.unnamed(maps)
-
-
-def _named_embeddings(values: torch.Tensor, tokens: Sequence[str], words: Sequence[Sequence]) -> TokenEmbeddings:
-    return TokenEmbeddings(values, tuple(tokens), tuple(Word(*word) for word in words))
 
 
 def _without_padding(maps: HeatMaps, embeddings: TokenEmbeddings) -> HeatMaps:

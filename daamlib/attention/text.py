@@ -38,6 +38,11 @@ class TokenEmbeddings:
         """Embeddings whose text nobody knows; the tokens are numbered."""
         return cls(values, tuple(str(row) for row in range(len(values))))
 
+    @classmethod
+    def stored(cls, values: torch.Tensor, tokens: Sequence[str], words: Sequence[Sequence]) -> "TokenEmbeddings":
+        """Of a file, whose header has lists in the place of tuples."""
+        return cls(values, tuple(tokens), tuple(Word(*word) for word in words))
+
     @property
     def length(self) -> int:
         """Tokens from start to end token: the rows that are not padding."""
