@@ -87,6 +87,19 @@ def test_selected_parts_can_be_saved(record, sd1_pipe, tmp_path):
     assert torch.equal(back.daam("a tree").values, layers.daam("a tree").values)
 
 
+def test_a_collapsed_record_comes_back_as_it_was(record, sd1_pipe, tmp_path):
+    small, path = record.collapsed(), tmp_path / "a.safetensors"
+    small.save(path)
+    back = AttentionRecord.load(path, pipe=sd1_pipe)
+    assert back.nbytes == small.nbytes
+    assert torch.equal(back.ldaam("a tree").values, small.ldaam("a tree").values)
+    with pytest.raises(ValueError, match="collapsed"):
+        back.daam()
+    rewrite(path, lambda header, tensors: tensors.update({"linear.weight": tensors["linear.weight"][:-1]}))
+    with pytest.raises(ValueError, match=r"its map has shape \(15, 24, 24\), expected \(16, 24, 24\)"):
+        AttentionRecord.load(path)
+
+
 def test_records_of_one_trace_share_no_storage_on_disk(record, path):
     assert path.stat().st_size < 1.2 * (record.nbytes + 77 * 24 * 4 + sum(a.key_weight.nbytes for a in record.layers))
 
