@@ -27,7 +27,8 @@ FEATURES = {
     "real images": "`trace_image(pipe, image)`",
     "self-attention": "`trace(pipe, self_attention=True)`, `record.refine(maps)`",
     "store=maps": '`trace(pipe, store="maps", texts=[...])`: maps of known texts in memory that steps do not add to',
-    "save and load": "`record.save(path)`, `AttentionRecord.load(path, pipe=pipe)`, and new texts afterwards",
+    "save and load": "`record.save(path)`, `AttentionRecord.load(path, pipe=pipe)`, and new texts afterwards; of joint "
+    "models `JointRecord.load`",
 }
 REFUSED = "refused"
 HEAD = """\

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import re
 from collections import defaultdict
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -13,6 +14,11 @@ from test_ground import EXTRAS, FOR_USERS
 
 PACKAGE = Path(__file__).resolve().parents[1] / "daamlib"
 TRAINING = "daamlib.urban.training"
+CORE, SEAM = ("attention", "tokens", "datasets", "experiments", "widgets"), ("readers", "joint")
+# `np.clip` and the argument `clip_skip` are none
+FAMILY = re.compile(
+    r"CLIP|(?i:(?<![a-z])(unet|t5|gpt2|gemma|qwen|flux|sana|pixart|audioldm|sdxl|sd[123]|(up|mid|down)_block))"
+)
 FLOORS = 6  # so many rooms stand on one another at most
 
 
@@ -118,6 +124,22 @@ def imports_in_functions():
     return found
 
 
+def names_of_families():
+    """Names of model families in the core's code, outside of the readers; docstrings and errors may give examples."""
+    found = set()
+    for module, tree in TREES.items():
+        parts = module.split(".")[1:]
+        if not parts or parts[0] not in CORE or set(parts) & set(SEAM):
+            continue
+        nodes = list(ast.walk(tree))
+        docstrings = [node for node in nodes if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)]
+        errors = [node for node in nodes if isinstance(node, ast.Raise)]
+        told = {part for node in docstrings + errors for part in ast.walk(node)}
+        fields = [value for node in nodes if node not in told for _, value in ast.iter_fields(node)]
+        found |= {f"{module} names {word}" for word in fields if isinstance(word, str) and FAMILY.search(word)}
+    return found
+
+
 def room(module):
     """The package, or the module at the top, that a module belongs to; how the model is made is a room of its own."""
     return TRAINING if module.startswith(TRAINING) else ".".join(module.split(".")[:2])
@@ -134,7 +156,7 @@ def floors():
     return found
 
 
-CHECKS = [circles, imports_of_the_training, private_names_of_others, imports_in_functions]
+CHECKS = [circles, imports_of_the_training, private_names_of_others, imports_in_functions, names_of_families]
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -152,10 +174,13 @@ def test_the_checks_see_what_they_look_for(monkeypatch):
         "daamlib.a": "from .b import _hidden\nfrom .urban import training\n_own = 1\n_own.x._private\nimport json",
         "daamlib.b": "class B:\n    def _private(self):\n        import daamlib.a, ray, json\n_hidden = 1",
         "daamlib.urban.training": "",
+        "daamlib.attention.readers.b": "'up_blocks'",
+        "daamlib.tokens": "'''as of PixArt'''\nup = a.clip(clip_skip) or 'up_blocks.1'\nraise ValueError(f'SDXL {up}')",
     }
     monkeypatch.setattr(f"{__name__}.TREES", {module: ast.parse(text) for module, text in code.items()})
     monkeypatch.setattr(f"{__name__}.TESTS", {"test_b": ast.parse("from daamlib.b import B, _hidden")})
     graph = {"daamlib.a": {"daamlib.b", "daamlib.urban.training"}, "daamlib.b": {"daamlib.a"}, TRAINING: set()}
+    graph |= {"daamlib.attention.readers.b": set(), "daamlib.tokens": set()}
     assert {module: {owner(name) for name in imported(module)} - {None} for module in code} == graph
     monkeypatch.setattr(f"{__name__}.GRAPH", graph)
     assert circles() == {"daamlib.a imports daamlib.b in a circle", "daamlib.b imports daamlib.a in a circle"}
@@ -166,3 +191,4 @@ def test_the_checks_see_what_they_look_for(monkeypatch):
         "test_b uses _hidden of another module",
     }
     assert imports_in_functions() == {f"daamlib.b imports {name} in a function" for name in ("daamlib.a", "json")}
+    assert names_of_families() == {"daamlib.tokens names up_blocks.1"}

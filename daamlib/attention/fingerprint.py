@@ -7,8 +7,10 @@ norms of the weights hardly do, and they need one small matrix product a layer.
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -51,6 +53,11 @@ class Fingerprint:
             layers[name] = tuple((projected * _probes(projected.shape[1], seed=2)).sum(dim=1).tolist())
         return cls(layers)
 
+    def of_layers(self, names: Iterable[str]) -> "Fingerprint":
+        """That of these layers, as far as the model has them."""
+        wanted = set(names)
+        return Fingerprint({name: numbers for name, numbers in self.layers.items() if name in wanted})
+
     def difference(self, other: "Fingerprint") -> str | None:
         """What tells the two models apart, as in "the records have ...", or None where they are the same model."""
         if list(self.layers) != list(other.layers):
@@ -59,3 +66,22 @@ class Fingerprint:
             if math.dist(numbers, other.layers[name]) > TOLERANCE * math.hypot(*numbers):
                 return f"other key weights in {name}"
         return None
+
+
+def placed(
+    record: Any,
+    path: str | Path,
+    pipe: Any,
+    device: str | torch.device | None,
+    fingerprint_of: Callable[[Any], Fingerprint],
+) -> Any:
+    """The record that was read from `path`, where its maps are to be computed: on `device`, or where `pipe` computes.
+
+    Raises ValueError unless it was made by the model of `pipe`, if there is one; it may hold some of the layers alone.
+    """
+    if pipe is not None:
+        difference = record.fingerprint.difference(fingerprint_of(pipe).of_layers(record.fingerprint.layers))
+        if difference:
+            raise ValueError(f"{path} and the pipeline have {difference}: give the model that made it, with its LoRA")
+        device = device or pipe._execution_device
+    return record if device is None else record.to(device)

@@ -81,7 +81,8 @@ class Layer:
         scale: d_head ** -0.5, the factor of the scores.
         to_k: what made keys of the text while generating (LoRA included).
         queries: (step, h*w, heads * d_head) in the pipeline's dtype; None unless the trace stored "queries".
-        query_sum: (h*w, heads * d_head) float32, the sum over the steps; None where `queries` is kept.
+        query_sum: (h*w, heads * d_head) float32, the sum over the steps; None where `queries` is kept, and where the
+            record keeps its linear map alone.
         maps: text -> (m, h, w) float32, DAAM of the texts that a trace with `store="maps"` was given, and of the prompt
             under None; padding included.
     """

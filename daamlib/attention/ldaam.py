@@ -51,6 +51,15 @@ class LinearMap:
         bias = None if self.bias is None else self.bias.to(values.dtype).flatten()
         return F.linear(values, self.weight.to(values.dtype).reshape(-1, d_text), bias).view(-1, height, width)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of A."""
+        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+    def to(self, device: torch.device) -> "LinearMap":
+        """The same on `device`."""
+        return LinearMap(self.weight.to(device), None if self.bias is None else self.bias.to(device))
+
 
 @dataclass(frozen=True, eq=False)
 class NormedLinearMap:

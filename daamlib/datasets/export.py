@@ -9,7 +9,6 @@ Every file is written whole or not at all, and an export that was stopped is fin
 again writes the files anew, as after `datasets.import_masks`; files of another dataset in its folders are an error.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -183,7 +182,7 @@ def hugging_face(dataset: Dataset) -> Any:
     # Their own fingerprint, as of `from_dict`, pickles the table, which datasets 5.2.0 cannot do with every pyarrow;
     # and of the pictures it would see the paths alone. This one changes with the rows and with the pictures' times.
     times = [os.stat(path).st_mtime_ns for part in paths.values() for path in part]
-    fingerprint = hashlib.sha256(json.dumps([columns, times]).encode()).hexdigest()[:16]
+    fingerprint = files.short_hash([json.dumps([columns, times]).encode()])
     return datasets.Dataset(table, info=datasets.DatasetInfo(features=features), fingerprint=fingerprint)
 
 

@@ -6,6 +6,7 @@ An image is done when its file is there; what cannot be made from it later is wr
 written first and `manifest.csv` last, so a folder with a manifest is a complete dataset.
 """
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -37,6 +38,14 @@ STALE = 3600  # s after which a temporary file is nobody's
 def file_name(part: str, index: int) -> str:
     """The path of a file inside the folder, such as images/00007.png."""
     return f"{part}/{index:05d}.{SUFFIX[part]}"
+
+
+def short_hash(parts: Iterable[Any]) -> str:
+    """16 hexadecimal digits of the SHA-256 of bytes, or of arrays' memory, one after the other."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:16]
 
 
 def missing(folder: Path, parts: Iterable[str], indices: Iterable[int]) -> list[int]:

@@ -1,6 +1,5 @@
 """The one generator of datasets: images, and with a labeller their label maps, whole or not at all."""
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -15,7 +14,7 @@ from ..attention.layers import Layer
 from ..attention.record import AttentionRecord
 from ..attention.self_attention import SelfAttention
 from ..attention.trace import Store, trace
-from ..pipeline import denoiser_of
+from ..pipeline import DENOISERS, denoiser_of
 from . import folder as files
 from .dataset import Dataset
 from .labelling import Labeller, label_image
@@ -279,9 +278,7 @@ def generation_settings(
             "weights": weight_hash(pipe),
             "dtype": str(denoiser_of(pipe).dtype),
             "scheduler": type(pipe.scheduler).__name__,
-            "scheduler_config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[
-                :16
-            ],
+            "scheduler_config": files.short_hash([json.dumps(config, sort_keys=True, default=str).encode()]),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "threads": torch.get_num_threads() if device.type == "cpu" else None,
         }
@@ -298,14 +295,17 @@ def check_prompts(prompts: Sequence[str]) -> None:
 
 
 def weight_hash(pipe) -> str:
-    """16 hexadecimal digits of the SHA-256 of the denoiser's, text encoders' and VAE's weights as they are loaded."""
-    digest = hashlib.sha256()
-    for part in ("text_encoder", "text_encoder_2", "unet", "transformer", "vae"):
+    """The `short_hash` of the denoiser's, text encoders' and VAE's weights as they are loaded."""
+    return files.short_hash(_weights(pipe))
+
+
+def _weights(pipe) -> Iterator[Any]:
+    """Each tensor's name, and then its memory."""
+    for part in ("text_encoder", "text_encoder_2", "text_encoder_3", *DENOISERS, "vae"):
         module = getattr(pipe, part, None)
         for name, tensor in sorted(_state(module).items()) if module is not None else ():
-            digest.update(f"{part}.{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
+            yield f"{part}.{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
+            yield tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def _state(module: torch.nn.Module) -> dict[str, torch.Tensor]:

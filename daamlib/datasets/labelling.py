@@ -12,7 +12,6 @@ prompt the (H, W) uint8 Cityscapes ids, 255 where they are to be ignored. It may
 """
 
 import functools
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from ..cityscapes import BY_NAME, IGNORED, label_id
 from ..tokens.label_maps import STREET_WORDS, Threshold, assign_labels, check_tokens, label_map, of_each, text_of
 from ..tokens.token import OptimizedToken
 from .dataset import names
+from .folder import short_hash
 from .masks import check_ids
 
 THINGS = ("object", "human", "vehicle")  # categories of Cityscapes; the others are surroundings
@@ -216,9 +216,8 @@ def label_image(labeller: Labeller, image: np.ndarray, record: AttentionRecord |
 
 
 def _hash(token: OptimizedToken) -> str:
-    """16 hexadecimal digits of the SHA-256 of what a token's probabilities follow from."""
+    """The `short_hash` of what a token's probabilities follow from."""
     parts: list[Any] = [token.method, token.words, token.rows, token.scale, token.bias]
     parts += [token.info.get(name) for name in ("joint", "passes", "layers", "max_timestep")]
-    digest = hashlib.sha256(json.dumps(parts).encode())
-    digest.update(token.embedding.detach().cpu().float().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    embedding = token.embedding.detach().cpu().float().contiguous()
+    return short_hash([json.dumps(parts).encode(), embedding.numpy().tobytes()])

@@ -8,6 +8,7 @@ curves, as in the thesis (its Table 4.3 shows it), so its maximum has one thresh
 
 import itertools
 import os
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,8 @@ THESIS_TABLES = bundled("thesis_tables.csv")
 TRAIN_IMAGES = (1, 2, 5)
 TEXT = "a {} in an urban environment"  # whose embeddings optimised DAAM fits
 COLUMNS = ["method", "optimised", "refined", "train_images", "class", "metric", "value", "low", "high"]
+# of `STREET_WORDS` in one text, which a record is read with once for all classes
+_STREET_MAPS: weakref.WeakKeyDictionary[AttentionRecord, HeatMaps] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,10 +193,18 @@ def refined_map(
     if token is not None:
         maps = HeatMaps.of_words(token.probabilities(record, [name]), (name,))
     else:
-        words = STREET_WORDS | {name: STREET_WORDS.get(name, name)}
-        found = record.daam(text_of(words))[words[name]] if method == "DAAM" else record.ldaam(name)[name]
+        found = _among_street_words(record, name) if method == "DAAM" else record.ldaam(name)[name]
         maps = HeatMaps.of_words(found[None], (name,))
     return record.refine(maps, iterations=iterations)[0]
+
+
+def _among_street_words(record: AttentionRecord, name: str) -> torch.Tensor:
+    """(H, W): DAAM of the word of class `name` in one text of all `STREET_WORDS`, or of these and a class beside."""
+    if name not in STREET_WORDS:
+        return record.daam(text_of(STREET_WORDS | {name: name}))[name]
+    if record not in _STREET_MAPS:
+        _STREET_MAPS[record] = record.daam(text_of(STREET_WORDS))
+    return _STREET_MAPS[record][STREET_WORDS[name]]
 
 
 def compare(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 
+from ..attention.readers import in_decoder
 from ..attention.record import AttentionRecord
 from .inputs import select_part
 from .objective import Objective, loss_of
@@ -117,7 +118,7 @@ def _both(row: torch.Tensor) -> bool:
 def _layers(records: Sequence[AttentionRecord]) -> list[list[str] | None]:
     """None for all, and the names of some of the layers."""
     layers = records[0].layers
-    up = [layer for layer in layers if layer.name.startswith("up_blocks")]
+    up = [layer for layer in layers if in_decoder(layer.name)]
     grids = sorted({layer.grid for layer in layers}, reverse=True)[:2]
     some = [up, *([layer for layer in kind if layer.grid == grid] for grid in grids for kind in (layers, up))]
     names = {tuple(layer.name for layer in group): None for group in some if 0 < len(group) < len(layers)}

@@ -1,5 +1,6 @@
 """PixArt and Sana: what a record says of them, against the attention of the running model."""
 
+import math
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from daamlib import AttentionRecord
 from daamlib.attention.ldaam import LinearMap
 from daamlib.attention.readers import fingerprint_of, reader_of
 from daamlib.attention.readers.cross_transformer import PROBE_POSITIONS
-from daamlib.attention.text import read_pieces
+from daamlib.attention.readers.words import read_pieces
 from daamlib.pipeline import image_size
 
 NORMED = ("Sana 1.5",)  # whose keys are normalised
@@ -393,6 +394,24 @@ def test_maps_are_refined_along_the_images_own_attention(family, device, store):
     maps = record.ldaam()
     refined = record.refine(maps)
     assert_close(refined.values.flatten(1), maps.values.flatten(1) @ mean.T, 1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_collapsed_record(family, run, tmp_path):
+    pipe, _, whole = run(family)
+    if family in NORMED:
+        with pytest.raises(ValueError, match="normalises its keys"):
+            whole.collapsed()
+        return
+    small = whole.collapsed()
+    assert small.nbytes == 4 * math.prod(whole.grid) * (whole.d_text + 1)  # the last column is of the bias
+    for record in (small, small.to("cpu")):
+        assert_close(record.ldaam(OTHER).values.to(whole.device), whole.ldaam(OTHER).values, 1e-6)
+    small.save(tmp_path / "a.safetensors")
+    back = AttentionRecord.load(tmp_path / "a.safetensors", pipe=pipe)
+    assert torch.equal(back.ldaam(OTHER).values, small.ldaam(OTHER).values)
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        assert not any("quer" in name for name in file.keys())
 
 
 # -- files, folders, models ------------------------------------------------------------------------------------------

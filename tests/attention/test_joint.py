@@ -783,7 +783,7 @@ def test_passes_that_cannot_be_told_are_refused():
 # -- files -----------------------------------------------------------------------------------------------------------
 
 
-@of_families()
+@supports("save and load")
 def test_a_saved_record_knows_its_maps_and_with_a_model_any_text(family, tmp_path):
     record, path = shared_record(family), tmp_path / "record.safetensors"
     record.save(path)

@@ -250,6 +250,32 @@ def test_a_linear_record_has_ldaam_and_no_daam(record, linear_record):
     assert_close(sum(heads), record.ldaam().values)
 
 
+def test_a_collapsed_record_has_ldaam_alone(record, linear_record):
+    small = linear_record.collapsed()
+    assert small.grid == record.grid and small.device == record.device
+    assert small.nbytes == small.linear_map().weight.nbytes == 4 * 16 * 24 * record.d_text
+    assert_close(small.ldaam("a tree").values, record.ldaam("a tree").values, 1e-6)
+    assert torch.equal(small.to("cpu").linear_map().weight, linear_record.linear_map().weight.cpu())
+    assert small.collapsed().nbytes == small.nbytes
+    daamlib.require_same_model([record, small])
+    for evaluate in (small.daam, lambda: small.daam("a tree"), lambda: small.daam_from(random_embeddings(record))):
+        with pytest.raises(ValueError, match='or collapsed.*: trace with store="queries", or use ldaam'):
+            evaluate()
+    for part in ({"layers": lambda layer: True}, {"steps": [0]}, {"heads": [0]}):
+        with pytest.raises(ValueError, match="was collapsed to one map"):
+            small.select(**part)
+    assert linear_record.layers[0].query_sum is not None  # as it was
+
+
+def test_the_token_of_collapsed_records_is_that_of_the_whole(record):
+    mask = record.ldaam("a tree")["tree"] > 0
+    token, of_map = (daamlib.optimize_token([one], [mask], word="tree") for one in (record, record.collapsed()))
+    assert torch.equal(of_map.embedding, token.embedding)
+    assert torch.equal(token.maps(record.collapsed()).values, token.maps(record).values)
+    with pytest.raises(ValueError, match="was collapsed to one map"):
+        daamlib.optimize_token([record.collapsed()], [mask], layers=[record.layers[0].name])
+
+
 def test_the_parts_add_up_to_the_whole(record):
     for maps in ("daam", "ldaam"):
         whole = getattr(record, maps)().values

@@ -76,11 +76,28 @@ def test_half_precision_and_no_prompt(record, tmp_path):
     assert torch.equal(back.daam().values, other.daam().values)
 
 
-def test_selected_parts_can_be_saved(record, tmp_path):
+def test_selected_parts_can_be_saved(record, sd1_pipe, tmp_path):
     part = record.select(steps=[1], heads=[0, 2], layers=lambda layer: layer.grid == (8, 12))
     part.save(tmp_path / "a.safetensors")
     back = AttentionRecord.load(tmp_path / "a.safetensors", device=record.device)
     assert torch.equal(back.daam().values, part.daam().values)
+    layers = record.select(layers=lambda layer: layer.grid == (8, 12))
+    layers.save(tmp_path / "b.safetensors")
+    back = AttentionRecord.load(tmp_path / "b.safetensors", pipe=sd1_pipe)
+    assert torch.equal(back.daam("a tree").values, layers.daam("a tree").values)
+
+
+def test_a_collapsed_record_comes_back_as_it_was(record, sd1_pipe, tmp_path):
+    small, path = record.collapsed(), tmp_path / "a.safetensors"
+    small.save(path)
+    back = AttentionRecord.load(path, pipe=sd1_pipe)
+    assert back.nbytes == small.nbytes
+    assert torch.equal(back.ldaam("a tree").values, small.ldaam("a tree").values)
+    with pytest.raises(ValueError, match="collapsed"):
+        back.daam()
+    rewrite(path, lambda header, tensors: tensors.update({"linear.weight": tensors["linear.weight"][:-1]}))
+    with pytest.raises(ValueError, match=r"its map has shape \(15, 24, 24\), expected \(16, 24, 24\)"):
+        AttentionRecord.load(path)
 
 
 def test_records_of_one_trace_share_no_storage_on_disk(record, path):

@@ -1,19 +1,27 @@
 """Tokens, words and their embeddings."""
 
 import pytest
+import tiny_joint
 import torch
 
-from daamlib.attention.text import Word, encode, find_word, prompt_tokens, read_tokens
+from daamlib.attention.readers import encode
+from daamlib.attention.readers.words import BYTE_SPACE, read_pieces, read_tokens
+from daamlib.attention.text import Word, find_word
+
+
+def tokens_and_words(pipe, text):
+    embeddings = encode(pipe, text)
+    return embeddings.tokens, embeddings.words
 
 
 def test_words_are_made_of_their_tokens(sd1_pipe):
-    tokens, words = prompt_tokens(sd1_pipe, "a car, a bicycle")
+    tokens, words = tokens_and_words(sd1_pipe, "a car, a bicycle")
     assert tokens == ("<|startoftext|>", "a", "car", ",", "a", *"bi", "c", "y", "c", "l", "e", "<|endoftext|>")
     assert words == (Word("a", 1, 2), Word("car", 2, 3), Word(",", 3, 4), Word("a", 4, 5), Word("bicycle", 5, 12))
 
 
 def test_words_of_several_bytes_a_character(sd1_pipe):
-    _, words = prompt_tokens(sd1_pipe, "una señal 車")
+    _, words = tokens_and_words(sd1_pipe, "una señal 車")
     assert [word.text for word in words] == ["una", "señal", "車"]
 
 
@@ -30,6 +38,40 @@ def test_a_word_without_an_end_mark_ends_with_the_text():
     assert read_tokens(Tokenizer(), [8, 1, 2, 9])[1] == (Word("car", 1, 3),)
 
 
+QWEN = {"mark": BYTE_SPACE, "end": "<|im_end|>"}
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "options", "end"),
+    [
+        pytest.param(tiny_joint.t5_tokenizer(64), {}, "", id="T5"),
+        pytest.param(tiny_joint.qwen_tokenizer(), QWEN, "<|im_end|>\n<|im_start|>assistant\n", id="Qwen"),
+    ],
+)
+def test_words_begin_at_spaces_and_where_signs_meet_letters(tokenizer, options, end):
+    ids = tokenizer("a red traffic light,,, sky" + end).input_ids
+    tokens, words = read_pieces(tokenizer, ids, **options)
+    assert [word.text for word in words] == ["a", "red", "traffic", "light", ",,,", "sky"]
+    assert "".join(tokens[words[4].start : words[4].stop]) == ",,,"
+    _, rest = read_pieces(tokenizer, ids, 2, **options)
+    assert rest == words[2:]
+
+
+def test_a_word_whose_tokens_are_parts_of_a_characters_bytes():
+    class Tokenizer:
+        all_special_ids = [4]
+        pieces = [b"se", b"\xc3", b"\xb1", b"al", b"", b" car", b"\n", b"s"]
+
+        def convert_ids_to_tokens(self, ids):
+            return ["se", "Ã", "±", "al", "<unk>", "Ġcar", "Ċ", "s"]
+
+        def decode(self, ids):
+            return b"".join(self.pieces[i] for i in ids).decode(errors="replace")
+
+    _, words = read_pieces(Tokenizer(), range(8), mark=BYTE_SPACE)
+    assert words == (Word("señal", 0, 4), Word("car", 5, 6), Word("s", 7, 8))
+
+
 @pytest.mark.parametrize(
     ("word", "rows"),
     [
@@ -43,13 +85,13 @@ def test_a_word_without_an_end_mark_ends_with_the_text():
     ],
 )
 def test_find_word(sd1_pipe, word, rows):
-    tokens, words = prompt_tokens(sd1_pipe, "a car, a bicycle and traffic light")
+    tokens, words = tokens_and_words(sd1_pipe, "a car, a bicycle and traffic light")
     assert find_word(word, words, tokens) == rows
 
 
 @pytest.mark.parametrize("word", ["tree", "ar", "light traffic", "cycle", "", " "])
 def test_a_word_that_is_not_there_lists_the_tokens(sd1_pipe, word):
-    tokens, words = prompt_tokens(sd1_pipe, "a car, a bicycle and traffic light")
+    tokens, words = tokens_and_words(sd1_pipe, "a car, a bicycle and traffic light")
     with pytest.raises(ValueError, match=r"not in the text; its tokens are \['<\|start.*', 'a', 'car'.*giving its own"):
         find_word(word, words, tokens)
 

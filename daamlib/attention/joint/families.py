@@ -11,10 +11,8 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb_qwen
 
 from ...pipeline import denoiser_of
-from .text import Names, clip_names, piece_names, side_by_side
-
-T5 = {"mark": "▁", "end": "</s>"}
-QWEN = {"mark": "Ġ", "end": "<|im_end|>"}
+from ..readers.words import BYTE_SPACE, Names, read_pieces, read_tokens, token_ids
+from .text import side_by_side
 
 
 @dataclass(frozen=True)
@@ -98,12 +96,9 @@ def _sd3_names(pipe: Any, texts: Mapping[str, str], rows: int) -> Names:
     names: Names = ((), ())
     if pipe.text_encoder_3 is not None:  # without it the rows are zeros
         text = texts.get("prompt_3") or texts["prompt"]
-        names = piece_names(pipe.tokenizer_3, _cut(pipe.tokenizer_3, text, rows - clip), **T5)
-    return side_by_side([(clip_names(pipe.tokenizer, texts["prompt"], clip), clip), (names, rows - clip)])
-
-
-def _cut(tokenizer: Any, text: str, length: int) -> list[int]:
-    return tokenizer(text, truncation=True, max_length=length).input_ids
+        names = read_pieces(pipe.tokenizer_3, token_ids(pipe.tokenizer_3, text, rows - clip))
+    of_clip = read_tokens(pipe.tokenizer, token_ids(pipe.tokenizer, texts["prompt"], clip))
+    return side_by_side([(of_clip, clip), (names, rows - clip)])
 
 
 def _sd3_arguments(pipe: Any, latents: torch.Tensor, level: float, encoded: Sequence[Any]) -> dict[str, Any]:
@@ -149,7 +144,7 @@ def _flux_grid(denoiser: Any, arguments: Mapping[str, Any]) -> tuple[int, int]:
 
 def _flux_names(pipe: Any, texts: Mapping[str, str], rows: int) -> Names:
     text = texts.get("prompt_2") or texts["prompt"]
-    return side_by_side([(piece_names(pipe.tokenizer_2, _cut(pipe.tokenizer_2, text, rows), **T5), rows)])
+    return side_by_side([(read_pieces(pipe.tokenizer_2, token_ids(pipe.tokenizer_2, text, rows)), rows)])
 
 
 def _flux_arguments(pipe: Any, latents: torch.Tensor, level: float, encoded: Sequence[Any]) -> dict[str, Any]:
@@ -202,7 +197,7 @@ def _qwen_grid(denoiser: Any, arguments: Mapping[str, Any]) -> tuple[int, int]:
 def _qwen_names(pipe: Any, texts: Mapping[str, str], rows: int) -> Names:
     start = pipe.prompt_template_encode_start_idx  # where the template's own words end
     ids = pipe.tokenizer(pipe.prompt_template_encode.format(texts["prompt"])).input_ids[start:]
-    return side_by_side([(piece_names(pipe.tokenizer, ids, **QWEN), rows)])
+    return side_by_side([(read_pieces(pipe.tokenizer, ids, mark=BYTE_SPACE, end="<|im_end|>"), rows)])
 
 
 def _qwen_latents(pipe: Any, pixels: torch.Tensor) -> torch.Tensor:

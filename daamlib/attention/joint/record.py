@@ -9,11 +9,11 @@ import torch
 
 from ...io import load_tensors, save_tensors
 from ...pipeline import denoiser_of
-from ..fingerprint import Fingerprint
+from ..fingerprint import Fingerprint, placed
 from ..heatmaps import HeatMaps
 from ..ldaam import LinearMap
 from ..readers.sites import fingerprint_of_keys
-from ..text import TokenEmbeddings, Word
+from ..text import TokenEmbeddings
 from .encoding import check_words, encode_text, encode_words
 from .families import Family, family_of
 from .maps import Formulae, Sums, concept_map, lone_word, open_vocabulary_daam
@@ -244,8 +244,7 @@ class JointRecord:
         """
         tensors, header = load_tensors(path, FORMAT)
         try:
-            words = tuple(Word(*word) for word in header["named"])
-            embeddings = TokenEmbeddings(tensors["prompt_embeddings"], tuple(header["tokens"]), words)
+            embeddings = TokenEmbeddings.stored(tensors["prompt_embeddings"], header["tokens"], header["named"])
             calls = tuple(
                 {
                     name: tensors[held["tensor"]] if "tensor" in held else _tuples(held["value"])
@@ -270,15 +269,7 @@ class JointRecord:
                 raise ValueError(f"its maps of {sizes} do not fit the grid {record.grid} and the prompt's tokens")
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{path} is not a readable record, or is damaged: {error}") from error
-        if pipe is None:
-            return record if device is None else record.to(device)
-        family = family_of(pipe)
-        if family is None:
-            raise ValueError(f"{path} is of a joint model, {type(pipe).__name__} is none that is read")
-        difference = record.fingerprint.difference(fingerprint_of_joint(pipe, family))
-        if difference:
-            raise ValueError(f"{path} and the pipeline have {difference}: give the model that made it, with its LoRA")
-        return record.to(device or pipe._execution_device)
+        return placed(record, path, pipe, device, fingerprint_of_joint)
 
     def __repr__(self) -> str:
         return (
@@ -328,8 +319,11 @@ def _keys(denoiser: Any, family: Family) -> dict[str, Any]:
     return {names[module]: module for module in first}
 
 
-def fingerprint_of_joint(pipe: Any, family: Family) -> Fingerprint:
-    """The fingerprint of a pipeline as it is now, by the image's keys in every block."""
+def fingerprint_of_joint(pipe: Any) -> Fingerprint:
+    """The fingerprint of a pipeline as it is now, by the image's keys in every block. ValueError if it is no such."""
+    family = family_of(pipe)
+    if family is None:
+        raise ValueError(f"the record is of a joint model, {type(pipe).__name__} is none that is read")
     denoiser = denoiser_of(pipe)
     keys = {name: [module.to_k] for name, module in _keys(denoiser, family).items()}
     return fingerprint_of_keys(keys, denoiser.inner_dim, denoiser.dtype, pipe)

@@ -1,43 +1,11 @@
 """The names of the tokens of texts, also of texts that several encoders read."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
-from ..text import PAD, TokenEmbeddings, Word, read_tokens
-
-Names = tuple[tuple[str, ...], tuple[Word, ...]]  # tokens, and the words they make
-
-
-def clip_names(tokenizer: Any, text: str, length: int) -> Names:
-    """The tokens of CLIP's tokenizer, start token first, cut at `length`."""
-    return read_tokens(tokenizer, tokenizer(text, truncation=True, max_length=length).input_ids)
-
-
-def piece_names(tokenizer: Any, ids: Sequence[int], *, mark: str, end: str) -> Names:
-    """The tokens `ids` of a tokenizer that marks the first token of a word, as T5's and Qwen's do.
-
-    Args:
-        tokenizer: its own.
-        ids: of a text.
-        mark: what a word's first token begins with; punctuation is a word of its own.
-        end: the token that ends the text; what follows it belongs to no word.
-
-    Returns:
-        The tokens without the mark, and the words.
-    """
-    pieces = tokenizer.convert_ids_to_tokens(list(ids))
-    stop = pieces.index(end) if end in pieces else len(pieces)
-    bare = [piece.removeprefix(mark) for piece in pieces]
-
-    def punctuation(i: int) -> bool:
-        return bool(bare[i]) and not any(letter.isalnum() for letter in bare[i])
-
-    starts = [i for i in range(stop) if i == 0 or pieces[i].startswith(mark) or punctuation(i) or punctuation(i - 1)]
-    spans = zip(starts, [*starts, stop][1:], strict=True)
-    words = [Word(tokenizer.decode(list(ids[start:after])).strip(), start, after) for start, after in spans]
-    return tuple(bare), tuple(word for word in words if word.text)
+from ..readers.words import Names
+from ..text import PAD, TokenEmbeddings, Word
 
 
 def side_by_side(parts: Sequence[tuple[Names, int]]) -> Names:

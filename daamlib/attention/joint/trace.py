@@ -64,7 +64,7 @@ class JointRecorder:
         self._denoiser = denoiser_of(pipe)
         self._stream = Stream(family, self._denoiser)
         self._signature = inspect.signature(self._denoiser.forward)
-        self._made_by = fingerprint_of_joint(pipe, family)
+        self._made_by = fingerprint_of_joint(pipe)
         self._call: Call | None = None  # between `check_inputs` and `maybe_free_model_hooks`
         self._counts = False  # whether the pass under way is of the prompt
 
@@ -260,6 +260,6 @@ def trace_pixels(
         calls=tuple(calls),
         words=(),
         maps={PROMPT: maps[PROMPT][0].unflatten(1, grid)},
-        fingerprint=fingerprint_of_joint(pipe, family),
+        fingerprint=fingerprint_of_joint(pipe),
         pipe=pipe,
     )

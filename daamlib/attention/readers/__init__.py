@@ -17,9 +17,10 @@ from typing import Any
 
 from ...pipeline import denoiser_of
 from ..fingerprint import Fingerprint
+from ..text import TokenEmbeddings
 from .audioldm2 import GPT2Reader, T5Reader
 from .cross_transformer import CrossTransformerReader
-from .unet import UNetReader
+from .unet import UP, UNetReader
 
 Reader = CrossTransformerReader | UNetReader
 READERS: tuple[type[Reader], ...] = (CrossTransformerReader, T5Reader, GPT2Reader, UNetReader)  # the first that reads
@@ -42,6 +43,16 @@ def reader_of(pipe: Any, *, middle: bool = False, stream: str | None = None) -> 
         "expected a diffusers pipeline with a U-Net (Stable Diffusion 1.x, 2.x, XL) or with a transformer of PixArt or "
         f"Sana, got {type(pipe).__name__} with a transformer that no reader knows, {kind}"
     )
+
+
+def in_decoder(layer: str) -> bool:
+    """Whether the layer of this name is in a decoder, which only some families have: U-Nets."""
+    return layer.startswith(UP)
+
+
+def encode(pipe: Any, text: str, *, padding: bool = False) -> TokenEmbeddings:
+    """Embed any text as the pipeline embeds its prompts, see the `encode` of its reader."""
+    return reader_of(pipe).encode(text, padding=padding)
 
 
 def fingerprint_of(pipe: Any, *, middle: bool = False, stream: str | None = None) -> Fingerprint:

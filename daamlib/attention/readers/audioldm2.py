@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 
-from ..text import TokenEmbeddings, read_pieces, require_text
+from ..text import TokenEmbeddings, require_text
 from .sites import Pass, Site
 from .unet import UNetReader, cross_attentions
+from .words import read_pieces, token_ids
 
 
 class T5Reader(UNetReader):
@@ -87,7 +88,7 @@ class T5Reader(UNetReader):
         if prompt is None:
             return TokenEmbeddings.unnamed(values)
         tokenizer = self.pipe.tokenizer_2
-        ids = tokenizer(prompt, truncation=True, max_length=tokenizer.model_max_length).input_ids
+        ids = token_ids(tokenizer, prompt, tokenizer.model_max_length)
         return TokenEmbeddings(values, *read_pieces(tokenizer, ids))
 
     def encode(self, text: str, *, padding: bool = False, options: Mapping[str, Any] | None = None) -> TokenEmbeddings:

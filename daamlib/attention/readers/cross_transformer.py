@@ -15,8 +15,9 @@ import torch
 
 from ...pipeline import denoiser_of, uncompiled
 from ..fingerprint import Fingerprint
-from ..text import PAD, TokenEmbeddings, read_pieces, require_text
+from ..text import PAD, TokenEmbeddings, require_text
 from .sites import Pass, Site, fingerprint_of_sites, place_of, state_of_weights
+from .words import read_pieces
 
 KINDS = ("PixArtTransformer2DModel", "SanaTransformer2DModel")
 PROJECTIONS = ("caption_projection", "caption_norm")  # what c has gone through, in this order, where a model has it

@@ -9,8 +9,11 @@ import torch
 
 from ...pipeline import denoiser_of
 from ..fingerprint import Fingerprint
-from ..text import TokenEmbeddings, embed_prompt, encode, name_tokens
+from ..text import PAD, TokenEmbeddings, require_text
 from .sites import Pass, Site, fingerprint_of_sites, state_of_weights
+from .words import read_tokens, token_ids
+
+MIDDLE, UP = "mid_block", "up_blocks"  # what the names of a layer begin with in the middle and in the decoder
 
 
 class UNetReader:
@@ -79,23 +82,10 @@ class UNetReader:
             raise ValueError(f"{positions} positions are no halving of the {latent[0]} x {latent[1]} latent")
         return h, w
 
-    def encode(self, text: str, *, padding: bool = False, options: Mapping[str, Any] | None = None) -> TokenEmbeddings:
-        """Embed any text as a prompt was with these options, see `daamlib.attention.text.encode`."""
-        options = {name: value for name, value in (options or {}).items() if name != "prompt_2"}  # the prompt's alone
-        return encode(self.pipe, text, padding=padding, options=options)
-
     @staticmethod
     def prompt_of(result: tuple) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Of what `encode_prompt` returns the positive text, its mask (which a U-Net has not) and the negative text."""
         return result[0], None, result[1]
-
-    def embed(self, prompt: str, options: Mapping[str, Any]) -> torch.Tensor:
-        """(context, d_text) of a prompt, by `encode_prompt` with these options."""
-        return embed_prompt(self.pipe, prompt, options)[0][0]
-
-    def text_state(self) -> tuple:
-        """Something that changes when the text encoders' weights do, or a LoRA is loaded into them."""
-        return state_of_weights(getattr(self.pipe, name, None) for name in ("text_encoder", "text_encoder_2"))
 
     def named(
         self,
@@ -105,7 +95,75 @@ class UNetReader:
         options: Mapping[str, Any],
     ) -> list[TokenEmbeddings]:
         """The (image, context, d_text) text of a pass with the tokens and words of each prompt."""
-        return [name_tokens(self.pipe, prompt, values) for prompt, values in zip(prompts, text, strict=True)]
+        return [self._named(prompt, values) for prompt, values in zip(prompts, text, strict=True)]
+
+    def _named(self, prompt: str | None, values: torch.Tensor) -> TokenEmbeddings:
+        """The (context, d_text) embeddings of a prompt, cut at the context length, with their tokens and words."""
+        if prompt is None:
+            return TokenEmbeddings.unnamed(values)
+        tokenizer, context = self._tokenizer
+        tokens, words = read_tokens(tokenizer, token_ids(tokenizer, self._converted(prompt), context))
+        return TokenEmbeddings(values, tokens + (PAD,) * (len(values) - len(tokens)), words)
+
+    def encode(self, text: str, *, padding: bool = False, options: Mapping[str, Any] | None = None) -> TokenEmbeddings:
+        """Embed any text as a prompt was with these options.
+
+        CLIP's attention is causal, so the values of a token do not depend on the padding after it.
+
+        Args:
+            text: any words.
+            padding: whether to keep the rows up to the context length.
+            options: further arguments of `pipe.encode_prompt`, such as `clip_skip`.
+
+        Returns:
+            (m, d_text) values: m = 2 + the number of tokens (start and end token included), or the context length.
+
+        Raises:
+            TypeError: `text` is no string.
+            ValueError: it is longer than the context length.
+        """
+        require_text(text)
+        tokenizer, context = self._tokenizer
+        # counted without truncation; `verbose=False` silences the tokenizer's own warning, the error says it better
+        count = len(tokenizer(self._converted(text), verbose=False).input_ids)
+        if count > context:
+            raise ValueError(
+                f"the text has {count} tokens with its start and end token, the text encoder reads {context}: "
+                f"shorten it by {count - context} tokens: {text!r}"
+            )
+        options = {name: value for name, value in (options or {}).items() if name != "prompt_2"}  # the prompt's alone
+        embeddings = self._named(text, self.embed(text, options))
+        return embeddings if padding else embeddings.without_padding()
+
+    def embed(self, prompt: str, options: Mapping[str, Any]) -> torch.Tensor:
+        """(context, d_text) of a prompt, by `encode_prompt` with these options."""
+        return self._encode_prompt(prompt, options)[0][0]
+
+    @torch.no_grad()
+    def _encode_prompt(self, prompt: str, options: Mapping[str, Any]) -> tuple:
+        """What `pipe.encode_prompt` returns for one prompt without guidance."""
+        device = self.pipe._execution_device
+        return self.pipe.encode_prompt(
+            prompt=prompt, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False, **options
+        )
+
+    @property
+    def _tokenizer(self) -> tuple[Any, int]:
+        """The one whose tokens are shown, and its context length: the first of SDXL's two, its refiner's only one."""
+        second = self.pipe.tokenizer is None
+        tokenizer = self.pipe.tokenizer_2 if second else self.pipe.tokenizer
+        config = (self.pipe.text_encoder_2 if second else self.pipe.text_encoder).config
+        limit = getattr(config, "max_position_embeddings", None)
+        return tokenizer, min(tokenizer.model_max_length, limit or tokenizer.model_max_length)
+
+    def _converted(self, text: str) -> str:
+        """With textual inversion, one name may stand for several vectors."""
+        convert = getattr(self.pipe, "maybe_convert_prompt", None)
+        return text if convert is None else convert(text, self._tokenizer[0])
+
+    def text_state(self) -> tuple:
+        """Something that changes when the text encoders' weights do, or a LoRA is loaded into them."""
+        return state_of_weights(getattr(self.pipe, name, None) for name in ("text_encoder", "text_encoder_2"))
 
     def denoise(
         self, prompt: str, timesteps: Sequence[int], noisy: Sequence[torch.Tensor], size: tuple[int, int]
@@ -114,7 +172,7 @@ class UNetReader:
 
         size: (height, width) of the image in pixels, which SDXL's U-Net is told.
         """
-        encoded = embed_prompt(self.pipe, prompt)
+        encoded = self._encode_prompt(prompt, {})
         dtype, conditions = self.denoiser.dtype, None
         if getattr(self.denoiser.config, "addition_embed_type", None) == "text_time":  # SDXL
             pooled = encoded[2].to(dtype)
@@ -145,7 +203,7 @@ def cross_attentions(unet: Any, *, middle: bool) -> Iterator[Site]:
         for name, module in unet.named_modules()
         if name.endswith("attn2")
         and getattr(module, "is_cross_attention", False)
-        and (middle or not name.startswith("mid_block"))
+        and (middle or not name.startswith(MIDDLE))
     }
     if not found:
         raise ValueError(
@@ -164,7 +222,7 @@ def cross_attentions(unet: Any, *, middle: bool) -> Iterator[Site]:
 def _self_sites(unet: torch.nn.Module) -> Iterator[Site]:
     """The last self-attention (`attn1`) of each transformer in the up blocks, where objects are told apart best."""
     for name, module in unet.named_modules():
-        if name.startswith("up_blocks") and hasattr(module, "transformer_blocks"):
+        if name.startswith(UP) and hasattr(module, "transformer_blocks"):
             last = len(module.transformer_blocks) - 1
             attention = module.transformer_blocks[last].attn1
             if attention is not None and not attention.is_cross_attention:
