@@ -115,11 +115,11 @@ def test_refined_rows_are_those_of_refined_maps(examples, comparison, name):
         maps = torch.stack([reader(e.record) for e in test])
         wanted = {"refined": True, "method": method, "train_images": k, "class": name}
         assert number(comparison, metric="max_miou", **wanted) == pytest.approx(100 * metrics.max_miou(maps, masks))
-        curve = metrics.miou_curve(
-            torch.stack([reader(e.record) for e in train]), np.stack([e.masks[name] for e in train])
-        )
+        of_train = torch.stack([reader(e.record) for e in train])
+        curve = metrics.miou_curve(of_train, np.stack([e.masks[name] for e in train]))[1]
+        as_good = curve >= curve.max() - 1e-3  # rounding may put a pixel on the other side of a threshold
         value = number(comparison, metric="miou_at_train_threshold", **wanted)
-        assert value == pytest.approx(100 * metrics.miou_curve(maps, masks)[1][curve[1].argmax()])
+        assert value in [pytest.approx(each) for each in 100 * metrics.miou_curve(maps, masks)[1][as_good]]
     assert comparison.refined_tokens["LDAAM", 2, name].info["weight_decay"] == settings["weight_decay"]
     assert comparison.refined_tokens["DAAM", 2, name] is text
 
