@@ -15,6 +15,11 @@ from .text import Names, clip_names, piece_names, side_by_side
 
 T5 = {"mark": "▁", "end": "</s>"}
 QWEN = {"mark": "Ġ", "end": "<|im_end|>"}
+NOT_LINEAR = (  # why there is no linear map, and what there is
+    "the text of a joint model changes with the image from block to block, so a word's map is not linear in its "
+    "embedding, and there is nothing to collapse. record.ldaam(word) reads a lone word; optimize_probe fits vectors in "
+    "the attention's output space, in which maps are linear"
+)
 
 
 @dataclass(frozen=True)
