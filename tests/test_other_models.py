@@ -147,7 +147,7 @@ SMALLEST = {
     "01": ({}, "1 images (3, 32, 32) -> latents (4, 16, 16)"),  # of scenes, which are square
     "02": ({"N_IMAGES": 2}, "grid {maps}"),
     "03": ({"N_SCENES": 2}, "grid of the maps: {maps}, "),
-    "04": ({"N_SCENES": 2}, "maps of {maps}, text width {width}"),
+    "04": ({"N_SCENES": 3}, "maps of {maps}, text width {width}"),
     "05": ({"N_SCENES": 24}, "one token of {width} numbers, fitted to 5 masks of {scene}"),
 }
 PRINTED = {
