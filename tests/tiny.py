@@ -83,12 +83,12 @@ def clip(width, context, kind=CLIPTextModel, *, projection=16):
     return kind(config).eval()
 
 
-def vae(**config):
-    """An autoencoder of half the image's side and four channels."""
+def vae(channels=(4, 8), **config):
+    """An autoencoder of four latent channels; every block after the first halves the image's side."""
     return AutoencoderKL(
-        block_out_channels=(4, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
         latent_channels=4,
         norm_num_groups=2,
         **config,

@@ -41,6 +41,11 @@ class LinearMap:
     weight: Float[torch.Tensor, "height width d_text"]
     bias: Float[torch.Tensor, "height width"] | None = None
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(H, W, d_text), of the weight."""
+        return tuple(self.weight.shape)
+
     def __call__(self, embeddings: torch.Tensor | TokenEmbeddings) -> Float[torch.Tensor, "m height width"]:
         """(m, d_text) token embeddings -> (m, H, W) maps, differentiable in the embeddings.
 
@@ -72,6 +77,11 @@ class NormedLinearMap:
 
     maps: tuple[LinearMap, ...]
     to_k: tuple[KeyProjection, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(layers, H, W, d_text), of the weights."""
+        return (len(self.maps), *self.maps[0].shape)
 
     def __call__(self, embeddings: torch.Tensor | TokenEmbeddings) -> Float[torch.Tensor, "m height width"]:
         """(m, d_text) token embeddings -> (m, H, W) maps, differentiable in the embeddings.

@@ -73,6 +73,15 @@ class AttentionRecord:
         """Where the record's tensors lie, and its maps are computed."""
         return self.layers[0].to_k.weight.device
 
+    @property
+    def summands(self) -> int:
+        """How many terms a map sums in a cell: heads x layers x passes. DAAM of all tokens sums to it, with padding."""
+        return len(self.timesteps) * sum(layer.heads for layer in self.layers)
+
+    def layer_names(self) -> list[str]:
+        """The names of the attentions that are read."""
+        return [layer.name for layer in self.layers]
+
     @functools.cached_property
     def fingerprint(self) -> Fingerprint:
         """What tells the model that made the record from others, by the key weights it was made with."""

@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 import torch
 
-from .joint.families import family_of
+from .joint.families import NOT_LINEAR, family_of
 from .joint.trace import JointRecorder
 from .recorder import Branch, Keep, Recorder, Store, Trace
 
@@ -81,6 +81,8 @@ def trace(
     device = None if store_device is None else torch.device(store_device)
     family = family_of(pipe)
     if family is not None:
+        if store == "linear":
+            raise ValueError(f'store="linear" is not for {family.name}: {NOT_LINEAR}')
         usual = {
             "branch": (branch, "conditional"),
             "store": (store, "queries"),

@@ -233,6 +233,7 @@ def test_the_collapsed_linear_map_is_the_loop_over_steps_layers_and_heads(family
     assert isinstance(linear, LinearMap) == (family not in NORMED)
     if family not in NORMED:
         assert linear.weight.shape == (*record.grid, record.d_text) and linear.bias.shape == record.grid
+    assert linear.shape == ((len(layers),) if family in NORMED else ()) + (*record.grid, record.d_text)
     x = record.encode("a tree").values.double().requires_grad_()
     assert torch.autograd.gradcheck(lambda x: linear(x).sum(dim=(1, 2)), x)
 

@@ -261,10 +261,11 @@ def test_words_read_later_equal_those_read_while_generating(family):
     assert torch.equal(record.daam().values, bare.daam().values)
     blocks, passes = len(record.layer_names()), len(record.timesteps)
     heads = shared(family).transformer.config.num_attention_heads
-    assert_close(kept.values.sum(dim=0), torch.full(record.grid, float(blocks * passes * heads)))
+    assert record.summands == blocks * passes * heads
+    assert_close(kept.values.sum(dim=0), torch.full(record.grid, float(record.summands)))
     text = bare.daam(PROMPT)  # its tokens, without padding
     assert text.tokens == bare.daam().tokens and text["traffic light"].shape == record.grid
-    assert_close(text.values.sum(dim=0), torch.full(record.grid, float(blocks * passes * heads)))
+    assert_close(text.values.sum(dim=0), torch.full(record.grid, float(record.summands)))
 
 
 @supports("concept map")
@@ -737,6 +738,12 @@ def test_layers_replaced_inside_are_noticed():
 def test_options_of_other_models_are_refused(options):
     with pytest.raises(ValueError, match="joint"), daamlib.trace(shared("SD 3"), **options):
         raise AssertionError("the trace began")
+
+
+def test_there_is_no_linear_map():
+    for ask in (daamlib.trace(shared("SD 3"), store="linear").__enter__, shared_record("SD 3").linear_map):
+        with pytest.raises(ValueError, match="nothing to collapse.*ldaam.*optimize_probe"):
+            ask()
 
 
 def test_words_are_refused_for_other_models_and_where_they_cannot_compete(sd1_pipe):

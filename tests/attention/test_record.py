@@ -91,9 +91,8 @@ def test_maps_of_any_text_equal_attention_to_it(made):
 def test_the_softmax_runs_over_the_padding_if_asked(record):
     padded, alone = record.daam("a tree"), record.daam("a tree", padding=False)
     assert padded.tokens == alone.tokens == ("<|startoftext|>", "a", "tree", "<|endoftext|>")
-    passes = len(record.timesteps) * sum(layer.heads for layer in record.layers)
-    assert_close(alone.values.sum(dim=0), torch.full((16, 24), float(passes)))
-    assert (padded.values.sum(dim=0) < 0.5 * passes).all()
+    assert_close(alone.values.sum(dim=0), torch.full((16, 24), float(record.summands)))
+    assert (padded.values.sum(dim=0) < 0.5 * record.summands).all()
     assert_close(record.daam_from(record.encode("a tree", padding=True)).values[:4], padded.values)
     assert_close(record.daam(PROMPT).values, record.daam().values)
 
@@ -118,7 +117,7 @@ def test_an_empty_text_has_the_maps_of_start_and_end(record):
 
 def test_the_linear_map_is_ldaam_and_is_computed_once(record):
     linear = record.linear_map()
-    assert linear.weight.shape == (16, 24, record.d_text)
+    assert linear.shape == linear.weight.shape == (16, 24, record.d_text)
     assert linear.weight.dtype == torch.float32
     assert record.linear_map() is linear
     embeddings = record.encode("a tree")
@@ -354,6 +353,7 @@ def test_what_a_record_says_of_itself(record):
     assert record.d_text == 24
     assert record.branch == "conditional"
     assert len(record.timesteps) == 3
+    assert len(record.layer_names()) == 6 and record.layer_names()[0].startswith("down_blocks.0.")
     assert record.nbytes == sum(layer.queries.nbytes for layer in record.layers) > 0
     assert repr(record).startswith(f"AttentionRecord({PROMPT!r}, grid=(16, 24), steps=3, layers=6, ")
     with pytest.raises(dataclasses.FrozenInstanceError):

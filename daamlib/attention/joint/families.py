@@ -14,6 +14,12 @@ from ...pipeline import denoiser_of
 from ..readers.words import BYTE_SPACE, Names, read_pieces, read_tokens, token_ids
 from .text import side_by_side
 
+NOT_LINEAR = (  # why there is no linear map, and what there is
+    "the text of a joint model changes with the image from block to block, so a word's map is not linear in its "
+    "embedding, and there is nothing to collapse. record.ldaam(word) reads a lone word; optimize_probe fits vectors in "
+    "the attention's output space, in which maps are linear"
+)
+
 
 @dataclass(frozen=True)
 class Family:

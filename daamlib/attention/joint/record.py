@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -15,7 +15,7 @@ from ..ldaam import LinearMap
 from ..readers.sites import fingerprint_of_keys
 from ..text import TokenEmbeddings
 from .encoding import check_words, encode_text, encode_words
-from .families import Family, family_of
+from .families import NOT_LINEAR, Family, family_of
 from .maps import Formulae, Sums, concept_map, lone_word, open_vocabulary_daam
 from .reading import CONCEPTS, PROMPT, WORDS, make_again
 from .stream import attentions
@@ -68,11 +68,18 @@ class JointRecord:
         tensors = [value for call in self.calls for value in call.values() if isinstance(value, torch.Tensor)]
         return sum(tensor.nbytes for tensor in {id(t): t for t in [*tensors, *self.maps.values()]}.values())
 
-    def encode(self, text: str) -> TokenEmbeddings:
-        """The tokens of any text, embedded as the prompt was (`embedded_with`), without padding.
+    @property
+    def summands(self) -> int:
+        """How many terms `daam` and `ldaam` sum in a cell: heads x blocks x passes. ValueError without a pipeline."""
+        family = self._family()
+        return len(self.timesteps) * sum(module.heads for module in _keys(denoiser_of(self.pipe), family).values())
+
+    def encode(self, text: str, *, padding: bool = False) -> TokenEmbeddings:
+        """The tokens of any text, embedded as the prompt was (`embedded_with`).
 
         Args:
             text: any words.
+            padding: of no meaning here, where a text runs along without it.
 
         Returns:
             (m, d_text) values and their tokens: with SD 3 those of CLIP, start and end token included, and then T5's.
@@ -84,7 +91,7 @@ class JointRecord:
         """
         return encode_text(self.pipe, self._family(), text, self.embedded_with)
 
-    def daam(self, text: str | Sequence[str] | None = None) -> HeatMaps:
+    def daam(self, text: str | Sequence[str] | None = None, *, padding: bool = True) -> HeatMaps:
         """DAAM of the prompt, or open-vocabulary DAAM of a text or of words (`joint.maps`).
 
         The prompt's (None) is exact: the probabilities of the model's own joint softmax, in which the image's positions
@@ -94,6 +101,7 @@ class JointRecord:
 
         Args:
             text: see above. The words that `trace` was given need no model.
+            padding: of no meaning here, where a text runs along without it.
 
         Returns:
             (m, H, W) maps, a row a token, or a row a word of a list; sums over the kept passes, blocks and heads.
@@ -150,6 +158,10 @@ class JointRecord:
         pool = torch.eye(len(embeddings.values))
         maps = self._run([embeddings], lambda image, texts: {WORDS: lone_word(image, texts[0], pool)})
         return HeatMaps(self._on_grid(maps[WORDS]), embeddings.tokens, embeddings.words)
+
+    def linear_map(self) -> NoReturn:
+        """LDAAM collapsed to one tensor, which a joint model has not. Raises ValueError, with the reason."""
+        raise ValueError(NOT_LINEAR)
 
     def probe_map(self, layers: Sequence[str] | None = None) -> LinearMap:
         """The map of a probe token: P(v) = sum over blocks l of < sum over passes t of o_image[t, l], v_l >.
