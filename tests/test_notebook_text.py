@@ -188,7 +188,7 @@ def refinement(metrics):
 
 SMALL = {
     "00_quickstart": (quickstart, {"SEED": 11, "N_IMAGES": 2, "STEPS": 4}),
-    "01_diffusion_fundamentals": (fundamentals, {"SEED": 12, "N_IMAGES": 2, "STEPS": 6}),
+    "01_diffusion_fundamentals": (fundamentals, {"SEED": 12, "N_IMAGES": 2, "STEPS": 4}),
     "02_daam_limitations": (limitations, {"SEED": 13, "N_IMAGES": 2, "STEPS": 4}),
     "03_open_vocabulary_daam": (open_vocabulary, {"SEED": 14, "N_IMAGES": 2, "STEPS": 4, "N_SCENES": 8}),
     "04_linear_daam": (linear, {"SEED": 15, "N_IMAGES": 2, "STEPS": 4, "N_SCENES": 12}),
