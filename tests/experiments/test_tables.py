@@ -278,6 +278,9 @@ def test_the_claims_can_hold_and_fail():
     table.loc[table["class"] == "rider", "value"] += 20
     bad = experiments.claims(table)
     assert bad.verdict.tolist() == ["does not hold here"] * 5
+    table.loc[table["class"] == "rider", "value"] -= 10  # as low as the car
+    near = experiments.claims(table).iloc[-1]
+    assert (near.here, near.verdict) == ("car or rider, 60.0", "too close to tell")
 
 
 def test_tokens_are_evaluated_on_other_images(examples, comparison):
