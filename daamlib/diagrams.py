@@ -249,3 +249,37 @@ def token_optimisation() -> Figure:
     _arrow(ax, key.top(), maps.bottom())
     _note(ax, 4.62, (rows[1] + rows[2]) / 2, "I  repeat", ha="left")
     return figure
+
+
+def synthetic_segmentation() -> Figure:
+    """Draw how a few annotated images become a labelled data set, and how the data set is judged.
+
+    It is the thesis' motivation, synthetic data for segmentation, as notebook 07 tries it; no slide shows it.
+
+    Returns:
+        The figure.
+    """
+    figure, ax = _sheet(4.4, "From a few drawn masks to a labelled data set")
+    columns, rows = (0.95, 2.75, 4.55, 6.35, 8.1), (3.5, 2.3, 1.1)
+    size = {"width": 1.4, "height": 0.7}
+    prompts = _box(ax, columns[0], rows[0], "prompts", "text", **size)
+    model = _box(ax, columns[1], rows[0], "diffusion\nmodel", "operation", **size)
+    some = _box(ax, columns[2], rows[0], "a few images", "image", **size)
+    masks = _box(ax, columns[3], rows[0], "masks drawn\nby a person", "map", **size)
+    tokens = _box(ax, columns[4], rows[0], "optimised\ntokens", "text", **size)
+    new = _box(ax, columns[0], rows[1], "new prompts", "text", **size)
+    again = _box(ax, columns[1], rows[1], "the same\nmodel", "operation", **size)
+    queries = _box(ax, columns[2], rows[1], "new images,\ntheir queries", "image", **size)
+    labelled = _box(ax, columns[3], rows[1], "images with\nlabel maps", "map", **size)
+    exact = _box(ax, columns[2], rows[2], "a few exactly\nlabelled scenes", "image", **size)
+    network = _box(ax, columns[3], rows[2], "segmentation\nnetwork", "operation", **size)
+    score = _box(ax, columns[4], rows[2], "mIoU on\ntest scenes", "map", **size)
+    _chain(ax, prompts, model, some, masks, tokens)
+    _chain(ax, new, again, queries, labelled)
+    _arrow(ax, tokens.bottom(), (tokens.x, rows[1]), labelled.right)
+    _note(ax, tokens.x, rows[1] - 0.17, "read the queries")
+    _arrow(ax, labelled.bottom(), network.top())
+    _arrow(ax, exact.right, network.left, dashed=True)
+    _arrow(ax, network.right, score.left)
+    _note(ax, 2.6, rows[2], "in their place, or added:")
+    return figure

@@ -11,16 +11,19 @@ from .extras import needs
 
 with needs("notebooks"):
     import matplotlib.pyplot as plt
+    from matplotlib.colors import to_rgba
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
 Picture = Image.Image | np.ndarray
 COLOUR_MAP = "magma"  # perceptually uniform
-CLASS_COLOURS = {  # of curves; by Okabe and Ito, which colour-blind readers can tell apart
+CLASS_COLOURS = {  # of curves and masks; by Okabe and Ito, which colour-blind readers can tell apart
     "car": "#0072B2",
     "person": "#E69F00",
     "traffic light": "#009E73",
     "rider": "#CC79A7",
 }
+METHOD_COLOURS = {"DAAM": "#D55E00", "LDAAM": "#56B4E9"}  # of curves and bars; by Okabe and Ito, no colour of a class
 
 
 def _grid(rows: int, columns: int, width: float, height: float, layout: str) -> tuple[Figure, np.ndarray]:
@@ -42,9 +45,9 @@ def _draw_over(ax, heat: np.ndarray, pixels: np.ndarray, **options):
     return ax.imshow(heat, cmap=COLOUR_MAP, extent=extent, interpolation="bilinear", **options)
 
 
-def _outline(ax, mask: np.ndarray) -> None:
+def _outline(ax, mask: np.ndarray, colour: str = "cyan", width: float = 0.8) -> None:
     if mask.any() and not mask.all():
-        ax.contour(mask, levels=[0.5], colors="cyan", linewidths=0.8)
+        ax.contour(mask, levels=[0.5], colors=colour, linewidths=width)
 
 
 def show_images(
@@ -68,6 +71,47 @@ def show_images(
         ax.imshow(image)
     for ax, title in zip(axes.flat, titles, strict=False):
         ax.set_title(title, fontsize=10)
+    return figure
+
+
+def show_classes(
+    images: Sequence[Picture],
+    masks: Sequence[Mapping[str, np.ndarray]],
+    *,
+    row_titles: Sequence[str] = (),
+    colours: Mapping[str, str] = CLASS_COLOURS,
+    opacity: float = 0.0,
+    columns: int = 6,
+    size: float = 1.7,
+) -> Figure:
+    """Show images in a grid, the masks of classes as outlines in their colours, and which colour is which.
+
+    Args:
+        images: PIL images or (H, W, 3) arrays.
+        masks: {class: (H, W) boolean mask} of each image.
+        row_titles: written beside the rows.
+        colours: of the classes; the legend names all of them.
+        opacity: of the colour inside an outline, in [0, 1].
+        columns: how many images stand in a row at most.
+        size: width of an image in inches.
+
+    Returns:
+        The figure.
+    """
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    figure, axes = _grid(rows, columns, size * columns + 0.3, (size + 0.05) * rows + 0.4, "constrained")
+    for ax, image, of_image in zip(axes.flat, images, masks, strict=False):
+        ax.imshow(image)
+        for name, mask in of_image.items():
+            inside = np.zeros((*np.shape(mask), 4))
+            inside[np.asarray(mask, bool)] = to_rgba(colours[name], opacity)
+            ax.imshow(inside)
+            _outline(ax, np.asarray(mask), colours[name], width=1.5)
+    for ax, title in zip(axes[:, 0], row_titles, strict=False):
+        ax.set_ylabel(title, fontsize=10)
+    patches = [Patch(color=colour, label=name) for name, colour in colours.items()]
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), fontsize=10, frameon=False)
     return figure
 
 

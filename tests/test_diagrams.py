@@ -10,7 +10,14 @@ from matplotlib.text import Text
 
 from daamlib import diagrams
 
-ALL = ["latent_diffusion", "cross_attention", "open_vocabulary_daam", "linear_collapse", "token_optimisation"]
+ALL = [
+    "latent_diffusion",
+    "cross_attention",
+    "open_vocabulary_daam",
+    "linear_collapse",
+    "token_optimisation",
+    "synthetic_segmentation",
+]
 SMALLEST = 9  # points
 GAP = 3  # pixels between two things that do not belong together
 

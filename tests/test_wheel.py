@@ -55,7 +55,8 @@ def test_the_wheel_holds_all_code_and_the_data_that_it_reads(wheel):
     }
     assert len(code) > 50 and len(model) > 15
     data = {name for name in inside if name.startswith("daamlib/_data/")}
-    assert data == model | {"daamlib/_data/thesis_tables.csv", "daamlib/_data/prompts/urban.json"}
+    tables = ("thesis_tables.csv", "tables-200/results.csv", "tables-200/metrics.json", "prompts/urban.json")
+    assert data == model | {f"daamlib/_data/{name}" for name in tables}
     assert {name for name in inside if ".dist-info/" not in name} == code | data
 
 

@@ -183,6 +183,40 @@ def test_the_bootstrap_draws_an_image_for_all_its_classes():
     assert tables.summary([one], [one], [range(9)]) == tables.summary([one], [one], [range(100, 109)])
 
 
+def test_a_difference_is_drawn_on_the_same_images(comparison):
+    daam, ldaam = ("DAAM", 2, False), ("LDAAM", 0, True)
+    value, low, high = experiments.difference(comparison, daam, ldaam, resamples=50, seed=3)
+    one = number(comparison, metric="max_miou", method="DAAM", train_images=2, **{"class": "all"})
+    other = number(comparison, metric="max_miou", method="LDAAM", train_images=0, refined=True, **{"class": "all"})
+    assert value == pytest.approx(one - other) and low < value < high
+    back = experiments.difference(comparison, ldaam, daam, resamples=50, seed=3)
+    assert back == pytest.approx((-value, -high, -low))
+    assert experiments.difference(comparison, daam, daam, resamples=50) == (0, 0, 0)  # unpaired, it would have a width
+
+
+def test_what_is_hard_for_both_methods_leaves_their_difference(comparison):
+    """The maps of one method 10 points better on every image: certain, though both move by far more."""
+    rng, levels, whole = np.random.default_rng(0), np.array([0.0, 0.5, 1.0]), np.full((9, 3), 100)
+    inside = rng.integers(0, 80, (9, 1)).repeat(3, axis=1)
+    counts = {
+        (method, 0, False, "car"): metrics.ThresholdCounts(levels, inside + more, whole)
+        for method, more in (("DAAM", 10), ("LDAAM", 0))
+    }
+    found = replace(comparison, test_images={"car": list(range(9))}, test_counts=counts)
+    assert experiments.difference(found, ("DAAM", 0, False), ("LDAAM", 0, False)) == pytest.approx((10, 10, 10))
+
+
+def test_the_stored_run_has_the_thesis_methods_on_both_sets():
+    stored = experiments.stored_results()
+    assert set(stored.split) == {"test"} and stored.refined.dtype == bool
+    for truth in ("generated", "rendered"):
+        verdicts = experiments.claims(stored[stored.ground_truth == truth])
+        assert set(verdicts.verdict) <= {"holds", "does not hold here"} and len(verdicts) == 5
+    beside = stored[stored.ground_truth == "generated"]
+    again = experiments.with_thesis({"generated": beside[["split", *tables.COLUMNS]]})
+    np.testing.assert_array_equal(again.thesis, beside.thesis)  # the thesis' numbers as they are read today
+
+
 def test_twice_is_the_same(examples, comparison):
     options = {"DAAM": {"iterations": 5, "weight_decay": 0.01}, "LDAAM": {"iterations": 50}}
     again = experiments.compare(examples, classes=CLASSES, train_images=(1, 2), resamples=50, seed=3, options=options)
@@ -244,6 +278,9 @@ def test_the_claims_can_hold_and_fail():
     table.loc[table["class"] == "rider", "value"] += 20
     bad = experiments.claims(table)
     assert bad.verdict.tolist() == ["does not hold here"] * 5
+    table.loc[table["class"] == "rider", "value"] -= 10  # as low as the car
+    near = experiments.claims(table).iloc[-1]
+    assert (near.here, near.verdict) == ("car or rider, 60.0", "too close to tell")
 
 
 def test_tokens_are_evaluated_on_other_images(examples, comparison):
