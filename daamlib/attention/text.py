@@ -48,6 +48,10 @@ class TokenEmbeddings:
         """Tokens from start to end token: the rows that are not padding."""
         return self.tokens.index(PAD) if PAD in self.tokens else len(self.tokens)
 
+    def __getitem__(self, word: str) -> Float[torch.Tensor, "k d_text"]:
+        """The embeddings of all tokens of a word, wherever it stands. ValueError, with the tokens, if it does not."""
+        return self.values[find_word(word, self.words, self.tokens)]
+
     def to(self, device: torch.device) -> "TokenEmbeddings":
         """The same on `device`."""
         return TokenEmbeddings(self.values.to(device), self.tokens, self.words)

@@ -96,6 +96,14 @@ def test_a_word_that_is_not_there_lists_the_tokens(sd1_pipe, word):
         find_word(word, words, tokens)
 
 
+def test_a_word_of_a_text_has_the_embeddings_of_its_tokens(sd1_pipe):
+    embeddings = encode(sd1_pipe, "a car and a traffic light")
+    rows = find_word("traffic light", embeddings.words, embeddings.tokens)
+    assert len(rows) > 1 and torch.equal(embeddings["traffic light"], embeddings.values[rows])
+    with pytest.raises(ValueError, match="'tree' is not in the text"):
+        embeddings["tree"]
+
+
 def test_encode_gives_what_the_pipeline_gives_the_unet(pipe):
     text = "a tree in an urban environment"
     expected = pipe.encode_prompt(text, pipe.device, 1, False)[0] if not hasattr(pipe, "tokenizer_2") else None
