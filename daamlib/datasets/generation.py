@@ -14,7 +14,7 @@ from ..attention.layers import Layer
 from ..attention.record import AttentionRecord
 from ..attention.self_attention import SelfAttention
 from ..attention.trace import Store, trace
-from ..pipeline import DENOISERS, denoiser_of
+from ..pipeline import DENOISERS, denoiser_of, generators
 from . import folder as files
 from .dataset import Dataset
 from .labelling import Labeller, label_image
@@ -202,7 +202,7 @@ def draw(
             guidance_scale=settings["guidance"],
             height=height,
             width=width,
-            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+            generator=generators(seeds),
         ).images
     return [np.array(image) for image in images], [None] * len(images) if traced is None else list(traced)
 

@@ -24,6 +24,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from ...cityscapes import BY_NAME, MIN_AREA
+from ...pipeline import generators
 from ..annotator import annotate, load_annotator
 from ..scenes import HELD_OUT, KINDS, SIZE, render, to_tensor
 from .words import measure_words
@@ -94,8 +95,8 @@ def generate(pipe, prompts: Sequence[str], first_seed: int) -> list[Image.Image]
     images = []
     for start in range(0, len(prompts), BATCH):
         chunk = list(prompts[start : start + BATCH])
-        generators = [torch.Generator().manual_seed(first_seed + start + i) for i in range(len(chunk))]
-        images += pipe(chunk, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=generators).images
+        seeds = range(first_seed + start, first_seed + start + len(chunk))
+        images += pipe(chunk, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=generators(seeds)).images
     return images
 
 
