@@ -34,6 +34,12 @@ def _grid(rows: int, columns: int, width: float, height: float, layout: str) -> 
     return figure, axes
 
 
+def _cells(count: int, columns: int) -> tuple[int, int]:
+    """Rows and columns of a grid of `count` pictures, at most `columns` in a row."""
+    columns = min(columns, count)
+    return -(-count // columns), columns
+
+
 def _array(values) -> np.ndarray:
     """A map from any device, or an array, in float32."""
     return torch.as_tensor(values).detach().float().cpu().numpy()
@@ -64,8 +70,7 @@ def show_images(
     Returns:
         The figure.
     """
-    columns = min(columns, len(images))
-    rows = -(-len(images) // columns)
+    rows, columns = _cells(len(images), columns)
     figure, axes = _grid(rows, columns, size * columns, (size + 0.35) * rows, "tight")
     for ax, image in zip(axes.flat, images, strict=False):
         ax.imshow(image)
@@ -98,8 +103,7 @@ def show_classes(
     Returns:
         The figure.
     """
-    columns = min(columns, len(images))
-    rows = -(-len(images) // columns)
+    rows, columns = _cells(len(images), columns)
     figure, axes = _grid(rows, columns, size * columns + 0.3, (size + 0.05) * rows + 0.4, "constrained")
     for ax, image, of_image in zip(axes.flat, images, masks, strict=False):
         ax.imshow(image)
@@ -128,8 +132,7 @@ def show_maps(image: Picture, maps: Mapping[str, torch.Tensor], *, columns: int 
         The figure.
     """
     pixels = np.asarray(image)
-    columns = min(columns, len(maps) + 1)
-    rows = -(-(len(maps) + 1) // columns)
+    rows, columns = _cells(len(maps) + 1, columns)
     figure, axes = _grid(rows, columns, size * columns, (size + 0.45) * rows, "tight")
     axes.flat[0].imshow(pixels)
     axes.flat[0].set_title("image", fontsize=10)
@@ -219,8 +222,7 @@ def show_values(
     """
     arrays = [_array(value) for value in values.values()]
     low, high = limits or (min(array.min() for array in arrays), max(array.max() for array in arrays))
-    columns = min(columns, len(arrays))
-    rows = -(-len(arrays) // columns)
+    rows, columns = _cells(len(arrays), columns)
     figure, axes = _grid(rows, columns, size * columns + 1.1, (size + 0.3) * rows + 0.2, "constrained")
     for ax, title, array in zip(axes.flat, values, arrays, strict=False):
         drawn = ax.imshow(array, cmap=colour_map, vmin=low, vmax=high)
