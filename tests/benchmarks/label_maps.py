@@ -13,8 +13,7 @@ import torch
 import daamlib
 from daamlib import metrics
 from daamlib.attention.heatmaps import HeatMaps
-from daamlib.cityscapes import IGNORED, label_id
-from daamlib.datasets.dataset import MIN_AREA
+from daamlib.cityscapes import IGNORED, MIN_AREA, label_id
 from daamlib.experiments.tables import Example, fit, train_test_split
 from daamlib.tokens import label_maps
 from daamlib.urban.scenes import HELD_OUT, KINDS, render

@@ -25,6 +25,7 @@ from diffusers import (
 from transformers import CLIPTextModelWithProjection
 
 import daamlib
+from daamlib.pipeline import denoiser_of
 
 sys.path.append(str(Path(__file__).parents[1]))
 import tiny
@@ -99,7 +100,7 @@ class Model:
 
     def _embedded(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """A text and an empty one, as the pipeline takes them."""
-        denoiser = self.pipe.transformer if self.shape == "pixart_sigma" else self.pipe.unet
+        denoiser = denoiser_of(self.pipe)
         config = denoiser.config
         tokens, width = (
             (300, config.caption_channels) if self.shape == "pixart_sigma" else (77, config.cross_attention_dim)

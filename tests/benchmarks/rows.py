@@ -13,6 +13,7 @@ import torch
 import daamlib
 from daamlib import metrics
 from daamlib.attention.layers import KeyProjection, Layer
+from daamlib.pipeline import cpu_threads
 from daamlib.tokens.optimize import token_objective
 from daamlib.widgets import explore
 
@@ -163,9 +164,8 @@ def ldaam(model: models.Model, repeats: int, device: str) -> list[Row]:
 def daam(model: models.Model, repeats: int, device: str) -> list[Row]:
     """All maps of a text, on one thread."""
     (record,) = models.records(model, 1, 30)
-    threads, rows = torch.get_num_threads(), []
-    torch.set_num_threads(1)
-    try:
+    rows = []
+    with cpu_threads(1):
         for tokens in (3, 77):
             text = torch.randn(tokens, record.d_text, generator=torch.Generator().manual_seed(0)).to(device)
             _same(record.daam_from(text).values, naive.daam(record, text))
@@ -176,8 +176,6 @@ def daam(model: models.Model, repeats: int, device: str) -> list[Row]:
                 Row(f"OV-DAAM maps, {tokens} tokens", "loop over steps and layers", ours, loop, 3,
                     note="30 steps, one thread")
             )  # fmt: skip
-    finally:
-        torch.set_num_threads(threads)
     return rows
 
 
@@ -189,9 +187,8 @@ def published(model: models.Model, repeats: int, device: str) -> list[Row]:
     """
     (record,) = models.records(model, 1, 4)
     queries = naive.by_head(record)
-    threads, rows = torch.get_num_threads(), []
-    torch.set_num_threads(1)
-    try:
+    rows = []
+    with cpu_threads(1):
         for tokens in (3, 10, 77):
             text = torch.randn(tokens, record.d_text, generator=torch.Generator().manual_seed(0)).to(device)
             _same(record.daam_from(text).values, naive.published_daam(record, queries, text))
@@ -208,8 +205,6 @@ def published(model: models.Model, repeats: int, device: str) -> list[Row]:
             what, note = f"OV-DAAM maps, {tokens} tokens", "4 steps, one thread"
             rows.append(Row(what, "the operations of ovam", ours, theirs, 2, note=note))
             rows.append(Row(what, "products of queries and keys alone", ours, products, None, cost=True, note=note))
-    finally:
-        torch.set_num_threads(threads)
     return rows
 
 
