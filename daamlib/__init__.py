@@ -1,15 +1,13 @@
 """Cross-attention of latent diffusion models, read as segmentation masks."""
 
 from . import metrics as metrics
+from .attention.calls import Trace as Trace
 from .attention.heatmaps import HeatMaps as HeatMaps
 from .attention.joint.record import JointRecord as JointRecord
 from .attention.ldaam import LinearMap as LinearMap
-from .attention.real_images import trace_image as trace_image
 from .attention.record import AttentionRecord as AttentionRecord
 from .attention.record import require_same_model as require_same_model
-from .attention.recorder import Trace as Trace
 from .attention.text import TokenEmbeddings as TokenEmbeddings
-from .attention.trace import trace as trace
 from .pipeline import generators as generators
 from .pipeline import load_pipeline as load_pipeline
 from .tokens.choose import choose_settings as choose_settings
@@ -17,5 +15,7 @@ from .tokens.label_maps import label_map as label_map
 from .tokens.optimize import optimize_token as optimize_token
 from .tokens.probe import optimize_probe as optimize_probe
 from .tokens.token import OptimizedToken as OptimizedToken
+from .tracing import trace as trace
+from .tracing import trace_image as trace_image
 
 __version__ = "0.2.0"

@@ -1,84 +1,91 @@
-"""Which rows of a denoiser's batch are which images' prompts, read from the texts that are passed.
+"""Which rows of a denoiser's batch are which images, read from the texts that are passed.
 
 Guidance denoises every image twice, under its prompt and under a negative text, in one pass or in two, in either order.
-The rows' texts are compared with those that `encode_prompt` returned.
+The texts of the rows are compared with those that `encode_prompt` returned.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from .text import TokenEmbeddings
+Rows = slice | list[int]
 
 
 @dataclass(frozen=True, eq=False)
 class Encoding:
-    """What one call of `encode_prompt` took and returned: n rows of (token, d_text) each."""
+    """What one call of `encode_prompt` took and returned, for n images.
 
-    prompts: tuple[str | None, ...]
+    Attributes:
+        positive: (n, token, width), the embeddings of the prompts.
+        negative: (n, token, width), those of the negative texts, or None.
+        prompts: the text of each image, None where embeddings were given.
+        negatives: likewise of the negative texts.
+        guided: whether a pass under guidance holds both.
+        options: the arguments that later texts are to be embedded with, such as `clip_skip`.
+    """
+
     positive: torch.Tensor
-    negative: torch.Tensor | None
-    guided: bool
-    options: Mapping[str, Any]
-    texts: Mapping[str, TokenEmbeddings]  # further texts embedded in the same way
-    mask: torch.Tensor | None = None  # of the positive text: which tokens take part
+    negative: torch.Tensor | None = None
+    prompts: tuple[str | None, ...] = ()
+    negatives: tuple[str | None, ...] = ()
+    guided: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
 
-    def kinds(self, text: torch.Tensor) -> list[str]:
-        """For each chunk of n rows of a batch whether it is the "conditional", "unconditional" or an "other" text."""
-        if len(text) % len(self.positive) or text.shape[1:] != self.positive.shape[1:]:
-            return ["other"]
-        return [self._kind(chunk) for chunk in text.split(len(self.positive))]
+    def halves(self, text: torch.Tensor, *, perturbed: bool = False) -> dict[str, Rows] | None:
+        """Find the rows of a pass that are the images under their prompts, and those under the negative texts.
 
-    def _kind(self, chunk: torch.Tensor) -> str:
-        if torch.equal(chunk, self.positive.to(chunk)):
-            return "conditional"
-        if self.negative is not None and torch.equal(chunk, self.negative.to(chunk)):
-            return "unconditional"
-        return "other"
+        Args:
+            text: (batch, token, width) of the pass.
+            perturbed: whether the pipeline repeats the prompts' rows for a perturbed pass after them (PAG).
 
+        Returns:
+            {"conditional": rows, "unconditional": rows}, as far as the pass has them; None if a row has another text.
 
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """How the rows of a pass are to be read; `conditional` or `unconditional` is None where it takes no part."""
+        Raises:
+            ValueError: the prompts' rows occur more than once.
+        """
+        n = len(self.positive)
+        kinds = [None] if len(text) % n else [self._kind(chunk) for chunk in text.split(n)]
+        if None in kinds:
+            return None
+        if self.guided and len(kinds) > 1 and set(kinds) == {"conditional"}:  # both texts are the same
+            kinds[0] = "unconditional"
+        if kinds.count("conditional") > 1 + perturbed:
+            raise ValueError(
+                f"the denoiser was called with the texts of {n} images {kinds.count('conditional')} times in a batch "
+                f"of {len(text)}, as several tiles, views or frames of a prompt are: trace cannot tell which rows are "
+                "the images"
+            )
+        return {kind: slice(n * kinds.index(kind), n * (kinds.index(kind) + 1)) for kind in kinds if kind}
 
-    conditional: slice | None
-    unconditional: slice | None
-    encoding: Encoding | None  # whose texts they are
-    prompts: tuple[str | None, ...]  # of the images
+    def _kind(self, chunk: torch.Tensor) -> str | None:
+        known = {"conditional": self.positive, "unconditional": self.negative}
+        return next((kind for kind, values in known.items() if _equal(values, chunk)), None)
 
-
-def known_batch(text: torch.Tensor, encodings: Sequence[Encoding]) -> Batch | None:
-    """The batch of a text that one call of `encode_prompt` returned, the latest first."""
-    for encoding in reversed(encodings):
-        kinds, n = encoding.kinds(text), len(encoding.positive)
-        if "other" in kinds:
-            continue
-        if encoding.guided and kinds == ["conditional"] * 2:  # both texts are the same, as with an empty prompt
-            kinds = ["unconditional", "conditional"]
-        found = {kind: slice(n * kinds.index(kind), n * (kinds.index(kind) + 1)) for kind in set(kinds)}
-        return Batch(found.get("conditional"), found.get("unconditional"), encoding, encoding.prompts)
-    return None
-
-
-def halves(rows: int, guided: bool) -> tuple[slice, slice | None]:
-    """The conditional half, which is the last one by convention, and the other."""
-    return (slice(rows // 2, rows), slice(0, rows // 2)) if guided else (slice(0, rows), None)
+    def text_of(self, row: torch.Tensor) -> str | None:
+        """Return the prompt or negative text whose (token, width) embeddings these are, None if it is none of them."""
+        for values, names in ((self.positive, self.prompts), (self.negative, self.negatives)):
+            for own, name in zip(() if values is None else values, names, strict=False):
+                if _equal(own, row):
+                    return name
+        return None
 
 
-def own_batch(sample: torch.Tensor, text: torch.Tensor, encodings: Sequence[Encoding]) -> Batch:
-    """The batch of a loop of one's own: guided where both halves hold the same latents."""
-    rows = len(sample)
-    guided = rows % 2 == 0 and torch.equal(sample[: rows // 2], sample[rows // 2 :])
-    conditional, unconditional = halves(rows, guided)
-    known = [
-        (row, prompt)
-        for encoding in reversed(encodings)
-        for row, prompt in zip(encoding.positive, encoding.prompts, strict=True)
-    ]
-    prompts = tuple(
-        next((prompt for row, prompt in known if row.shape == own.shape and torch.equal(row.to(own), own)), None)
-        for own in text[conditional]
-    )
-    return Batch(conditional, unconditional, None, prompts)
+def _equal(one: torch.Tensor | None, other: torch.Tensor) -> bool:
+    return one is not None and one.shape == other.shape and torch.equal(one.to(other), other)
+
+
+def by_image(texts: str | Sequence[str | None] | None, images: int) -> tuple[Any, ...]:
+    """Return the text of each image, those of one prompt side by side; None where there is no text for each."""
+    listed = [texts] if isinstance(texts, str) or texts is None else list(texts)
+    count, rest = divmod(images, len(listed) or 1)
+    return (None,) * images if rest or not listed else tuple(text for text in listed for _ in range(count))
+
+
+def of_image(options: Mapping[str, Any], image: int, images: int) -> dict[str, Any]:
+    """Return the options of one image: of a further prompt's list, its own entry."""
+    return {
+        name: by_image(value, images)[image] if name.startswith("prompt") else value for name, value in options.items()
+    }

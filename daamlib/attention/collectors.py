@@ -35,28 +35,29 @@ class Queries:
 
     def __init__(self, passes: int, device: torch.device | None = None):
         self._passes, self._device, self._done = passes, device, 0
-        self._buffer: torch.Tensor | None = None  # (image, step, h*w, channel)
+        self._buffers: list[torch.Tensor] = []  # of each image, (step, h*w, channel), so that a record holds its own
 
     def add(self, queries: torch.Tensor) -> None:
         """Take one pass: (image, h*w, heads * d_head)."""
-        if self._buffer is None:
-            self._buffer = queries.new_empty((len(queries), self._passes, *queries.shape[1:]), device=self._device)
-        if self._done == self._buffer.shape[1]:
-            self._buffer = torch.cat([self._buffer, torch.empty_like(self._buffer)], dim=1)
-        self._buffer[:, self._done] = queries
+        if not self._buffers:
+            room = (self._passes, *queries.shape[1:])
+            self._buffers = [queries.new_empty(room, device=self._device) for _ in queries]
+        if self._done == len(self._buffers[0]):
+            self._buffers = [torch.cat([buffer, torch.empty_like(buffer)]) for buffer in self._buffers]
+        for buffer, of_image in zip(self._buffers, queries, strict=True):
+            buffer[self._done] = of_image
         self._done += 1
 
     def kept(self, image: int) -> dict[str, Any]:
         """(step, h*w, heads * d_head)."""
-        assert self._buffer is not None  # there was a pass
-        if self._done < self._buffer.shape[1]:  # the room of steps that did not come
-            self._buffer = self._buffer[:, : self._done].clone()
-        return {"queries": self._buffer[image]}
+        buffer = self._buffers[image]
+        # not the room of steps that did not come
+        return {"queries": buffer if self._done == len(buffer) else buffer[: self._done].clone()}
 
     @property
     def nbytes(self) -> int:
         """Bytes of the steps made and expected."""
-        return 0 if self._buffer is None else self._buffer.nbytes
+        return sum(buffer.nbytes for buffer in self._buffers)
 
 
 class QuerySum:
@@ -64,23 +65,23 @@ class QuerySum:
 
     def __init__(self, device: torch.device | None = None):
         self._device = device
-        self._sum: torch.Tensor | None = None  # (image, h*w, channel)
+        self._sums: list[torch.Tensor] = []  # of each image, (h*w, channel)
 
     def add(self, queries: torch.Tensor) -> None:
         """Take one pass: (image, h*w, heads * d_head)."""
-        if self._sum is None:
-            self._sum = queries.new_zeros(queries.shape, dtype=torch.float32, device=self._device)
-        self._sum += queries.to(self._sum.device)
+        if not self._sums:
+            self._sums = [torch.zeros_like(own, dtype=torch.float32, device=self._device) for own in queries]
+        for total, of_image in zip(self._sums, queries, strict=True):
+            total += of_image.to(total.device)
 
     def kept(self, image: int) -> dict[str, Any]:
         """(h*w, heads * d_head) float32."""
-        assert self._sum is not None  # there was a pass
-        return {"query_sum": self._sum[image]}
+        return {"query_sum": self._sums[image]}
 
     @property
     def nbytes(self) -> int:
         """Bytes of the sums."""
-        return 0 if self._sum is None else self._sum.nbytes
+        return sum(total.nbytes for total in self._sums)
 
 
 class OnlineMaps(QuerySum):

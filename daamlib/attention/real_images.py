@@ -1,4 +1,4 @@
-"""Records of real images: no generation, no inversion."""
+"""What recorders share to read a real image: its size, its latents, their noise."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -7,83 +7,64 @@ from typing import Any
 import torch
 from diffusers.image_processor import VaeImageProcessor
 
-from .joint.families import family_of
-from .joint.trace import trace_pixels
-from .noise import add_noise
-from .readers import reader_of
-from .trace import trace
+Factor = torch.Tensor | float
 
 
-@torch.no_grad()
-def trace_image(
-    pipe: Any,
-    image: Any,
-    *,
-    prompt: str = "",
-    timesteps: Sequence[int] = (100, 300, 500),
-    seed: int = 0,
-    self_attention: bool = False,
-) -> Any:  # an AttentionRecord, or a JointRecord
-    """The record of a REAL image: encode it, add noise at each timestep, one pass of the denoiser each.
+def check_levels(timesteps: Sequence[int], most: int) -> None:
+    """ValueError unless there are timesteps, and all are 0 ... `most`."""
+    if not len(timesteps) or min(timesteps) < 0 or max(timesteps) > most:
+        raise ValueError(f"timesteps must be one or more of 0 ... {most}, got {list(timesteps)}")
 
-    The noise is the training's, whatever sampler the pipeline uses: z_t = sqrt(a_t) z + sqrt(1 - a_t) e, or of a model
-    of flow matching, as every joint model is, z_t = (1 - s) z + s e with s = t / 1000 (the length of its schedule).
 
-    Args:
-        pipe: a pipeline that `trace` reads.
-        image: a PIL image, an (H, W, 3) uint8 array, or a (3, H, W) tensor in [0, 1]; H and W multiples of the VAE's
-            factor (of a joint model, times its patches).
-        prompt: what the passes are conditioned on.
-        timesteps: of the training schedule, 0 ... 999 (of a joint model 0 ... 1000): which noise a number means differs
-            between models.
-        seed: of the noise, drawn anew for each timestep.
-        self_attention: as for `trace`.
+def add_noise(latents: torch.Tensor, factors: Sequence[tuple[Factor, Factor]], seed: int) -> list[torch.Tensor]:
+    """Return a z + b e for each pair of factors (a, b) of the latents z and of noise e, drawn anew each time."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    noise = [torch.randn(latents.shape, generator=generator).to(latents.device) for _ in factors]
+    return [a * latents + b * each for (a, b), each in zip(factors, noise, strict=True)]
 
-    Returns:
-        The record, as that of a generated image of so many steps.
 
-    Raises:
-        TypeError: `trace` refuses the pipeline.
-        ValueError: it does, or sizes or timesteps do not fit.
+def noise_levels(scheduler: Any, step: int, device: torch.device) -> tuple[Factor, Factor]:
+    """Return the factors of the latents and of the noise at a timestep of the training.
+
+    Raises ValueError for a scheduler of another parametrisation, such as EDM's, whose noise levels are no timesteps.
     """
-    family = family_of(pipe)
-    if family is not None:
-        if self_attention:
-            raise ValueError(f"self_attention: {family.name} is a joint model, of which it is not read")
-        pixels = _pixels(image, family.sides(pipe)).float()
-        return trace_pixels(pipe, family, pixels, prompt=prompt, timesteps=timesteps, seed=seed)
-    reader = reader_of(pipe)
-    _ = reader.sites  # an error before anything is computed if it has none
-    steps = [int(t) for t in timesteps]
-    device = pipe._execution_device
-    count = pipe.scheduler.config.num_train_timesteps
-    if not steps or min(steps) < 0 or max(steps) >= count:
-        raise ValueError(f"timesteps must be one or more of 0 ... {count - 1}, got {list(timesteps)}")
-    pixels = _pixels(image, reader.image_factor).float().to(device)
-    with _wide_enough(pipe.vae) as vae:
-        encoded = vae.encode(pixels.to(vae.dtype))
-        mean = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latent
-        latents = mean.float() * vae.config.scaling_factor
-    noisy = add_noise(latents, [_levels(pipe.scheduler, step, device) for step in steps], seed)
-    with trace(pipe, self_attention=self_attention) as tracer:
-        reader.denoise(prompt, steps, noisy, (pixels.shape[-2], pixels.shape[-1]))
-    pipe.maybe_free_model_hooks()  # as at the end of the pipeline's own call: off-loaded models go back
-    (record,) = tracer
-    return record
-
-
-def _levels(scheduler, step: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """The factors of the latents and of the noise at a timestep."""
+    name, config = type(scheduler).__name__, scheduler.config
     # some samplers do either, and know alphas that flow matching does not use
-    if getattr(scheduler.config, "use_flow_sigmas", False) or not hasattr(scheduler, "alphas_cumprod"):
-        sigma = torch.tensor(step / scheduler.config.num_train_timesteps, device=device)
+    if (
+        getattr(config, "use_flow_sigmas", False)
+        or "FlowMatch" in name
+        or config.get("prediction_type") == "flow_prediction"
+    ):
+        sigma = torch.tensor(step / config.num_train_timesteps, device=device)
         return 1 - sigma, sigma
+    if getattr(scheduler, "alphas_cumprod", None) is None:
+        raise ValueError(
+            f"trace_image does not know what noise a timestep of {name} means: it has neither alphas_cumprod nor flow "
+            "matching. Give the pipeline the scheduler of the model's training, such as DDPMScheduler"
+        )
     alpha = scheduler.alphas_cumprod[step].to(device)  # a scheduler takes them along to where it was last used
     return alpha.sqrt(), (1 - alpha).sqrt()
 
 
+def latents_of(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """Return the (1, channel, h, w) latents of pixels in [-1, 1], as the denoiser knows them, without noise.
+
+    The VAE's mean, moved and scaled as its config says.
+    """
+    with _wide_enough(vae) as wide:
+        encoded = wide.encode(pixels.to(wide.dtype))
+        latents = (encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latent).float()
+    config = vae.config
+    mean, deviation = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
+    shift = getattr(config, "shift_factor", None) or 0.0
+    if mean is not None and deviation is not None:
+        of_channel = lambda values: torch.tensor(values).to(latents).view(1, -1, 1, 1)  # noqa: E731
+        return (latents - of_channel(mean)) * config.scaling_factor / of_channel(deviation)
+    return (latents - shift) * config.scaling_factor
+
+
 @contextmanager
-def _wide_enough(vae) -> Iterator:
+def _wide_enough(vae: Any) -> Iterator[Any]:
     """The VAE in float32 where its config says that float16 overflows, as SDXL's does; in float16 again afterwards.
 
     Every float16 is a float32, so the weights come back bit for bit.
@@ -96,8 +77,8 @@ def _wide_enough(vae) -> Iterator:
             vae.half()
 
 
-def _pixels(image, factor: int) -> torch.Tensor:
-    """(1, 3, H, W) in [-1, 1]."""
+def pixels_of(image: Any, factor: int) -> torch.Tensor:
+    """Return (1, 3, H, W) in [-1, 1] of an image. ValueError for another kind, or sides that are no multiples."""
     if hasattr(image, "convert"):
         image = image.convert("RGB")
     height, width = (image.height, image.width) if hasattr(image, "convert") else _array_size(image)
@@ -105,10 +86,10 @@ def _pixels(image, factor: int) -> torch.Tensor:
         raise ValueError(f"the image is {height} x {width} px; both must be multiples of {factor} for this model")
     if not hasattr(image, "convert") and not isinstance(image, torch.Tensor):
         image = image[None].astype("float32") / 255
-    return VaeImageProcessor(vae_scale_factor=factor).preprocess(image)
+    return VaeImageProcessor(vae_scale_factor=factor).preprocess(image).float()
 
 
-def _array_size(image) -> tuple[int, int]:
+def _array_size(image: Any) -> tuple[int, int]:
     shape, kind = tuple(getattr(image, "shape", ())), str(getattr(image, "dtype", type(image).__name__))
     if isinstance(image, torch.Tensor):
         if len(shape) == 3 and shape[0] == 3 and image.is_floating_point():

@@ -47,7 +47,7 @@ class AttentionRecord:
 
     prompt: str | None
     prompt_embeddings: TokenEmbeddings
-    timesteps: list[int]
+    timesteps: list[float]
     layers: tuple[Layer, ...]
     branch: str = "conditional"
     stream: str | None = None
@@ -390,7 +390,7 @@ class AttentionRecord:
                 prompt_embeddings=TokenEmbeddings.stored(
                     tensors["prompt_embeddings"], header["tokens"], header["words"]
                 ),
-                timesteps=[int(t) for t in header["timesteps"]],
+                timesteps=list(header["timesteps"]),
                 layers=tuple(layers),
                 branch=header["branch"],
                 stream=header.get("stream"),

@@ -56,6 +56,14 @@ class TokenEmbeddings:
         """The same on `device`."""
         return TokenEmbeddings(self.values.to(device), self.tokens, self.words)
 
+    def take(self, kept: torch.Tensor) -> "TokenEmbeddings":
+        """Return the rows that a (m,) mask keeps; a word that loses a row is no word any more."""
+        rows = [row for row, takes_part in enumerate(kept.tolist()) if takes_part]
+        place = {row: number for number, row in enumerate(rows)}
+        whole = [word for word in self.words if all(row in place for row in range(word.start, word.stop))]
+        words = tuple(Word(word.text, place[word.start], place[word.stop - 1] + 1) for word in whole)
+        return TokenEmbeddings(self.values[rows], tuple(self.tokens[row] for row in rows), words)
+
     def without_padding(self) -> "TokenEmbeddings":
         """The rows from start to end token."""
         return TokenEmbeddings(self.values[: self.length], self.tokens[: self.length], self.words)

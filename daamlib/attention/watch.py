@@ -1,30 +1,79 @@
-"""Being told of the calls of an object's method."""
+"""Report the calls of an object's method."""
 
+import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
+
+After = Callable[[FrameType, dict, Any], None]
 
 
 @contextmanager
-def watch(pipe: Any, method: str, after: Callable[[dict, Any], None]) -> Iterator[None]:
-    """Call `after` with the arguments and the result of every `pipe.method(...)`, on this instance alone."""
+def watch(pipe: Any, method: str, after: After) -> Iterator[None]:
+    """Call `after` with the caller's frame, the arguments and the result of every `pipe.method(...)`.
+
+    On this instance alone. Several watchers share one wrapper, so they may leave in any order.
+
+    Args:
+        pipe: any object.
+        method: its name; nothing happens where the object has no such method.
+        after: is called when the method has returned.
+
+    Yields:
+        None.
+    """
     original = getattr(pipe, method, None)
     if original is None:
         yield
         return
-    signature, shadowed = inspect.signature(original), vars(pipe).get(method)
-
-    def watched(*args, **kwargs):
-        result = original(*args, **kwargs)
-        after(signature.bind(*args, **kwargs).arguments, result)
-        return result
-
-    vars(watched)["__signature__"] = signature  # for a trace inside this one
-    vars(pipe)[method] = watched
+    watchers = getattr(original, "watchers", None)
+    if watchers is None:
+        watchers = _wrap(pipe, method, original)
+    watchers.append(after)
     try:
         yield
     finally:
-        vars(pipe).pop(method, None)
-        if shadowed is not None:
-            vars(pipe)[method] = shadowed
+        watchers.remove(after)
+        if not watchers:
+            _unwrap(pipe, method)
+
+
+def unwatched(pipe: Any, method: str) -> Callable:
+    """Return the method itself, for a call that no trace is to see."""
+    found = getattr(pipe, method)
+    return getattr(found, "original", found)
+
+
+def _wrap(pipe: Any, method: str, original: Callable) -> list[After]:
+    signature, watchers = inspect.signature(original), list[After]()
+
+    @functools.wraps(original)
+    def watched(*args, **kwargs):
+        caller = sys._getframe(1)
+        result = original(*args, **kwargs)
+        for after in list(watchers):
+            after(caller, signature.bind(*args, **kwargs).arguments, result)
+        return result
+
+    vars(watched).update(watchers=watchers, original=original, shadowed=method in vars(pipe))
+    vars(pipe)[method] = watched
+    return watchers
+
+
+def _unwrap(pipe: Any, method: str) -> None:
+    watched = vars(pipe).pop(method, None)
+    if watched is not None and watched.shadowed:
+        vars(pipe)[method] = watched.original
+
+
+def is_running(frame: FrameType | None) -> bool:
+    """Return whether the function call of this frame is among those that led here."""
+    current: FrameType | None = sys._getframe(1)
+    while frame is not None and current is not None:
+        if current is frame:
+            return True
+        current = current.f_back
+    return False

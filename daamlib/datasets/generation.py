@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..attention.calls import Store
 from ..attention.layers import Layer
 from ..attention.record import AttentionRecord
 from ..attention.self_attention import SelfAttention
-from ..attention.trace import Store, trace
 from ..pipeline import DENOISERS, denoiser_of, generators
+from ..tracing import trace
 from . import folder as files
 from .dataset import Dataset
 from .labelling import Labeller, label_image

@@ -20,7 +20,6 @@ from tqdm.auto import tqdm
 
 from .. import metrics
 from ..attention.heatmaps import HeatMaps
-from ..attention.real_images import trace_image
 from ..attention.record import AttentionRecord
 from ..extras import needs
 from ..resources import bundled
@@ -28,6 +27,7 @@ from ..tokens.choose import choose_settings
 from ..tokens.label_maps import STREET_WORDS, text_of
 from ..tokens.optimize import optimize_token
 from ..tokens.token import OptimizedToken
+from ..tracing import trace_image
 
 with needs("experiments"):
     import pandas as pd

@@ -21,7 +21,7 @@ from tiny import BLOCKS
 import daamlib
 from daamlib.attention.layers import KeyProjection
 from daamlib.attention.readers.unet import UNetReader
-from daamlib.attention.recorder import EmptyTraceError
+from daamlib.attention.calls import EmptyTraceError
 
 GRIDS = [(16, 24), (8, 12)]
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from ..readers.sites import embedder_of
 from ..text import TokenEmbeddings, require_text
 from .families import Family
 from .text import one_after_another, side_by_side, without_padding
@@ -17,7 +18,8 @@ MANY = 4096  # rows; more than any text has
 def embed_prompt(pipe: Any, family: Family, prompt: str, options: Mapping[str, Any]) -> tuple:
     """What `pipe.encode_prompt` returns for one prompt without a negative one; options: such as `clip_skip`."""
     device = pipe._execution_device
-    return pipe.encode_prompt(prompt=prompt, device=device, num_images_per_prompt=1, **family.unused, **options)
+    embed = embedder_of(pipe)
+    return embed(prompt=prompt, device=device, num_images_per_prompt=1, **family.unused, **options)
 
 
 def name_prompt(pipe: Any, family: Family, texts: Mapping[str, str] | None, values: torch.Tensor) -> TokenEmbeddings:

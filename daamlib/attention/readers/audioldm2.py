@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 
+from ..calls import Pass
 from ..text import TokenEmbeddings, require_text
-from .sites import Pass, Site
+from .sites import Site, embedder_of
 from .unet import UNetReader, cross_attentions
 from .words import read_pieces, token_ids
 
@@ -60,18 +61,17 @@ class T5Reader(UNetReader):
         text, mask = (arguments.get(name) for name in self.arguments)
         if text is None:  # where there is no second text, the U-Net takes the first in its place
             raise ValueError(f"the U-Net was called without {self.arguments[0]}, the text that is to be read")
-        return Pass(arguments["sample"], arguments["timestep"], text, mask)
+        return Pass(arguments["sample"], arguments["timestep"], text, None if mask is None else mask > 0)
 
-    @staticmethod
-    def prompt_of(result: tuple) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Of what `encode_prompt` returns the T5's text and its mask; under guidance both texts are in one batch."""
-        return result[0], result[1], None
+    def prompt_of(self, result: tuple, *, guided: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the T5's text; under guidance it holds both texts in one batch, which the recorder takes apart."""
+        return result[0], None
 
     def embed(self, prompt: str, options: Mapping[str, Any]) -> torch.Tensor:
         """(m, d_text) of a prompt alone, by `encode_prompt`."""
         device = self.pipe._execution_device
         with torch.no_grad():
-            return self.pipe.encode_prompt(prompt, device, 1, do_classifier_free_guidance=False)[0][0]
+            return embedder_of(self.pipe)(prompt, device, 1, do_classifier_free_guidance=False)[0][0]
 
     def named(
         self,
@@ -120,10 +120,9 @@ class GPT2Reader(T5Reader):
     stream = "gpt2"
     arguments = ("encoder_hidden_states", "encoder_attention_mask")
 
-    @staticmethod
-    def prompt_of(result: tuple) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Of what `encode_prompt` returns the vectors; under guidance those of both texts are in one batch."""
-        return result[2], None, None
+    def prompt_of(self, result: tuple, *, guided: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the vectors; under guidance they are those of both texts in one batch."""
+        return result[2], None
 
     def named(
         self,

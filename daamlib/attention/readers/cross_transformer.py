@@ -7,16 +7,17 @@ RMS norm across heads; a mask leaves padding out; and there is one grid, that of
 
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 
 from ...pipeline import denoiser_of, uncompiled
+from ..calls import Pass
 from ..fingerprint import Fingerprint
 from ..text import PAD, TokenEmbeddings, require_text
-from .sites import Pass, Site, fingerprint_of_sites, place_of, state_of_weights
+from .sites import Site, embedder_of, fingerprint_of_sites, place_of, refuse_caches, state_of_weights
 from .words import read_pieces
 
 KINDS = ("PixArtTransformer2DModel", "SanaTransformer2DModel")
@@ -51,6 +52,7 @@ class CrossTransformerReader:
 
         The denoiser's own hooks, a trace's among them, are passed by.
         """
+        refuse_caches(self.denoiser)  # a cache would hand this pass' attention to the image
         received: dict[str, torch.Tensor] = {}
 
         def keep(name: str, args: tuple) -> None:
@@ -69,7 +71,7 @@ class CrossTransformerReader:
                     hook = lambda _, args, name=name: keep(name.replace("_orig_mod.", ""), args)  # noqa: E731
                     stack.callback(module.to_k.register_forward_pre_hook(hook).remove)
             self.denoiser.forward(**arguments)
-            expected = self._project(text)
+            expected = self.project(text)
         for name, found in received.items():
             if found.shape[1] == PROBE_TOKENS and not torch.allclose(found, expected.to(found), rtol=1e-2, atol=1e-2):
                 raise ValueError(f"the text changes on its way to {name}: its attention is not read exactly")
@@ -143,10 +145,9 @@ class CrossTransformerReader:
 
     # -- texts ---------------------------------------------------------------------------------------------------
 
-    @staticmethod
-    def prompt_of(result: tuple) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Of what `encode_prompt` returns the positive text, its mask and the negative text."""
-        return result[0], result[1], result[2]
+    def prompt_of(self, result: tuple, *, guided: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the positive and the negative embeddings of what `encode_prompt` returned."""
+        return result[0], result[2]
 
     def named(
         self,
@@ -159,7 +160,7 @@ class CrossTransformerReader:
 
         With the tokens and words of each prompt.
         """
-        projected, count = self._project(text), text.shape[1]
+        projected, count = self.project(text), text.shape[1]
         masks = [[True] * count] * len(text) if mask is None else mask.bool().tolist()
         found = []
         for prompt, values, kept in zip(prompts, projected, masks, strict=True):
@@ -175,8 +176,8 @@ class CrossTransformerReader:
         return found
 
     @torch.no_grad()
-    def _project(self, text: torch.Tensor) -> torch.Tensor:
-        """c of the text encoder's (batch, token, width) text."""
+    def project(self, text: torch.Tensor) -> torch.Tensor:
+        """Return c of the text encoder's (batch, token, width) text, as the attentions receive it."""
         for name in PROJECTIONS:
             module = getattr(self.denoiser, name, None)
             if module is not None:
@@ -227,7 +228,7 @@ class CrossTransformerReader:
         return self._embed(prompt, options).values
 
     def _embed(self, prompt: str, options: Mapping[str, Any]) -> TokenEmbeddings:
-        text, mask, _ = self.prompt_of(self._encode_prompt(prompt, options))
+        text, mask, *_ = self._encode_prompt(prompt, options)
         (embeddings,) = self.named([prompt], text, mask, options)
         return embeddings
 
@@ -235,7 +236,7 @@ class CrossTransformerReader:
     def _encode_prompt(self, prompt: str, options: Mapping[str, Any]) -> tuple:
         """What `pipe.encode_prompt` returns for one prompt without guidance."""
         device = self.pipe._execution_device
-        return self.pipe.encode_prompt(prompt=prompt, device=device, do_classifier_free_guidance=False, **options)
+        return embedder_of(self.pipe)(prompt=prompt, device=device, do_classifier_free_guidance=False, **options)
 
     def text_state(self) -> tuple:
         """Something that changes when the weights that embed a text do, or a LoRA is loaded into them."""
@@ -244,19 +245,25 @@ class CrossTransformerReader:
 
     # -- passes --------------------------------------------------------------------------------------------------
 
-    def denoise(
+    def check_image_model(self) -> None:
+        """ValueError for a transformer that needs more than a noisy image and a text."""
+        channels, latents = self.denoiser.config.in_channels, self.pipe.vae.config.latent_channels
+        if channels != latents:
+            raise ValueError(f"this transformer takes {channels} channels, the VAE makes {latents}: it edits images")
+
+    def passes(
         self, prompt: str, timesteps: Sequence[int], noisy: Sequence[torch.Tensor], size: tuple[int, int]
-    ) -> None:
-        """One pass for each timestep and its (1, channel, h, w) noisy latents, conditioned on `prompt`.
+    ) -> Iterator[tuple[tuple, dict[str, Any]]]:
+        """Yield the arguments of a pass for each timestep and its (1, channel, h, w) latents, conditioned on `prompt`.
 
         The prompt is embedded as by a call of the pipeline. size: (height, width) of the image in pixels.
         """
         known = inspect.signature(type(self.pipe).__call__).parameters
         given = {name: known[name].default for name in self.options if name in known}
         encoded = self._encode_prompt(prompt, {name: value for name, value in given.items() if value is not None})
-        text, mask, _ = self.prompt_of(encoded)
+        text, mask, *_ = encoded
         for timestep, latents in zip(timesteps, noisy, strict=True):
-            self.denoiser(**self._arguments(latents, timestep, text, mask, size))
+            yield (), self._arguments(latents, timestep, text, mask, size)
 
     def _arguments(
         self,

@@ -1,15 +1,18 @@
-"""What every reader speaks of: the sites of a model, and one pass of its denoiser."""
+"""What every reader speaks of: the sites of a model, the attentions that can be read."""
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ..calls import EMBED
 from ..fingerprint import Fingerprint
 from ..layers import KeyProjection
+from ..watch import unwatched
 
+HARMLESS = ("offload", "casting", "autocast", "tracker")  # hooks of diffusers that leave what a layer computes as it is
 PROBE = 256.0  # a power of two: a bias beside weights so much larger costs them no digits in half precision
 
 
@@ -48,32 +51,34 @@ class Site:
     def key_projection(self, like: torch.Tensor) -> KeyProjection:
         """What makes its keys as it acts now, in the type of `like` and where it lies.
 
-        Asked of the layers themselves, so that a LoRA, its scale and off-loading count.
+        Measured by calling the layers, so that LoRA weights, their scale and off-loading are included; past the hooks
+        on them, which are those of passes.
         """
-        to_k, norm = self.module.to_k, getattr(self.module, "norm_k", None)
+        layer, norm = self.module.to_k, getattr(self.module, "norm_k", None)
         bias, eps = None, 0.0
-        if _is_plain(to_k, like):
-            weight = to_k.weight.detach().clone()
-            bias = None if to_k.bias is None else to_k.bias.detach().clone()
+        if _is_plain(layer, like):
+            weight = layer.weight.detach().clone()
+            bias = None if layer.bias is None else layer.bias.detach().clone()
         else:
-            unit = torch.eye(self.d_text, dtype=like.dtype, device=like.device)
-            if getattr(to_k, "bias", None) is None:
+            to_k, unit = layer.forward, torch.eye(self.d_text, dtype=like.dtype, device=like.device)
+            if getattr(layer, "bias", None) is None:
                 weight = to_k(unit).T.contiguous()
             else:
                 bias = to_k(torch.zeros_like(unit[:1]))[0]
                 weight = ((to_k(PROBE * unit) - to_k(-PROBE * unit)) / (2 * PROBE)).T.contiguous()
         if norm is not None:
             eps = float(norm.eps)
-            norm = norm(torch.ones_like(weight[:, :1].T))[0] * (1 + eps) ** 0.5  # of ones it is g / sqrt(1 + eps)
+            # of ones the norm is g / sqrt(1 + eps)
+            norm = norm.forward(torch.ones_like(weight[:, :1].T))[0] * (1 + eps) ** 0.5
         return KeyProjection(weight, bias, norm, eps)
 
 
 def _is_plain(to_k: Any, like: torch.Tensor) -> bool:
-    """Whether a layer is its weight alone: no LoRA, hook or off-loading, and of the type and place of `like`.
+    """Whether a layer is its weight alone: no LoRA or off-loading, and of the type and place of `like`.
 
     Then the weight need not be asked for by products, which of a wide transformer cost a fifth of a step on a CPU.
     """
-    if type(to_k) is not torch.nn.Linear or "forward" in vars(to_k) or to_k._forward_hooks or to_k._forward_pre_hooks:
+    if type(to_k) is not torch.nn.Linear or "forward" in vars(to_k):
         return False
     return to_k.weight.dtype == like.dtype and to_k.weight.device == like.device
 
@@ -82,21 +87,26 @@ def _last(module: torch.nn.Module, norm: torch.nn.Module | None) -> torch.nn.Mod
     return module if norm is None else norm
 
 
-@dataclass(frozen=True, eq=False)
-class Pass:
-    """What one call of the denoiser says.
+def refuse_caches(denoiser: torch.nn.Module) -> None:
+    """ValueError for a denoiser with hooks of diffusers that skip or re-use parts of a pass, as its caches do."""
+    for name, module in denoiser.named_modules():
+        hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+        odd = [hook for hook in hooks if not any(part in hook for part in HARMLESS)]
+        if odd:
+            raise ValueError(
+                f"{name or 'the denoiser'} has the hooks {odd}, such as caches that skip or re-use attention: its "
+                "passes are not those of the model alone. Call disable_cache() on the denoiser before tracing"
+            )
 
-    Attributes:
-        sample: (batch, channel, h, w) latents.
-        timestep: of the scheduler.
-        text: (batch, token, width) as `encode_prompt` returned it.
-        mask: (batch, token), which tokens take part; None: all.
-    """
 
-    sample: torch.Tensor
-    timestep: Any
-    text: torch.Tensor
-    mask: torch.Tensor | None = None
+def embedder_of(pipe: Any) -> Callable[..., Any]:
+    """Return the pipeline's method that embeds prompts, past a trace that watches it. ValueError if it has none."""
+    name = next((name for name in EMBED if hasattr(pipe, name)), None)
+    if name is None:
+        raise ValueError(
+            f"{type(pipe).__name__} has no `encode_prompt` to embed a text: give embeddings to daam_from or ldaam_from"
+        )
+    return unwatched(pipe, name)
 
 
 def state_of_weights(modules: Iterable[torch.nn.Module | None]) -> tuple:

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from ...pipeline import denoiser_of
+from ..calls import Pass
 from ..fingerprint import Fingerprint
 from ..text import PAD, TokenEmbeddings, require_text
-from .sites import Pass, Site, fingerprint_of_sites, state_of_weights
+from .sites import Site, embedder_of, fingerprint_of_sites, place_of, state_of_weights
 from .words import read_tokens, token_ids
 
 MIDDLE, UP = "mid_block", "up_blocks"  # what the names of a layer begin with in the middle and in the decoder
@@ -70,7 +71,8 @@ class UNetReader:
                 f"{tuple(text.shape)}: expected (batch, channel, height, width) and (batch, token, width); videos "
                 "cannot be traced"
             )
-        return Pass(sample, arguments["timestep"], text)
+        mask = arguments.get("encoder_attention_mask")
+        return Pass(sample, arguments["timestep"], text, None if mask is None else mask > 0)
 
     @staticmethod
     def grid(latent: tuple[int, int], positions: int) -> tuple[int, int]:
@@ -82,10 +84,20 @@ class UNetReader:
             raise ValueError(f"{positions} positions are no halving of the {latent[0]} x {latent[1]} latent")
         return h, w
 
-    @staticmethod
-    def prompt_of(result: tuple) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Of what `encode_prompt` returns the positive text, its mask (which a U-Net has not) and the negative text."""
-        return result[0], None, result[1]
+    def prompt_of(self, result: Any, *, guided: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the positive and the negative embeddings of what `encode_prompt` returned."""
+        if not isinstance(result, torch.Tensor):
+            return result[0], result[1]
+        # InstructPix2Pix: the prompts', and twice the negative texts'
+        return result.chunk(3)[:2] if guided else (result, None)
+
+    @torch.no_grad()
+    def project(self, text: torch.Tensor) -> torch.Tensor:
+        """Return a (batch, token, width) text as the attentions receive it: projected, where the U-Net does so."""
+        if getattr(self.denoiser.config, "encoder_hid_dim_type", None) != "text_proj":
+            return text
+        layer = self.denoiser.encoder_hid_proj
+        return layer(text.to(place_of(layer, self.pipe), self.denoiser.dtype))
 
     def named(
         self,
@@ -94,8 +106,12 @@ class UNetReader:
         mask: torch.Tensor | None,
         options: Mapping[str, Any],
     ) -> list[TokenEmbeddings]:
-        """The (image, context, d_text) text of a pass with the tokens and words of each prompt."""
-        return [self._named(prompt, values) for prompt, values in zip(prompts, text, strict=True)]
+        """Return a pass' (image, context, width) text as the attentions receive it, with tokens and words by prompt.
+
+        Without the tokens that the mask (image, context) leaves out.
+        """
+        found = [self._named(prompt, values) for prompt, values in zip(prompts, self.project(text), strict=True)]
+        return found if mask is None else [each.take(own.bool()) for each, own in zip(found, mask, strict=True)]
 
     def _named(self, prompt: str | None, values: torch.Tensor) -> TokenEmbeddings:
         """The (context, d_text) embeddings of a prompt, cut at the context length, with their tokens and words."""
@@ -137,15 +153,15 @@ class UNetReader:
 
     def embed(self, prompt: str, options: Mapping[str, Any]) -> torch.Tensor:
         """(context, d_text) of a prompt, by `encode_prompt` with these options."""
-        return self._encode_prompt(prompt, options)[0][0]
+        return self.project(self._encode_prompt(prompt, options)[0])[0]
 
     @torch.no_grad()
     def _encode_prompt(self, prompt: str, options: Mapping[str, Any]) -> tuple:
         """What `pipe.encode_prompt` returns for one prompt without guidance."""
-        device = self.pipe._execution_device
-        return self.pipe.encode_prompt(
-            prompt=prompt, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False, **options
-        )
+        embed = embedder_of(self.pipe)
+        options = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False, **options}
+        encoded = embed(prompt=prompt, device=self.pipe._execution_device, **options)
+        return (encoded,) if isinstance(encoded, torch.Tensor) else encoded
 
     @property
     def _tokenizer(self) -> tuple[Any, int]:
@@ -165,10 +181,24 @@ class UNetReader:
         """Something that changes when the text encoders' weights do, or a LoRA is loaded into them."""
         return state_of_weights(getattr(self.pipe, name, None) for name in ("text_encoder", "text_encoder_2"))
 
-    def denoise(
+    def check_image_model(self) -> None:
+        """ValueError for a U-Net that needs more than a noisy image and a text."""
+        config, latents = self.denoiser.config, self.pipe.vae.config.latent_channels
+        if config.in_channels != latents:
+            raise ValueError(
+                f"this U-Net takes {config.in_channels} channels, the VAE makes {latents}: it is given an image beside "
+                "the noisy one, as for inpainting, depth or editing. A real image is read by a text-to-image model"
+            )
+        if getattr(config, "encoder_hid_dim_type", None) not in (None, "text_proj"):
+            raise ValueError(
+                f"this U-Net is given images beside the text ({config.encoder_hid_dim_type}, an IP-Adapter's "
+                "image_embeds): call pipe.unload_ip_adapter() before a real image is read"
+            )
+
+    def passes(
         self, prompt: str, timesteps: Sequence[int], noisy: Sequence[torch.Tensor], size: tuple[int, int]
-    ) -> None:
-        """One pass of the U-Net for each timestep and its (1, channel, h, w) noisy latents, conditioned on `prompt`.
+    ) -> Iterator[tuple[tuple, dict[str, Any]]]:
+        """Yield the arguments of a pass for each timestep and its (1, channel, h, w) latents, conditioned on `prompt`.
 
         size: (height, width) of the image in pixels, which SDXL's U-Net is told.
         """
@@ -176,14 +206,14 @@ class UNetReader:
         dtype, conditions = self.denoiser.dtype, None
         if getattr(self.denoiser.config, "addition_embed_type", None) == "text_time":  # SDXL
             pooled = encoded[2].to(dtype)
-            sizes = torch.tensor([[*size, 0, 0, *size]], dtype=dtype, device=pooled.device)
-            conditions = {"text_embeds": pooled, "time_ids": sizes}
+            # the refiner is told a score of the image's looks, 6 by its pipeline's default
+            refiner = getattr(self.pipe.config, "requires_aesthetics_score", False)
+            numbers = [*size, 0, 0, 6.0] if refiner else [*size, 0, 0, *size]
+            conditions = {"text_embeds": pooled, "time_ids": torch.tensor([numbers], dtype=dtype, device=pooled.device)}
         for timestep, latents in zip(timesteps, noisy, strict=True):
-            self.denoiser(
-                latents.to(dtype),
-                torch.tensor(timestep, device=latents.device),
-                encoder_hidden_states=encoded[0].to(dtype),
-                added_cond_kwargs=conditions,
+            yield (
+                (latents.to(dtype), torch.tensor(timestep, device=latents.device)),
+                {"encoder_hidden_states": encoded[0].to(dtype), "added_cond_kwargs": conditions},
             )
 
     def fingerprint(self) -> Fingerprint:
@@ -204,6 +234,7 @@ def cross_attentions(unet: Any, *, middle: bool) -> Iterator[Site]:
         if name.endswith("attn2")
         and getattr(module, "is_cross_attention", False)
         and (middle or not name.startswith(MIDDLE))
+        and ".ctrl_" not in name  # of ControlNet-XS, whose control branch runs inside the U-Net
     }
     if not found:
         raise ValueError(

@@ -11,10 +11,10 @@ from diffusers import DiffusionPipeline
 
 from ... import metrics
 from ...attention.heatmaps import HeatMaps
-from ...attention.real_images import trace_image
 from ...attention.record import AttentionRecord
 from ...cityscapes import BY_NAME
 from ...tokens.optimize import optimize_token
+from ...tracing import trace_image
 from ..scenes import KINDS, SIZE, render
 
 TIMESTEPS = (20, 100, 200, 300)  # noise levels at which a scene is read as a real image

@@ -1,0 +1,225 @@
+"""The recorder of joint models, whose text changes along with the image: it stores passes that can be made again."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...pipeline import denoiser_of
+from ..batches import Encoding, Rows, by_image
+from ..calls import Call, Options, Pass, Recorder
+from ..real_images import add_noise, check_levels
+from ..text import TokenEmbeddings
+from .encoding import EMBEDDED_WITH, check_words, embed_prompt, encode_words, name_prompt
+from .families import NOT_LINEAR, Family
+from .maps import Sums
+from .reading import PROMPT, check_arguments, keep_arguments, make_again, passes_to_keep, while_generating
+from .record import JointRecord, fingerprint_of_joint
+from .stream import Stream, check_readable
+from .text import averages
+
+LEVELS = 1000  # noise levels of the training schedule: the timestep is 1000 times the share of noise
+FURTHER = ("prompt_2", "prompt_3")  # arguments of `encode_prompt` that name a prompt's tokens
+
+
+@dataclass(eq=False)
+class Kept:
+    """What is stored of one call.
+
+    Attributes:
+        grid: (h, w) of the image's positions.
+        words: extra texts that are read while generating.
+        texts: (image, token, width), the prompts' embeddings.
+        calls: for each image the denoiser's arguments of its stored passes.
+        timesteps: of these passes.
+        sums: of the maps that are read while generating; empty for a custom loop, whose passes are read at its end.
+    """
+
+    grid: tuple[int, int]
+    words: TokenEmbeddings | None
+    texts: torch.Tensor
+    calls: list[list[dict[str, Any]]]
+    timesteps: list[float]
+    sums: Sums
+
+
+class JointRecorder(Recorder):
+    """The hooks of one trace of a joint model.
+
+    Args:
+        pipe: the pipeline.
+        family: its own.
+        options: what was asked for; of these `words`, two or more, and `device` fit a joint model.
+
+    Raises:
+        TypeError: `words` is no list of strings.
+        ValueError: the transformer's attention cannot be read, the words cannot compete, or another option is given.
+    """
+
+    def __init__(self, pipe: Any, family: Family, options: Options):
+        super().__init__(pipe, denoiser_of(pipe), options)
+        if options.store == "linear":
+            raise ValueError(f'store="linear" is not for {family.name}: {NOT_LINEAR}')
+        usual = Options(words=options.words, device=options.device)
+        odd = [name for name, value in vars(options).items() if value != vars(usual)[name]]
+        if odd:
+            raise ValueError(f"{', '.join(odd)}: {family.name} is a joint model, it takes words and store_device only")
+        self._family, self._words = family, check_words(options.words) if options.words else ()
+        self._stream = Stream(family, self._denoiser)
+        self._signature = inspect.signature(self._denoiser.forward)
+        self._made_by = fingerprint_of_joint(pipe)
+        self._negatives: list[torch.Tensor] = []  # the very texts that later calls of `encode_prompt` returned
+
+    def _register(self, stack: ExitStack) -> None:
+        stack.enter_context(self._stream)
+
+    def _read(self, args: tuple, kwargs: Mapping[str, Any]) -> Pass:
+        self._stream.end()  # the pass before may have failed
+        arguments = dict(self._signature.bind_partial(*args, **kwargs).arguments)
+        return Pass(
+            sample=arguments["hidden_states"],
+            timestep=torch.as_tensor(arguments["timestep"]) * self._family.timestep,
+            text=arguments["encoder_hidden_states"],
+            is_step=arguments.get("skip_layers") is None,  # blocks are left out to steer the image
+            arguments=arguments,
+        )
+
+    def _encoding(self, arguments: Mapping[str, Any], result: Sequence[Any]) -> Encoding:
+        positive, place, prompt = result[0], self._family.negative, arguments.get("prompt")
+        prompts = by_image(prompt, len(positive))
+        if place is None and self._encodings and self._loop is None:  # the second call embeds the negative text
+            first = self._encodings[0]
+            self._negatives = [*self._negatives, positive] if len(self._encodings) > 1 else [positive]
+            return Encoding(first.positive, positive.detach().clone(), first.prompts, prompts, options=first.options)
+        negative = None if place is None else result[place]
+        negatives = arguments.get("negative_prompt")
+        return Encoding(
+            positive=positive.detach().clone(),
+            negative=None if negative is None else negative.detach().clone(),
+            prompts=prompts,
+            negatives=by_image("" if negatives is None else negatives, len(positive)),
+            guided=negative is not None and bool(arguments.get("do_classifier_free_guidance", True)),
+            options={name: arguments[name] for name in (*EMBEDDED_WITH, *FURTHER) if arguments.get(name) is not None},
+        )
+
+    def _rows(self, told: Pass) -> tuple[Rows | None, Encoding | None]:
+        if len(self._encodings) > 1 and any(told.text is text for text in self._negatives):
+            return None, None  # which may equal the prompt
+        return super()._rows(told)
+
+    def _open(self, call: Call, told: Pass, rows: Rows) -> Kept:
+        words = None
+        if self._words:
+            words = encode_words(self._pipe, self._family, self._words, _embedded_with(call.options[0]))
+        texts = told.text[rows].detach().clone()
+        return Kept(
+            grid=check_arguments(self._family, self._denoiser, told.arguments),
+            words=words,
+            texts=texts,
+            calls=[[] for _ in texts],
+            timesteps=[],
+            sums=Sums(while_generating(None if words is None else averages(words))),
+        )
+
+    def _begin_pass(self, call: Call, told: Pass, rows: Rows) -> None:
+        kept, reads = call.kept, call.plan is not None
+        if reads and len(call.timesteps) not in passes_to_keep(call.planned or len(self._pipe.scheduler.timesteps)):
+            return
+        kept.timesteps.append(told.level)
+        numbers = range(len(told.sample))[rows] if isinstance(rows, slice) else rows
+        for stored, row in zip(kept.calls, numbers, strict=True):
+            stored.append(keep_arguments(told.arguments, row, stored[-1] if stored else {}))
+        if reads:
+            texts = [] if kept.words is None else [kept.words.values]
+            self._stream.begin(told.arguments, rows, texts, kept.sums.read)
+
+    def _end_pass(self, call: Call) -> None:
+        self._stream.end()
+
+    def _records(self, call: Call) -> list[JointRecord]:
+        kept = call.kept
+        if call.plan is None:
+            chosen = sorted(passes_to_keep(len(kept.timesteps)))
+            kept.timesteps = [kept.timesteps[number] for number in chosen]
+            kept.calls = [[stored[number] for number in chosen] for stored in kept.calls]
+        texts = [] if kept.words is None else [kept.words.values]
+        records = []
+        for image, (prompt, calls) in enumerate(zip(call.prompts, kept.calls, strict=True)):
+            sums: Mapping[str, torch.Tensor] = {name: values[image] for name, values in kept.sums.items()}
+            if not sums:  # of a custom loop
+                formulae = while_generating(None if kept.words is None else averages(kept.words))
+                made = make_again(self._pipe, self._family, calls, texts, formulae)
+                sums = {name: values[0] for name, values in made.items()}
+            further = {name: text for name, text in call.options[image].items() if name in FURTHER and text}
+            named = None if prompt is None else {"prompt": prompt, **further}
+            record = JointRecord(
+                prompt=prompt,
+                prompt_embeddings=name_prompt(
+                    self._pipe,
+                    self._family,
+                    None if prompt is None else {"prompt": prompt, **named},
+                    kept.texts[image].clone(),
+                ),
+                timesteps=[round(level) for level in kept.timesteps],
+                grid=kept.grid,
+                calls=tuple(calls),
+                words=self._words,
+                maps={name: values.unflatten(1, kept.grid).clone() for name, values in sums.items()},
+                fingerprint=self._made_by,
+                embedded_with=_embedded_with(call.options[image]),
+                pipe=self._pipe,
+            )
+            records.append(record if self._options.device is None else record.to(self._options.device))
+        self.trace.bytes_needed = sum(record.nbytes for record in records)
+        return records
+
+    # -- real images ---------------------------------------------------------------------------------------------
+
+    @property
+    def sides(self) -> int:
+        """What the sides of a real image must be multiples of."""
+        return self._family.sides(self._pipe)
+
+    def read_image(self, pixels: torch.Tensor, prompt: str, timesteps: Sequence[int], seed: int) -> JointRecord:
+        """Return the record of a real image: x_t = (1 - s) x + s e, s = t / 1000 (flow matching), one pass each.
+
+        A model with guidance embedded is given the scale that its pipeline has by default. The timesteps are the noise
+        levels themselves, whatever shift the scheduler has.
+        """
+        check_readable(self._denoiser)
+        check_levels(timesteps, LEVELS)
+        family, device = self._family, self._pipe._execution_device
+        latents = family.encode_image(self._pipe, pixels.to(device))
+        encoded = embed_prompt(self._pipe, family, prompt, {})
+        levels = [step / LEVELS for step in timesteps]
+        calls: list[dict[str, Any]] = []
+        for noisy, level in zip(add_noise(latents, [(1 - s, s) for s in levels], seed), levels, strict=True):
+            arguments = family.arguments(self._pipe, noisy.to(self._denoiser.dtype), level, encoded)
+            calls.append(keep_arguments(arguments, 0, calls[-1] if calls else {}))
+        sample, expected = calls[0]["hidden_states"], self._denoiser.config.in_channels
+        channels = sample.shape[1 if sample.ndim == 4 else 2]
+        if channels != expected:
+            raise ValueError(
+                f"this transformer takes {expected} channels, an image's latents have {channels}: it is given another "
+                "image beside the noisy one, as for filling or control. A real image is read by a text-to-image model"
+            )
+        grid = check_arguments(family, self._denoiser, calls[0])
+        maps = make_again(self._pipe, family, calls, [], while_generating(None))
+        return JointRecord(
+            prompt=prompt,
+            prompt_embeddings=name_prompt(self._pipe, family, {"prompt": prompt}, encoded[0][0]),
+            timesteps=list(timesteps),
+            grid=grid,
+            calls=tuple(calls),
+            words=(),
+            maps={PROMPT: maps[PROMPT][0].unflatten(1, grid)},
+            fingerprint=self._made_by,
+            pipe=self._pipe,
+        )
+
+
+def _embedded_with(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name in EMBEDDED_WITH}
