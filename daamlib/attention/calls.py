@@ -135,13 +135,19 @@ class Trace(Sequence[Any]):
 class Loop:
     """A custom denoising loop, see `Trace.loop`."""
 
-    def __init__(self, prompts: tuple[str | None, ...], rows: Any, prompt_embeds: torch.Tensor | None):
+    def __init__(
+        self,
+        prompts: tuple[str | None, ...],
+        rows: Any = None,
+        prompt_embeds: torch.Tensor | None = None,
+        options: Mapping[str, Any] | None = None,
+    ):
         if prompt_embeds is not None and (prompt_embeds.ndim != 3 or len(prompt_embeds) != len(prompts)):
             raise ValueError(
                 f"expected prompt_embeds of shape ({len(prompts)}, token, width), one for each image, got "
                 f"{tuple(prompt_embeds.shape)}"
             )
-        self.prompts, self.paused, self.used = prompts, False, False
+        self.prompts, self.options, self.paused, self.used = prompts, options or {}, False, False
         self._rows, self._embeds = rows, prompt_embeds
 
     @contextmanager
@@ -274,43 +280,43 @@ class Recorder(abc.ABC):
 
     def __init__(self, pipe: Any, denoiser: Any, options: Options):
         self.trace = Trace(self)
-        self._pipe, self._denoiser, self._options = pipe, denoiser, options
-        self._encodings: list[Encoding] = []
+        self.pipe, self.denoiser, self.options = pipe, denoiser, options
+        self.encodings: list[Encoding] = []
         self._frame: FrameType | None = None  # of the pipeline's function that makes the call
-        self._loop: Loop | None = None
-        self._call: Call | None = None
-        self._pass: tuple[Pass, Rows] | None = None  # under way, and its rows to read
+        self.loop: Loop | None = None
+        self.call: Call | None = None
+        self.under_way: tuple[Pass, Rows] | None = None  # under way, and its rows to read
         self._latest: tuple[Any, Any] = (None, None)  # a text of this call, and what its rows are
         self._gradients = 0  # passes of this call that computed gradients of the latents
 
     # -- what a recorder of a kind of model does -----------------------------------------------------------------
 
     @abc.abstractmethod
-    def _register(self, stack: ExitStack) -> None:
+    def register(self, stack: ExitStack) -> None:
         """Register the hooks on the attentions, to be removed with the stack."""
 
     @abc.abstractmethod
-    def _read(self, args: tuple, kwargs: Mapping[str, Any]) -> Pass:
+    def read(self, args: tuple, kwargs: Mapping[str, Any]) -> Pass:
         """Return the inputs of a pass. ValueError if they are not those of images."""
 
     @abc.abstractmethod
-    def _encoding(self, arguments: Mapping[str, Any], result: Any) -> Encoding:
+    def encoding_of(self, arguments: Mapping[str, Any], result: Any) -> Encoding:
         """Return what a call of `encode_prompt` took and returned."""
 
     @abc.abstractmethod
-    def _open(self, call: Call, told: Pass, rows: Rows) -> Any:
+    def open_call(self, call: Call, told: Pass, rows: Rows) -> Any:
         """Return what to collect a call with, at the beginning of its first pass."""
 
     @abc.abstractmethod
-    def _begin_pass(self, call: Call, told: Pass, rows: Rows) -> None:
+    def begin_pass(self, call: Call, told: Pass, rows: Rows) -> None:
         """Prepare for a pass that is a step."""
 
     @abc.abstractmethod
-    def _end_pass(self, call: Call) -> str | None:
+    def end_pass(self, call: Call) -> str | None:
         """Check a pass that was made; return why the call cannot be read any further."""
 
     @abc.abstractmethod
-    def _records(self, call: Call) -> list[Any]:
+    def make_records(self, call: Call) -> list[Any]:
         """Return a record of each image. ValueError if they would break a law."""
 
     @property
@@ -329,14 +335,14 @@ class Recorder(abc.ABC):
         """Hold all hooks while the `with` lasts."""
         with ExitStack() as stack:
             stack.callback(self._end)
-            stack.enter_context(uncompiled(self._pipe))
-            stack.enter_context(watch(self._pipe, "check_inputs", self._after_check))
-            embed = next((name for name in EMBED if hasattr(self._pipe, name)), EMBED[0])
-            stack.enter_context(watch(self._pipe, embed, self._after_prompt))
-            stack.enter_context(watch(self._pipe, "maybe_free_model_hooks", self._after_call))
-            self._register(stack)
-            stack.callback(self._denoiser.register_forward_pre_hook(self._before_pass, with_kwargs=True).remove)
-            stack.callback(self._denoiser.register_forward_hook(lambda *_: self._after_pass()).remove)
+            stack.enter_context(uncompiled(self.pipe))
+            stack.enter_context(watch(self.pipe, "check_inputs", self._after_check))
+            embed = next((name for name in EMBED if hasattr(self.pipe, name)), EMBED[0])
+            stack.enter_context(watch(self.pipe, embed, self._after_prompt))
+            stack.enter_context(watch(self.pipe, "maybe_free_model_hooks", self._after_call))
+            self.register(stack)
+            stack.callback(self.denoiser.register_forward_pre_hook(self._before_pass, with_kwargs=True).remove)
+            stack.callback(self.denoiser.register_forward_hook(lambda *_: self._after_pass()).remove)
             try:
                 yield self.trace
             except BaseException:
@@ -345,16 +351,16 @@ class Recorder(abc.ABC):
             self._close()
 
     def _end(self) -> None:
-        self._encodings, self._frame, self._latest = [], None, (None, None)
+        self.encodings, self._frame, self._latest = [], None, (None, None)
         self.trace.close()
 
     @contextmanager
     def looping(self, loop: Loop) -> Iterator[Loop]:
         """Hold a custom loop open. ValueError inside another loop or a call, or if no pass was made."""
-        if self._loop is not None or is_running(self._frame):
+        if self.loop is not None or is_running(self._frame):
             raise ValueError("a loop or a call of the pipeline is under way: announce one loop after the other")
         self._close()
-        self._loop, self._latest = loop, (None, None)
+        self.loop, self._latest = loop, (None, None)
         try:
             yield loop
             if not loop.used:
@@ -364,15 +370,15 @@ class Recorder(abc.ABC):
             self._drop(None)
             raise
         finally:
-            self._loop, self._latest = None, (None, None)
+            self.loop, self._latest = None, (None, None)
 
     # -- the pipeline --------------------------------------------------------------------------------------------
 
     def _enter(self, caller: FrameType) -> None:
         """Begin a call, if it is a function of the pipeline that calls the watched method."""
-        if caller.f_locals.get("self") is self._pipe and not is_running(self._frame):
+        if caller.f_locals.get("self") is self.pipe and not is_running(self._frame):
             self._close()
-            self._encodings, self._frame = [], caller
+            self.encodings, self._frame = [], caller
             self._latest, self._gradients = (None, None), 0
 
     def _after_check(self, caller: FrameType, arguments: dict, result: Any) -> None:
@@ -387,12 +393,12 @@ class Recorder(abc.ABC):
     @torch.no_grad()
     def _after_prompt(self, caller: FrameType, arguments: dict, result: Any) -> None:
         self._enter(caller)
-        self._encodings = [*self._encodings[-7:], self._encoding(arguments, result)]
+        self.encodings = [*self.encodings[-7:], self.encoding_of(arguments, result)]
 
     def _after_call(self, caller: FrameType, arguments: dict, result: Any) -> None:
         """The last act of a pipeline's call; an interrupted call has made fewer passes than planned."""
         if is_running(self._frame):
-            if self._call is None and self._gradients:
+            if self.call is None and self._gradients:
                 self._drop(
                     "all its passes computed gradients, so that none is known for a step: announce a custom loop"
                 )
@@ -403,7 +409,7 @@ class Recorder(abc.ABC):
 
     def _before_pass(self, denoiser: Any, args: tuple, kwargs: dict) -> None:
         try:
-            self._pass = self._next_pass(args, kwargs)
+            self.under_way = self._next_pass(args, kwargs)
         except (ValueError, TypeError):
             self._drop(None)
             raise
@@ -423,28 +429,28 @@ class Recorder(abc.ABC):
         """Return the pass that begins and its rows, None if it is no step of the call under way."""
         if _ALONE.get() not in (None, self):
             return None
-        failed, self._pass, inside = self._pass is not None, None, is_running(self._frame)
-        if failed and self._call is not None:
-            self._call.broken = "a pass of the denoiser failed"
-        if not inside and self._loop is None:
+        failed, self.under_way, inside = self.under_way is not None, None, is_running(self._frame)
+        if failed and self.call is not None:
+            self.call.broken = "a pass of the denoiser failed"
+        if not inside and self.loop is None:
             self._close()
             raise ValueError(
-                f"the denoiser was called by itself, outside of a call of the traced {type(self._pipe).__name__}: "
+                f"the denoiser was called by itself, outside of a call of the traced {type(self.pipe).__name__}: "
                 "trace cannot know whose images its rows are. Announce the loop: `with trace.loop(prompts) as loop:` "
                 "around it, and `with loop.pause():` around passes that are no denoising step"
             )
-        if not inside and self._loop is not None and self._loop.paused:
+        if not inside and self.loop is not None and self.loop.paused:
             return None
-        told = self._read(args, kwargs)
+        told = self.read(args, kwargs)
         if inside and told.sample.requires_grad:  # to steer the latents, as in Attend-and-Excite
             self._gradients += 1
             return None
-        if self._call is not None and self._call.broken:
+        if self.call is not None and self.call.broken:
             return None
-        rows, encoding = self._rows(told) if inside else self._rows_of_loop(told)
+        rows, encoding = self.rows_of_call(told) if inside else self._rows_of_loop(told)
         if rows is None or not told.is_step:
             return None
-        call = self._call = self._call or self._begin_call(told, rows, encoding, inside)
+        call = self.call = self.call or self._begin_call(told, rows, encoding, inside)
         problem = call.plan.problem(told) if call.plan is not None else _repeats(call, told, rows)
         if problem:
             self._break(
@@ -457,8 +463,8 @@ class Recorder(abc.ABC):
             )
             return None
         if call.kept is None:
-            call.kept = self._open(call, told, rows)
-        self._begin_pass(call, told, rows)
+            call.kept = self.open_call(call, told, rows)
+        self.begin_pass(call, told, rows)
         return told, rows
 
     @staticmethod
@@ -468,18 +474,18 @@ class Recorder(abc.ABC):
             raise ValueError(problem)
         call.broken, call.kept = problem, None
 
-    def _rows(self, told: Pass) -> tuple[Rows | None, Encoding | None]:
+    def rows_of_call(self, told: Pass) -> tuple[Rows | None, Encoding | None]:
         """The rows of the images in a pass of the pipeline, None if it has none, and whose text they have."""
         text, known = self._latest
         if text is not None and text[0] is told.text and text[1] == _version(told.text):
             return known  # comparing tensors makes a GPU's host wait
-        branch, perturbed = self._options.branch, bool(getattr(self._pipe, "do_perturbed_attention_guidance", False))
-        for encoding in reversed(self._encodings):
+        branch, perturbed = self.options.branch, bool(getattr(self.pipe, "do_perturbed_attention_guidance", False))
+        for encoding in reversed(self.encodings):
             halves = encoding.halves(told.text, perturbed=perturbed)
             if halves is not None:
                 break
         else:
-            self._break(self._call, self._unknown_text(told))
+            self._break(self.call, self._unknown_text(told))
             return None, None
         if branch == "unconditional" and encoding.negative is None and not encoding.guided:
             raise ValueError(
@@ -491,12 +497,12 @@ class Recorder(abc.ABC):
         return known
 
     def _unknown_text(self, told: Pass) -> str:
-        if not self._encodings:
+        if not self.encodings:
             return (
-                f"{type(self._pipe).__name__} does not embed its prompts by `encode_prompt`: trace cannot tell which "
+                f"{type(self.pipe).__name__} does not embed its prompts by `encode_prompt`: trace cannot tell which "
                 "rows of its batches are the images' prompts"
             )
-        images = len(self._encodings[-1].positive)
+        images = len(self.encodings[-1].positive)
         return (
             f"the denoiser was called with {len(told.sample)} latents for {images} images, under a text that "
             "`encode_prompt` did not return: it mixes other passes in, or the prompt was changed on its way or by a "
@@ -504,21 +510,19 @@ class Recorder(abc.ABC):
         )
 
     def _rows_of_loop(self, told: Pass) -> tuple[Rows | None, Encoding | None]:
-        assert self._loop is not None
-        rows = self._loop.find(told, self._options.branch)
+        assert self.loop is not None
+        rows = self.loop.find(told, self.options.branch)
         if rows is None:
             return None, None
-        known = [[encoding.text_of(row) for encoding in self._encodings] for row in told.text[rows]]
-        if self._options.branch == "conditional":
+        known = [[encoding.text_of(row) for encoding in self.encodings] for row in told.text[rows]]
+        if self.options.branch == "conditional":
             self._check_names(known)
-        return rows, next(
-            (each for each, text in zip(self._encodings, known[0], strict=True) if text is not None), None
-        )
+        return rows, next((each for each, text in zip(self.encodings, known[0], strict=True) if text is not None), None)
 
     def _check_names(self, known: list[list[str | None]]) -> None:
         """ValueError if a row of the loop has a text that was embedded from another prompt than announced."""
-        assert self._loop is not None
-        for row, (prompt, texts) in enumerate(zip(self._loop.prompts, known, strict=True)):
+        assert self.loop is not None
+        for row, (prompt, texts) in enumerate(zip(self.loop.prompts, known, strict=True)):
             others = [text for text in texts if text is not None]
             if prompt is not None and others and prompt not in others:
                 raise ValueError(
@@ -528,34 +532,34 @@ class Recorder(abc.ABC):
                 )
 
     def _begin_call(self, told: Pass, rows: Rows, encoding: Encoding | None, inside: bool) -> Call:
-        images, branch = len(told.sample[rows]), self._options.branch
+        images, branch = len(told.sample[rows]), self.options.branch
         prompts: tuple[str | None, ...] = (None,) * images
         if inside:
             assert encoding is not None
             prompts = encoding.prompts if branch == "conditional" else encoding.negatives
-        if self._loop is not None:
-            self._loop.used = True
-            if inside and len(self._loop.prompts) != images:
-                raise ValueError(f"trace.loop announced {len(self._loop.prompts)} images, the call makes {images}")
+        if self.loop is not None:
+            self.loop.used = True
+            if inside and len(self.loop.prompts) != images:
+                raise ValueError(f"trace.loop announced {len(self.loop.prompts)} images, the call makes {images}")
             if branch == "conditional" and set(prompts) == {None}:
-                prompts = self._loop.prompts
-        timesteps = getattr(getattr(self._pipe, "scheduler", None), "timesteps", None)
-        options = {} if encoding is None else encoding.options
+                prompts = self.loop.prompts
+        plan = getattr(getattr(self.pipe, "scheduler", None), "timesteps", None)  # None before `set_timesteps`
+        options = encoding.options if encoding is not None else {} if self.loop is None else self.loop.options
         return Call(
             prompts=prompts,
             options=tuple(of_image(options, image, images) for image in range(images)),
-            plan=Plan(timesteps) if inside else None,
-            planned=getattr(self._pipe, "num_timesteps", None) if inside else None,
+            plan=Plan(plan) if inside else None,
+            planned=getattr(self.pipe, "num_timesteps", None) or (0 if plan is None else len(plan)) if inside else None,
         )
 
     def _after_pass(self) -> None:
-        under_way, self._pass, call = self._pass, None, self._call
+        under_way, self.under_way, call = self.under_way, None, self.call
         if under_way is None or call is None:
             return
         told, rows = under_way
         call.timesteps.append(told.level)
         try:
-            problem = self._end_pass(call)
+            problem = self.end_pass(call)
             if problem:
                 self._break(call, problem, after=2)
         except ValueError:
@@ -563,7 +567,7 @@ class Recorder(abc.ABC):
             raise
         if call.plan is None:
             call.previous = told.sample[rows].detach().clone(), told.level
-        if len(call.timesteps) == 1 and self._options.store == "queries":
+        if len(call.timesteps) == 1 and self.options.store == "queries":
             log.info("queries of %d images: %.1f MiB", len(call.prompts), self.trace.bytes_needed / 2**20)
 
     # -- the end -------------------------------------------------------------------------------------------------
@@ -572,11 +576,11 @@ class Recorder(abc.ABC):
     @torch.no_grad()
     def _finish(self) -> None:
         """Turn the call into records, or say why it leaves none."""
-        call, self._call, self._pass = self._call, None, None
+        call, self.call, self.under_way = self.call, None, None
         if call is None or not call.timesteps:
             return
         try:
-            records = [] if call.broken else self._records(call)
+            records = [] if call.broken else self.make_records(call)
         except ValueError as error:
             call.broken = str(error)
         if call.broken:
@@ -586,26 +590,26 @@ class Recorder(abc.ABC):
 
     def complete(self) -> None:
         """Finish a call that made all its passes and has returned without saying so."""
-        call = self._call
-        if call is not None and self._loop is None and not is_running(self._frame):
-            if self._pass is None and len(call.timesteps) == call.planned:
+        call = self.call
+        if call is not None and self.loop is None and not is_running(self._frame):
+            if self.under_way is None and len(call.timesteps) == call.planned:
                 self._finish()
 
     def _close(self) -> None:
         """End the call of a pipeline that comes to nothing any more: an exception ended it."""
         self.complete()
-        if self._call is not None:
+        if self.call is not None:
             self._drop("an earlier call inside this trace did not end")
         self._frame = None
 
     def _drop(self, problem: str | None) -> None:
         """Leave the call under way without a record, with a warning if it is not an exception that says why."""
-        if self._call is not None and problem is None:
+        if self.call is not None and problem is None:
             self.trace.problems.append("an exception ended it")
         if problem is not None:
             self.trace.problems.append(problem)
             warnings.warn(f"a call leaves no record: {problem}", stacklevel=2)
-        self._call = self._pass = None
+        self.call = self.under_way = None
         self.trace.bytes_needed = 0
 
 

@@ -1,6 +1,7 @@
 """The record of one image: everything any later text needs."""
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -390,7 +391,7 @@ class AttentionRecord:
                 prompt_embeddings=TokenEmbeddings.stored(
                     tensors["prompt_embeddings"], header["tokens"], header["words"]
                 ),
-                timesteps=list(header["timesteps"]),
+                timesteps=[t if isinstance(t, int) else float(t) for t in header["timesteps"]],
                 layers=tuple(layers),
                 branch=header["branch"],
                 stream=header.get("stream"),
@@ -427,6 +428,8 @@ def _check(record: AttentionRecord) -> None:
     """ValueError if the tensors do not fit each other."""
     if not record.layers:
         raise ValueError("it holds no layers")
+    if not all(map(math.isfinite, record.timesteps)):
+        raise ValueError(f"its timesteps are {record.timesteps}")
     prompt, d_text, linear = record.prompt_embeddings, record.d_text, record.kept_map
     if tuple(prompt.values.shape) != (len(prompt.tokens), d_text):
         raise ValueError(f"it has {len(prompt.tokens)} tokens and embeddings of shape {tuple(prompt.values.shape)}")

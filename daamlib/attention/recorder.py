@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .batches import Encoding, Rows, by_image
-from .calls import Call, Options, Pass, Recorder
+from .calls import Call, Loop, Options, Pass, Recorder
 from .collectors import Collector, OnlineMaps, Queries, QuerySum
 from .layers import KeyProjection, Layer
 from .readers import Reader
@@ -84,7 +84,7 @@ class AttentionRecorder(Recorder):
         self._reader, self._sites = reader, reader.sites
         self._keys: dict[str, KeyProjection] = {}  # the latest, shared by the records
 
-    def _register(self, stack: ExitStack) -> None:
+    def register(self, stack: ExitStack) -> None:
         def after(module: Any, react: Any, site: Site) -> None:
             stack.callback(module.register_forward_hook(lambda _, args, output: react(site, output)).remove)
 
@@ -97,14 +97,14 @@ class AttentionRecorder(Recorder):
             after(site.keys, self._after_keys, site)
             after(site.module.to_v, self._after_values, site)
             before(site.module.to_out[0], self._before_output, site)
-        for site in self._reader.self_sites if self._options.self_attention else ():
+        for site in self._reader.self_sites if self.options.self_attention else ():
             after(site.queries, self._after_self_queries, site)
             after(site.keys, self._after_self_keys, site)
 
-    def _read(self, args: tuple, kwargs: Mapping[str, Any]) -> Pass:
+    def read(self, args: tuple, kwargs: Mapping[str, Any]) -> Pass:
         return self._reader.read(args, kwargs)
 
-    def _encoding(self, arguments: Mapping[str, Any], result: Any) -> Encoding:
+    def encoding_of(self, arguments: Mapping[str, Any], result: Any) -> Encoding:
         guided = arguments.get("do_classifier_free_guidance")
         positive, negative = self._reader.prompt_of(result, guided=bool(guided))
         guided = negative is not None if guided is None else guided
@@ -124,25 +124,27 @@ class AttentionRecorder(Recorder):
 
     # -- passes --------------------------------------------------------------------------------------------------
 
-    def _open(self, call: Call, told: Pass, rows: Rows) -> Kept:
+    def open_call(self, call: Call, told: Pass, rows: Rows) -> Kept:
         if any(site.module.to_q is not site.to_q for site in self._sites):
             raise ValueError("layers of the denoiser were replaced inside the `with`, as a LoRA does: load it before")
-        text, mask = told.text[rows].detach(), None if told.mask is None else told.mask[rows]
+        text, mask = told.text[rows].detach().clone(), None if told.mask is None else told.mask[rows].clone()
         embed = self._reader.encode
         return Kept(
             embeddings=self._reader.named(call.prompts, text, mask, call.options[0]),
             text=self._reader.project(text),
             latent=(told.sample.shape[-2], told.sample.shape[-1]),
-            texts={text: embed(text, padding=True, options=call.options[0]) for text in self._options.texts},
+            texts={text: embed(text, padding=True, options=call.options[0]) for text in self.options.texts},
         )
 
-    def _begin_pass(self, call: Call, told: Pass, rows: Rows) -> None:
+    def begin_pass(self, call: Call, told: Pass, rows: Rows) -> None:
         call.kept.seen = {}
 
     def _under_way(self) -> tuple[Call, Kept, Pass, Rows] | None:
         """The call and pass that a hook belongs to; None for an attention that is called by itself."""
-        call = self._call
-        return None if self._pass is None or call is None or call.kept is None else (call, call.kept, *self._pass)
+        call = self.call
+        return (
+            None if self.under_way is None or call is None or call.kept is None else (call, call.kept, *self.under_way)
+        )
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -214,8 +216,13 @@ class AttentionRecorder(Recorder):
         if told.mask is not None:
             logits = logits.masked_fill(~told.mask[rows][0].bool().to(logits.device), -torch.inf)
         expected = torch.einsum("hm,mhd->hd", logits.softmax(dim=1), values).flatten()
-        position = received.shape[1] // 2
-        if _differ(received[rows][0, position], expected.to(received.dtype)):
+        output = received[rows][0, received.shape[1] // 2]
+        if not output.isfinite().all():
+            raise ValueError(
+                f"{site.name} computes NaN or infinite values: the model overflows in {output.dtype}. Load it in "
+                "bfloat16 or float32"
+            )
+        if _differ(output, expected.to(output.dtype)):
             raise ValueError(
                 f"{site.name} does not compute softmax(q k) v of its text: its processor {_processor(site)} masks, "
                 "re-weights or re-uses the attention. Its maps are not DAAM's"
@@ -223,16 +230,16 @@ class AttentionRecorder(Recorder):
 
     def _key_projection(self, site: Site, like: torch.Tensor) -> KeyProjection:
         """What makes the keys now; the stored object if nothing changed."""
-        to_k, known = site.key_projection(like).to(self._options.device or like.device), self._keys.get(site.name)
+        to_k, known = site.key_projection(like).to(self.options.device or like.device), self._keys.get(site.name)
         if known is None or not known.equals(to_k):
             self._keys[site.name] = to_k
         return self._keys[site.name]
 
     def _collector(self, call: Call, site: Site, queries: torch.Tensor) -> Collector:
-        device, kept = self._options.device, call.kept
-        if self._options.store == "queries":
+        device, kept = self.options.device, call.kept
+        if self.options.store == "queries":
             return Queries(min(call.planned or 4, MOST_PASSES), device)
-        if self._options.store == "linear":
+        if self.options.store == "linear":
             return QuerySum(device)
         layer = self._layer(kept, site, queries.shape[1])
 
@@ -243,7 +250,7 @@ class AttentionRecorder(Recorder):
         by_image = [{None: keys(own.values), **known} for own in kept.embeddings]
         return OnlineMaps(by_image, layer.grid, device)
 
-    def _end_pass(self, call: Call) -> str | None:
+    def end_pass(self, call: Call) -> str | None:
         kept, first = call.kept, len(call.timesteps) == 1
         missing = [site.name for site in self._sites if kept.seen.get(site.name) != 1]
         if missing:
@@ -255,7 +262,7 @@ class AttentionRecorder(Recorder):
         if first and kept.made.keys() != kept.collectors.keys():
             names = sorted(kept.collectors.keys() - kept.made.keys())
             return f"these layers made no keys through `to_k`: {names}. Undo fused projections before tracing"
-        if first and self._options.self_attention and not kept.self_attention:
+        if first and self.options.self_attention and not kept.self_attention:
             return (
                 f"self_attention=True needs a self-attention with at most {LARGEST} positions, of which this model has "
                 f"none that can be read at latents of {kept.latent}"
@@ -272,14 +279,15 @@ class AttentionRecorder(Recorder):
 
     def read_image(self, pixels: torch.Tensor, prompt: str, timesteps: Sequence[int], seed: int) -> AttentionRecord:
         """Return the record of a real image: a pass of the denoiser at each noise level, as a custom loop."""
-        pipe, device = self._pipe, self._pipe._execution_device
+        pipe, device = self.pipe, self.pipe._execution_device
         self._reader.check_image_model()
         check_levels(timesteps, pipe.scheduler.config.num_train_timesteps - 1)
         factors = [noise_levels(pipe.scheduler, step, device) for step in timesteps]
         noisy = add_noise(latents_of(pipe.vae, pixels.to(device)), factors, seed)
-        with self.attached() as trace, self.alone(), trace.loop([prompt]):
-            for args, kwargs in self._reader.passes(prompt, timesteps, noisy, tuple(pixels.shape[-2:])):
-                self._denoiser(*args, **kwargs)
+        options, size = self._reader.defaults(), (pixels.shape[-2], pixels.shape[-1])
+        with self.attached() as trace, self.alone(), self.looping(Loop((prompt,), options=options)):
+            for args, kwargs in self._reader.passes(prompt, options, timesteps, noisy, size):
+                self.denoiser(*args, **kwargs)
         # as at the end of the pipeline's own call: off-loaded models go back
         unwatched(pipe, "maybe_free_model_hooks")()
         return trace.records[0]
@@ -300,12 +308,12 @@ class AttentionRecorder(Recorder):
         if queries is None or (call.timesteps and positions != max(kept.self_positions.values())):
             return  # of a smaller grid than is read
         if site.name not in kept.self_attention:
-            mean = self._options.store != "queries"
+            mean = self.options.store != "queries"
             collector = SelfAttentionCollector(
-                site.heads, site.scale, linear=site.linear, mean=mean, device=self._options.device
+                site.heads, site.scale, linear=site.linear, mean=mean, device=self.options.device
             )
             kept.self_attention[site.name], kept.self_positions[site.name] = collector, positions
-        late = told.level <= LATE * self._pipe.scheduler.config.num_train_timesteps
+        late = told.level <= LATE * self.pipe.scheduler.config.num_train_timesteps
         kept.self_attention[site.name].add(queries.detach()[rows].clone(), output.detach()[rows].clone(), late=late)
 
     def _self_attention(self, kept: Kept, image: int) -> SelfAttention | None:
@@ -320,8 +328,8 @@ class AttentionRecorder(Recorder):
 
     # -- records -------------------------------------------------------------------------------------------------
 
-    def _records(self, call: Call) -> list[AttentionRecord]:
-        kept, device = call.kept, self._options.device or call.kept.embeddings[0].values.device
+    def make_records(self, call: Call) -> list[AttentionRecord]:
+        kept, device = call.kept, self.options.device or call.kept.embeddings[0].values.device
         moved = [name for name, far in kept.moved.items() if _is_far(float(far), kept.made[name])]
         if moved:
             raise ValueError(
@@ -341,12 +349,12 @@ class AttentionRecorder(Recorder):
                 prompt_embeddings=own.to(device),
                 timesteps=timesteps,
                 layers=tuple(layers),
-                branch=self._options.branch,
+                branch=self.options.branch,
                 stream=self._reader.stream,
                 texts=texts,
                 self_attention=self._self_attention(kept, image),
                 embedded_with=call.options[image],
-                pipe=self._pipe,
+                pipe=self.pipe,
             )
             records.append(record)
         self.trace.bytes_needed = kept.nbytes

@@ -68,15 +68,15 @@ class JointRecorder(Recorder):
         if odd:
             raise ValueError(f"{', '.join(odd)}: {family.name} is a joint model, it takes words and store_device only")
         self._family, self._words = family, check_words(options.words) if options.words else ()
-        self._stream = Stream(family, self._denoiser)
-        self._signature = inspect.signature(self._denoiser.forward)
+        self._stream = Stream(family, self.denoiser)
+        self._signature = inspect.signature(self.denoiser.forward)
         self._made_by = fingerprint_of_joint(pipe)
         self._negatives: list[torch.Tensor] = []  # the very texts that later calls of `encode_prompt` returned
 
-    def _register(self, stack: ExitStack) -> None:
+    def register(self, stack: ExitStack) -> None:
         stack.enter_context(self._stream)
 
-    def _read(self, args: tuple, kwargs: Mapping[str, Any]) -> Pass:
+    def read(self, args: tuple, kwargs: Mapping[str, Any]) -> Pass:
         self._stream.end()  # the pass before may have failed
         arguments = dict(self._signature.bind_partial(*args, **kwargs).arguments)
         return Pass(
@@ -87,12 +87,12 @@ class JointRecorder(Recorder):
             arguments=arguments,
         )
 
-    def _encoding(self, arguments: Mapping[str, Any], result: Sequence[Any]) -> Encoding:
+    def encoding_of(self, arguments: Mapping[str, Any], result: Sequence[Any]) -> Encoding:
         positive, place, prompt = result[0], self._family.negative, arguments.get("prompt")
         prompts = by_image(prompt, len(positive))
-        if place is None and self._encodings and self._loop is None:  # the second call embeds the negative text
-            first = self._encodings[0]
-            self._negatives = [*self._negatives, positive] if len(self._encodings) > 1 else [positive]
+        if place is None and self.encodings and self.loop is None:  # the second call embeds the negative text
+            first = self.encodings[0]
+            self._negatives = [*self._negatives, positive] if len(self.encodings) > 1 else [positive]
             return Encoding(first.positive, positive.detach().clone(), first.prompts, prompts, options=first.options)
         negative = None if place is None else result[place]
         negatives = arguments.get("negative_prompt")
@@ -105,18 +105,18 @@ class JointRecorder(Recorder):
             options={name: arguments[name] for name in (*EMBEDDED_WITH, *FURTHER) if arguments.get(name) is not None},
         )
 
-    def _rows(self, told: Pass) -> tuple[Rows | None, Encoding | None]:
-        if len(self._encodings) > 1 and any(told.text is text for text in self._negatives):
+    def rows_of_call(self, told: Pass) -> tuple[Rows | None, Encoding | None]:
+        if len(self.encodings) > 1 and any(told.text is text for text in self._negatives):
             return None, None  # which may equal the prompt
-        return super()._rows(told)
+        return super().rows_of_call(told)
 
-    def _open(self, call: Call, told: Pass, rows: Rows) -> Kept:
+    def open_call(self, call: Call, told: Pass, rows: Rows) -> Kept:
         words = None
         if self._words:
-            words = encode_words(self._pipe, self._family, self._words, _embedded_with(call.options[0]))
+            words = encode_words(self.pipe, self._family, self._words, _embedded_with(call.options[0]))
         texts = told.text[rows].detach().clone()
         return Kept(
-            grid=check_arguments(self._family, self._denoiser, told.arguments),
+            grid=check_arguments(self._family, self.denoiser, told.arguments),
             words=words,
             texts=texts,
             calls=[[] for _ in texts],
@@ -124,9 +124,9 @@ class JointRecorder(Recorder):
             sums=Sums(while_generating(None if words is None else averages(words))),
         )
 
-    def _begin_pass(self, call: Call, told: Pass, rows: Rows) -> None:
+    def begin_pass(self, call: Call, told: Pass, rows: Rows) -> None:
         kept, reads = call.kept, call.plan is not None
-        if reads and len(call.timesteps) not in passes_to_keep(call.planned or len(self._pipe.scheduler.timesteps)):
+        if reads and len(call.timesteps) not in passes_to_keep(call.planned or len(self.pipe.scheduler.timesteps)):
             return
         kept.timesteps.append(told.level)
         numbers = range(len(told.sample))[rows] if isinstance(rows, slice) else rows
@@ -136,10 +136,10 @@ class JointRecorder(Recorder):
             texts = [] if kept.words is None else [kept.words.values]
             self._stream.begin(told.arguments, rows, texts, kept.sums.read)
 
-    def _end_pass(self, call: Call) -> None:
+    def end_pass(self, call: Call) -> None:
         self._stream.end()
 
-    def _records(self, call: Call) -> list[JointRecord]:
+    def make_records(self, call: Call) -> list[JointRecord]:
         kept = call.kept
         if call.plan is None:
             chosen = sorted(passes_to_keep(len(kept.timesteps)))
@@ -151,14 +151,14 @@ class JointRecorder(Recorder):
             sums: Mapping[str, torch.Tensor] = {name: values[image] for name, values in kept.sums.items()}
             if not sums:  # of a custom loop
                 formulae = while_generating(None if kept.words is None else averages(kept.words))
-                made = make_again(self._pipe, self._family, calls, texts, formulae)
+                made = make_again(self.pipe, self._family, calls, texts, formulae)
                 sums = {name: values[0] for name, values in made.items()}
             further = {name: text for name, text in call.options[image].items() if name in FURTHER and text}
             named = None if prompt is None else {"prompt": prompt, **further}
             record = JointRecord(
                 prompt=prompt,
                 prompt_embeddings=name_prompt(
-                    self._pipe,
+                    self.pipe,
                     self._family,
                     None if prompt is None else {"prompt": prompt, **named},
                     kept.texts[image].clone(),
@@ -170,9 +170,9 @@ class JointRecorder(Recorder):
                 maps={name: values.unflatten(1, kept.grid).clone() for name, values in sums.items()},
                 fingerprint=self._made_by,
                 embedded_with=_embedded_with(call.options[image]),
-                pipe=self._pipe,
+                pipe=self.pipe,
             )
-            records.append(record if self._options.device is None else record.to(self._options.device))
+            records.append(record if self.options.device is None else record.to(self.options.device))
         self.trace.bytes_needed = sum(record.nbytes for record in records)
         return records
 
@@ -181,7 +181,7 @@ class JointRecorder(Recorder):
     @property
     def sides(self) -> int:
         """What the sides of a real image must be multiples of."""
-        return self._family.sides(self._pipe)
+        return self._family.sides(self.pipe)
 
     def read_image(self, pixels: torch.Tensor, prompt: str, timesteps: Sequence[int], seed: int) -> JointRecord:
         """Return the record of a real image: x_t = (1 - s) x + s e, s = t / 1000 (flow matching), one pass each.
@@ -189,35 +189,35 @@ class JointRecorder(Recorder):
         A model with guidance embedded is given the scale that its pipeline has by default. The timesteps are the noise
         levels themselves, whatever shift the scheduler has.
         """
-        check_readable(self._denoiser)
+        check_readable(self.denoiser)
         check_levels(timesteps, LEVELS)
-        family, device = self._family, self._pipe._execution_device
-        latents = family.encode_image(self._pipe, pixels.to(device))
-        encoded = embed_prompt(self._pipe, family, prompt, {})
+        family, device = self._family, self.pipe._execution_device
+        latents = family.encode_image(self.pipe, pixels.to(device))
+        encoded = embed_prompt(self.pipe, family, prompt, {})
         levels = [step / LEVELS for step in timesteps]
         calls: list[dict[str, Any]] = []
         for noisy, level in zip(add_noise(latents, [(1 - s, s) for s in levels], seed), levels, strict=True):
-            arguments = family.arguments(self._pipe, noisy.to(self._denoiser.dtype), level, encoded)
+            arguments = family.arguments(self.pipe, noisy.to(self.denoiser.dtype), level, encoded)
             calls.append(keep_arguments(arguments, 0, calls[-1] if calls else {}))
-        sample, expected = calls[0]["hidden_states"], self._denoiser.config.in_channels
+        sample, expected = calls[0]["hidden_states"], self.denoiser.config.in_channels
         channels = sample.shape[1 if sample.ndim == 4 else 2]
         if channels != expected:
             raise ValueError(
                 f"this transformer takes {expected} channels, an image's latents have {channels}: it is given another "
                 "image beside the noisy one, as for filling or control. A real image is read by a text-to-image model"
             )
-        grid = check_arguments(family, self._denoiser, calls[0])
-        maps = make_again(self._pipe, family, calls, [], while_generating(None))
+        grid = check_arguments(family, self.denoiser, calls[0])
+        maps = make_again(self.pipe, family, calls, [], while_generating(None))
         return JointRecord(
             prompt=prompt,
-            prompt_embeddings=name_prompt(self._pipe, family, {"prompt": prompt}, encoded[0][0]),
+            prompt_embeddings=name_prompt(self.pipe, family, {"prompt": prompt}, encoded[0][0]),
             timesteps=list(timesteps),
             grid=grid,
             calls=tuple(calls),
             words=(),
             maps={PROMPT: maps[PROMPT][0].unflatten(1, grid)},
             fingerprint=self._made_by,
-            pipe=self._pipe,
+            pipe=self.pipe,
         )
 
 

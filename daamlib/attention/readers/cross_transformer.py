@@ -251,17 +251,25 @@ class CrossTransformerReader:
         if channels != latents:
             raise ValueError(f"this transformer takes {channels} channels, the VAE makes {latents}: it edits images")
 
+    def defaults(self) -> dict[str, Any]:
+        """Return the options that a call of the pipeline embeds prompts with unless it is told others."""
+        known = inspect.signature(type(self.pipe).__call__).parameters
+        given = {name: known[name].default for name in self.options if name in known}
+        return {name: value for name, value in given.items() if value is not None}
+
     def passes(
-        self, prompt: str, timesteps: Sequence[int], noisy: Sequence[torch.Tensor], size: tuple[int, int]
+        self,
+        prompt: str,
+        options: Mapping[str, Any],
+        timesteps: Sequence[int],
+        noisy: Sequence[torch.Tensor],
+        size: tuple[int, int],
     ) -> Iterator[tuple[tuple, dict[str, Any]]]:
         """Yield the arguments of a pass for each timestep and its (1, channel, h, w) latents, conditioned on `prompt`.
 
-        The prompt is embedded as by a call of the pipeline. size: (height, width) of the image in pixels.
+        options: of `encode_prompt`; size: (height, width) of the image in pixels.
         """
-        known = inspect.signature(type(self.pipe).__call__).parameters
-        given = {name: known[name].default for name in self.options if name in known}
-        encoded = self._encode_prompt(prompt, {name: value for name, value in given.items() if value is not None})
-        text, mask, *_ = encoded
+        text, mask, *_ = self._encode_prompt(prompt, options)
         for timestep, latents in zip(timesteps, noisy, strict=True):
             yield (), self._arguments(latents, timestep, text, mask, size)
 

@@ -195,14 +195,23 @@ class UNetReader:
                 "image_embeds): call pipe.unload_ip_adapter() before a real image is read"
             )
 
+    def defaults(self) -> dict[str, Any]:
+        """Return the options that a call of the pipeline embeds prompts with unless it is told others."""
+        return {}
+
     def passes(
-        self, prompt: str, timesteps: Sequence[int], noisy: Sequence[torch.Tensor], size: tuple[int, int]
+        self,
+        prompt: str,
+        options: Mapping[str, Any],
+        timesteps: Sequence[int],
+        noisy: Sequence[torch.Tensor],
+        size: tuple[int, int],
     ) -> Iterator[tuple[tuple, dict[str, Any]]]:
         """Yield the arguments of a pass for each timestep and its (1, channel, h, w) latents, conditioned on `prompt`.
 
-        size: (height, width) of the image in pixels, which SDXL's U-Net is told.
+        options: of `encode_prompt`; size: (height, width) of the image in pixels, which SDXL's U-Net is told.
         """
-        encoded = self._encode_prompt(prompt, {})
+        encoded = self._encode_prompt(prompt, options)
         dtype, conditions = self.denoiser.dtype, None
         if getattr(self.denoiser.config, "addition_embed_type", None) == "text_time":  # SDXL
             pooled = encoded[2].to(dtype)
