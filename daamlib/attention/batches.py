@@ -47,8 +47,9 @@ class Encoding:
             ValueError: the prompts' rows occur more than once.
         """
         n = len(self.positive)
-        kinds = [None] if len(text) % n else [self._kind(chunk) for chunk in text.split(n)]
-        if None in kinds:
+        found = [None] if len(text) % n else [self._kind(chunk) for chunk in text.split(n)]
+        kinds = [kind for kind in found if kind is not None]
+        if len(kinds) < len(found):
             return None
         if self.guided and len(kinds) > 1 and set(kinds) == {"conditional"}:  # both texts are the same
             kinds[0] = "unconditional"
@@ -58,7 +59,7 @@ class Encoding:
                 f"of {len(text)}, as several tiles, views or frames of a prompt are: trace cannot tell which rows are "
                 "the images"
             )
-        return {kind: slice(n * kinds.index(kind), n * (kinds.index(kind) + 1)) for kind in kinds if kind}
+        return {kind: slice(n * kinds.index(kind), n * (kinds.index(kind) + 1)) for kind in kinds}
 
     def _kind(self, chunk: torch.Tensor) -> str | None:
         known = {"conditional": self.positive, "unconditional": self.negative}

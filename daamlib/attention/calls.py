@@ -223,7 +223,8 @@ class Plan:
 
     def __init__(self, timesteps: Any):
         self._levels = [] if timesteps is None else [float(t) for t in torch.as_tensor(timesteps).flatten()]
-        self._at, self._last = -1, None
+        self._at = -1
+        self._last: float | None = None
 
     def problem(self, told: Pass) -> str | None:
         """Return why a pass is not the next step, None if it is."""

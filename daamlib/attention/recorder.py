@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from typing_extensions import override
 
 from .batches import Encoding, Rows, by_image
 from .calls import Call, Loop, Options, Pass, Recorder
@@ -63,8 +64,8 @@ class Kept:
     @property
     def nbytes(self) -> int:
         """Bytes of all that the records will hold."""
-        collectors = [*self.collectors.values(), *self.self_attention.values()]
-        return sum(collector.nbytes for collector in collectors)
+        own = sum(collector.nbytes for collector in self.collectors.values())
+        return own + sum(collector.nbytes for collector in self.self_attention.values())
 
 
 class AttentionRecorder(Recorder):
@@ -84,6 +85,7 @@ class AttentionRecorder(Recorder):
         self._reader, self._sites = reader, reader.sites
         self._keys: dict[str, KeyProjection] = {}  # the latest, shared by the records
 
+    @override
     def register(self, stack: ExitStack) -> None:
         def after(module: Any, react: Any, site: Site) -> None:
             stack.callback(module.register_forward_hook(lambda _, args, output: react(site, output)).remove)
@@ -101,9 +103,11 @@ class AttentionRecorder(Recorder):
             after(site.queries, self._after_self_queries, site)
             after(site.keys, self._after_self_keys, site)
 
+    @override
     def read(self, args: tuple, kwargs: Mapping[str, Any]) -> Pass:
         return self._reader.read(args, kwargs)
 
+    @override
     def encoding_of(self, arguments: Mapping[str, Any], result: Any) -> Encoding:
         guided = arguments.get("do_classifier_free_guidance")
         positive, negative = self._reader.prompt_of(result, guided=bool(guided))
@@ -124,6 +128,7 @@ class AttentionRecorder(Recorder):
 
     # -- passes --------------------------------------------------------------------------------------------------
 
+    @override
     def open_call(self, call: Call, told: Pass, rows: Rows) -> Kept:
         if any(site.module.to_q is not site.to_q for site in self._sites):
             raise ValueError("layers of the denoiser were replaced inside the `with`, as a LoRA does: load it before")
@@ -136,6 +141,7 @@ class AttentionRecorder(Recorder):
             texts={text: embed(text, padding=True, options=call.options[0]) for text in self.options.texts},
         )
 
+    @override
     def begin_pass(self, call: Call, told: Pass, rows: Rows) -> None:
         call.kept.seen = {}
 
@@ -250,6 +256,7 @@ class AttentionRecorder(Recorder):
         by_image = [{None: keys(own.values), **known} for own in kept.embeddings]
         return OnlineMaps(by_image, layer.grid, device)
 
+    @override
     def end_pass(self, call: Call) -> str | None:
         kept, first = call.kept, len(call.timesteps) == 1
         missing = [site.name for site in self._sites if kept.seen.get(site.name) != 1]
@@ -328,6 +335,7 @@ class AttentionRecorder(Recorder):
 
     # -- records -------------------------------------------------------------------------------------------------
 
+    @override
     def make_records(self, call: Call) -> list[AttentionRecord]:
         kept, device = call.kept, self.options.device or call.kept.embeddings[0].values.device
         moved = [name for name, far in kept.moved.items() if _is_far(float(far), kept.made[name])]

@@ -125,7 +125,7 @@ def _layers(records: Sequence[AttentionRecord]) -> list[list[str] | None]:
     return [None, *(list(group) for group in names)]
 
 
-def _timesteps(records: Sequence[AttentionRecord]) -> list[int | None]:
+def _timesteps(records: Sequence[AttentionRecord]) -> list[float | None]:
     """None for all passes, and the largest timestep of the least noisy ones."""
     if any(layer.queries is None for layer in records[0].layers):
         return [None]

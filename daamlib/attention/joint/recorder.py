@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from typing_extensions import override
 
 from ...pipeline import denoiser_of
 from ..batches import Encoding, Rows, by_image
@@ -73,9 +74,11 @@ class JointRecorder(Recorder):
         self._made_by = fingerprint_of_joint(pipe)
         self._negatives: list[torch.Tensor] = []  # the very texts that later calls of `encode_prompt` returned
 
+    @override
     def register(self, stack: ExitStack) -> None:
         stack.enter_context(self._stream)
 
+    @override
     def read(self, args: tuple, kwargs: Mapping[str, Any]) -> Pass:
         self._stream.end()  # the pass before may have failed
         arguments = dict(self._signature.bind_partial(*args, **kwargs).arguments)
@@ -87,6 +90,7 @@ class JointRecorder(Recorder):
             arguments=arguments,
         )
 
+    @override
     def encoding_of(self, arguments: Mapping[str, Any], result: Sequence[Any]) -> Encoding:
         positive, place, prompt = result[0], self._family.negative, arguments.get("prompt")
         prompts = by_image(prompt, len(positive))
@@ -105,11 +109,13 @@ class JointRecorder(Recorder):
             options={name: arguments[name] for name in (*EMBEDDED_WITH, *FURTHER) if arguments.get(name) is not None},
         )
 
+    @override
     def rows_of_call(self, told: Pass) -> tuple[Rows | None, Encoding | None]:
         if len(self.encodings) > 1 and any(told.text is text for text in self._negatives):
             return None, None  # which may equal the prompt
         return super().rows_of_call(told)
 
+    @override
     def open_call(self, call: Call, told: Pass, rows: Rows) -> Kept:
         words = None
         if self._words:
@@ -124,6 +130,7 @@ class JointRecorder(Recorder):
             sums=Sums(while_generating(None if words is None else averages(words))),
         )
 
+    @override
     def begin_pass(self, call: Call, told: Pass, rows: Rows) -> None:
         kept, reads = call.kept, call.plan is not None
         if reads and len(call.timesteps) not in passes_to_keep(call.planned or len(self.pipe.scheduler.timesteps)):
@@ -133,12 +140,15 @@ class JointRecorder(Recorder):
         for stored, row in zip(kept.calls, numbers, strict=True):
             stored.append(keep_arguments(told.arguments, row, stored[-1] if stored else {}))
         if reads:
+            assert isinstance(rows, slice)  # of a pipeline's call
             texts = [] if kept.words is None else [kept.words.values]
             self._stream.begin(told.arguments, rows, texts, kept.sums.read)
 
+    @override
     def end_pass(self, call: Call) -> None:
         self._stream.end()
 
+    @override
     def make_records(self, call: Call) -> list[JointRecord]:
         kept = call.kept
         if call.plan is None:
@@ -153,8 +163,8 @@ class JointRecorder(Recorder):
                 formulae = while_generating(None if kept.words is None else averages(kept.words))
                 made = make_again(self.pipe, self._family, calls, texts, formulae)
                 sums = {name: values[0] for name, values in made.items()}
-            further = {name: text for name, text in call.options[image].items() if name in FURTHER and text}
-            named = None if prompt is None else {"prompt": prompt, **further}
+            named = {name: text for name, text in call.options[image].items() if name in FURTHER and text}
+            texts_of = None if prompt is None else {"prompt": prompt, **named}
             record = JointRecord(
                 prompt=prompt,
                 prompt_embeddings=name_prompt(

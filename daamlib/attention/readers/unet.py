@@ -89,7 +89,8 @@ class UNetReader:
         if not isinstance(result, torch.Tensor):
             return result[0], result[1]
         # InstructPix2Pix: the prompts', and twice the negative texts'
-        return result.chunk(3)[:2] if guided else (result, None)
+        positive, negative, *_ = result.chunk(3) if guided else (result, None)
+        return positive, negative
 
     @torch.no_grad()
     def project(self, text: torch.Tensor) -> torch.Tensor:
