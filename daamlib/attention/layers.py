@@ -116,6 +116,14 @@ class Layer:
         assert self.query_sum is not None  # one of the two is kept
         return self.query_sum
 
+    def first_not_finite(self) -> int | None:
+        """Return the first step with NaN or infinite queries, 0 if it is unknown in a sum, or None."""
+        for stored in (self.queries, self.query_sum, *self.maps.values(), self.key_weight):
+            if stored is not None and not stored.isfinite().all():
+                of_steps = stored is self.queries
+                return int(stored.flatten(1).isfinite().all(dim=1).int().argmin()) if of_steps else 0
+        return None
+
     @property
     def nbytes(self) -> int:
         """Bytes of what is kept of the image; the key weights are shared by the records of a trace."""

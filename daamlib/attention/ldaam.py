@@ -61,6 +61,10 @@ class LinearMap:
         """Bytes of A."""
         return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
+    def clone(self) -> "LinearMap":
+        """Return a copy."""
+        return LinearMap(self.weight.clone(), None if self.bias is None else self.bias.clone())
+
     def to(self, device: torch.device) -> "LinearMap":
         """The same on `device`."""
         return LinearMap(self.weight.to(device), None if self.bias is None else self.bias.to(device))
@@ -92,6 +96,15 @@ class NormedLinearMap:
         values = check_embeddings(embeddings, weight.shape[2], weight.device)
         factors = [to_k.norm_factor(values)[:, None, None] for to_k in self.to_k]
         return functools.reduce(torch.add, [r * part(values) for r, part in zip(factors, self.maps, strict=True)])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all A_i."""
+        return sum(part.nbytes for part in self.maps)
+
+    def clone(self) -> "NormedLinearMap":
+        """Return a copy of the A_i, with the same r_i."""
+        return NormedLinearMap(tuple(part.clone() for part in self.maps), self.to_k)
 
     def near(self, embeddings: torch.Tensor) -> LinearMap:
         """The linear map with each layer's r_i held at its mean over (m, d_text) embeddings."""

@@ -119,7 +119,8 @@ def test_the_linear_map_is_ldaam_and_is_computed_once(record):
     linear = record.linear_map()
     assert linear.shape == linear.weight.shape == (16, 24, record.d_text)
     assert linear.weight.dtype == torch.float32
-    assert record.linear_map() is linear
+    assert torch.equal(record.linear_map().weight, linear.weight)
+    assert record._linear_map is record._linear_map  # computed once
     embeddings = record.encode("a tree")
     assert torch.equal(linear(embeddings), record.ldaam("a tree").values)
     assert torch.equal(record.ldaam_from(embeddings.values).values, linear(embeddings.values))
@@ -354,7 +355,9 @@ def test_what_a_record_says_of_itself(record):
     assert record.branch == "conditional"
     assert len(record.timesteps) == 3
     assert len(record.layer_names()) == 6 and record.layer_names()[0].startswith("down_blocks.0.")
-    assert record.nbytes == sum(layer.queries.nbytes for layer in record.layers) > 0
+    bare = dataclasses.replace(record)  # its linear map is not computed yet
+    assert bare.nbytes == sum(layer.queries.nbytes for layer in record.layers) > 0
+    assert bare.linear_map().weight.nbytes + dataclasses.replace(record).nbytes == bare.nbytes
     assert repr(record).startswith(f"AttentionRecord({PROMPT!r}, grid=(16, 24), steps=3, layers=6, ")
     with pytest.raises(dataclasses.FrozenInstanceError):
         record.prompt = "other"

@@ -1,7 +1,7 @@
 """What every reader speaks of: the sites of a model, and one pass of its denoiser."""
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,12 +97,6 @@ class Pass:
     timestep: Any
     text: torch.Tensor
     mask: torch.Tensor | None = None
-
-
-def state_of_weights(modules: Iterable[torch.nn.Module | None]) -> tuple:
-    """Something that changes when the modules' weights do, or a LoRA is loaded into them."""
-    weights = [weight for module in modules if module is not None for weight in module.parameters()]
-    return tuple((id(weight), 0 if weight.is_inference() else weight._version) for weight in weights)
 
 
 def place_of(module: torch.nn.Module, pipe: Any) -> torch.device:

@@ -1,0 +1,25 @@
+"""A field of a dataclass that does not keep its value alive."""
+
+import weakref
+from typing import Any
+
+
+class Weakly:
+    """Descriptor of a field that holds a weak reference: it reads None once nothing else holds the value.
+
+        @dataclass(frozen=True)
+        class Record:
+            pipe: Any = Weakly()  # the default is None
+
+    The class decides what its pickles and copies hold: a weak reference cannot be pickled.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = f"_{name}"
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        reference = None if instance is None else vars(instance).get(self._name)
+        return None if reference is None else reference()
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        vars(instance)[self._name] = None if value is None else weakref.ref(value)
