@@ -18,6 +18,7 @@ class Encoding:
     """What one call of `encode_prompt` took and returned: n rows of (token, d_text) each."""
 
     prompts: tuple[str | None, ...]
+    negative_prompts: tuple[str | None, ...]
     positive: torch.Tensor
     negative: torch.Tensor | None
     guided: bool

@@ -91,6 +91,19 @@ def upsample(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return F.interpolate(maps[None], size, mode="bilinear", align_corners=False)[0]
 
 
+def require_ratio(name: str, size: tuple[int, int], grid: tuple[int, int]) -> None:
+    """ValueError for a (height, width) whose ratio is not that of an image with maps of this (h, w) grid.
+
+    The grid's sides are rounded: up to one cell less is taken for the image's.
+    """
+    (height, width), (h, w) = size, grid
+    if not (h - 1) * width < height * w or not height * (w - 1) < h * width:
+        raise ValueError(
+            f"{name} is {height} x {width}, the image's maps are {h} x {w}: their ratios of height and width differ, "
+            "so that it would be stretched. Give it at the image's size, or cropped and padded as the image was"
+        )
+
+
 def normalize(
     maps: Float[torch.Tensor, "m height width"],
 ) -> Float[torch.Tensor, "m height width"]:

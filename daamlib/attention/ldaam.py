@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from .heatmaps import upsample
 from .layers import KeyProjection, Layer
+from .precision import without_autocast
 from .text import TokenEmbeddings, check_embeddings
 
 
@@ -46,6 +47,7 @@ class LinearMap:
         """(H, W, d_text), of the weight."""
         return tuple(self.weight.shape)
 
+    @without_autocast
     def __call__(self, embeddings: torch.Tensor | TokenEmbeddings) -> Float[torch.Tensor, "m height width"]:
         """(m, d_text) token embeddings -> (m, H, W) maps, differentiable in the embeddings.
 
@@ -120,6 +122,7 @@ def collapse(layers: Sequence[Layer], grid: tuple[int, int]) -> LinearMap | Norm
     return NormedLinearMap(tuple(_sum([layer], grid) for layer in layers), tuple(layer.to_k for layer in layers))
 
 
+@without_autocast
 def _sum(layers: Sequence[Layer], grid: tuple[int, int]) -> LinearMap:
     """The sum of A_i over the layers: those of one grid are summed before they are up-sampled, once."""
     d_text, biased = layers[0].to_k.weight.shape[1], layers[0].to_k.bias is not None

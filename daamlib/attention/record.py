@@ -1,6 +1,7 @@
 """The record of one image: everything any later text needs."""
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -161,13 +162,13 @@ class AttentionRecord:
         # of a reader that returns the text's rows alone, and of one that returns the padding too
         now = now if len(now) == len(rows) else now[rows] if len(now) == len(self.prompt_embeddings.tokens) else now[:0]
         rough = reader.rough or any(torch.equal(each.bfloat16().to(each), each) for each in (own, now))
-        error = (now.to(own.device).float() - own.float()).norm() / own.float().norm() if len(now) else torch.inf
+        error = (now.to(own.device).float() - own.float()).norm() / own.float().norm() if len(now) else 1.0
         if not error <= (ROUGH_TOLERANCE if rough else ENCODER_TOLERANCE):
             raise ValueError(
-                f"the pipeline's text encoder is not as it was when it embedded this record's prompt, whose embeddings "
-                f"differ by {error:.1%} now (was a LoRA loaded, unloaded, or scaled since, were its weights averaged, or "
-                "a textual inversion replaced?): a new text would not fit the record's keys. Bring the pipeline back to "
-                "what it was, or give embeddings to daam_from / ldaam_from"
+                "the pipeline's text encoder is not the one that embedded this record's prompt, whose embeddings "
+                f"differ by {error:.1%} now (was a LoRA loaded, unloaded or scaled since, were weights averaged, or a "
+                "textual inversion replaced?): a new text would not fit the record's keys. Bring the pipeline back "
+                "to what it was, or give embeddings to daam_from / ldaam_from"
             )
 
     def daam(self, text: str | None = None, *, padding: bool = True) -> HeatMaps:
@@ -249,22 +250,23 @@ class AttentionRecord:
             return maps
         if embeddings is not None and not embeddings.isfinite().all():
             raise ValueError("the text's embeddings hold NaN or infinite values: look at the text encoder's dtype")
-        begins = [
-            (step, layer.name) for layer in self.layers for step in [layer.first_not_finite()] if step is not None
-        ]
-        step, name = min(begins, key=lambda found: found[0], default=(None, None))
-        where = f"in {name}" if name else "in no single layer, but in their products"
-        if step is not None and any(layer.queries is not None for layer in self.layers):
-            where += f" at step {step} (timestep {self.timesteps[step]})"
+        begins = {layer.name: layer.first_not_finite() for layer in self.layers}
+        name = min(begins, key=lambda layer: begins[layer])
+        where = f"in {name}" if begins[name] < math.inf else "in no single layer, but in their products"
+        if begins[name] < math.inf and self.layers[0].queries is not None:
+            where += f" at step {begins[name]} (timestep {self.timesteps[int(begins[name])]})"
         raise ValueError(
-            f"the maps hold NaN or infinite values, which begin {where}: the attention overflowed there, as in float16. "
-            "Generate the image in bfloat16 or float32"
+            f"the maps hold NaN or infinite values, which begin {where}: the attention overflowed there, as in "
+            "float16. Generate the image in bfloat16 or float32"
         )
 
     @functools.cached_property
     @torch.inference_mode(False)  # it is kept, and a tensor of inference mode can never be differentiated through
     def _linear_map(self) -> LinearMap | NormedLinearMap:
-        return collapse(self.layers, self.grid) if self.kept_map is None else self.kept_map
+        linear = collapse(self.layers, self.grid) if self.kept_map is None else self.kept_map
+        for part in linear.maps if isinstance(linear, NormedLinearMap) else (linear,):
+            self.finite(part.weight)
+        return linear
 
     def collapsed(self) -> "AttentionRecord":
         """A record that keeps the `linear_map` in the place of the layers' queries, their sums and maps.
@@ -377,7 +379,7 @@ class AttentionRecord:
         )
 
     def text_embeddings(self, text: str | None = None, *, padding: bool = True) -> TokenEmbeddings:
-        """Return the embeddings of the prompt (None, or its own words), which need no pipeline, or of any other text."""
+        """Return the embeddings of the prompt (None, or its words), which need no pipeline, or of any other text."""
         if text is None or text == self.prompt:
             prompt = self.prompt_embeddings
             return replace(prompt, values=prompt.values.clone()) if padding else prompt.without_padding()

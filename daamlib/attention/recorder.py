@@ -17,7 +17,7 @@ from .readers import reader_of
 from .readers.sites import Pass, Site
 from .record import AttentionRecord
 from .self_attention import LARGEST, LATE, SelfAttention, SelfAttentionCollector, together
-from .text import TokenEmbeddings
+from .text import TokenEmbeddings, options_of_images, texts_of_images
 from .watch import watch
 
 log = logging.getLogger("daamlib")
@@ -74,7 +74,8 @@ class Call:
 
     by_pipeline: bool
     batch: Batch
-    embeddings: Sequence[TokenEmbeddings]  # of each image's prompt, as the conditional half receives it
+    prompts: Sequence[str | None]  # of each image, the text that its passes read
+    embeddings: Sequence[TokenEmbeddings]  # of these, as the passes receive them
     latent: tuple[int, int]
     plan: Any  # the scheduler's timesteps, a new object in every call
     expected: int | None  # passes, if they are known
@@ -151,12 +152,17 @@ class Recorder:
         if guided and negative is None:  # both texts are returned as one batch, the negative ones first
             negative, positive = positive.chunk(2)
             mask = None if mask is None else mask.chunk(2)[1]
-        prompt = arguments.get("prompt")
-        prompts = [prompt] if isinstance(prompt, str) else prompt or [None]
-        count, rest = divmod(len(positive), len(prompts))  # images of each
-        names = (None,) * len(positive) if rest else tuple(p for p in prompts for _ in range(count))
+        names = texts_of_images(arguments.get("prompt"), len(positive))
+        unread = negative is None or not negative.any() or arguments.get("negative_prompt_embeds") is not None
+        negatives = texts_of_images(None if unread else arguments.get("negative_prompt") or "", len(positive))
+        if self._branch == "unconditional":  # the negative text has a second one too, and no instruction (Sana)
+            arguments = arguments | {
+                "prompt_2": arguments.get("negative_prompt_2"),
+                "complex_human_instruction": None,
+            }
         options = {name: arguments[name] for name in self._reader.options if arguments.get(name) is not None}
-        encoding = Encoding(names, positive, negative, bool(guided), options, self._embed_texts(options), mask)
+        texts = self._embed_texts(options)
+        encoding = Encoding(names, negatives, positive, negative, bool(guided), options, texts, mask)
         self._encodings = [*self._encodings[-7:], encoding]
 
     def _embed_texts(self, options: Mapping[str, Any]) -> dict[str, TokenEmbeddings]:
@@ -249,19 +255,22 @@ class Recorder:
         self._broken_plan = None
         if any(site.module.to_q is not site.to_q for site in self._sites):
             raise ValueError("layers of the denoiser were replaced inside the `with`, as a LoRA does: load it before")
-        known = batch.encoding if batch.conditional is None else None  # the negative text is denoised by itself
-        if known is not None:
-            text, mask = known.positive, known.mask
-        else:
-            text = told.text[batch.conditional].detach().clone()
-            mask = None if told.mask is None else told.mask[batch.conditional]
+        rows = getattr(batch, self._branch)
+        text, mask = told.text[rows].detach().clone(), None if told.mask is None else told.mask[rows]
+        prompts = batch.prompts
+        if self._branch == "unconditional":
+            prompts = batch.encoding.negative_prompts if batch.encoding else (None,) * len(text)
         options = batch.encoding.options if batch.encoding else {}
         planned = None if plan is None else len(plan)  # some schedulers have none before their first `set_timesteps`
         expected = getattr(self._pipe, "num_timesteps", None) if self._in_pipeline else planned
         return Call(
             by_pipeline=self._in_pipeline,
             batch=batch,
-            embeddings=self._reader.named(batch.prompts, text, mask, options),
+            prompts=prompts,
+            embeddings=[
+                self._reader.named([prompt], text[i : i + 1], None if mask is None else mask[i : i + 1], own)[0]
+                for i, (prompt, own) in enumerate(zip(prompts, options_of_images(options, len(prompts)), strict=True))
+            ],
             latent=(told.sample.shape[-2], told.sample.shape[-1]),
             plan=plan,
             expected=expected,
@@ -388,7 +397,8 @@ class Recorder:
         options = dict(call.batch.encoding.options) if call.batch.encoding else {}
         device = self._keep.device or call.embeddings[0].values.device
         texts = {text: embeddings.to(device) for text, embeddings in call.texts.items()}
-        for image, (prompt, own) in enumerate(zip(call.batch.prompts, call.embeddings, strict=True)):
+        by_image = options_of_images(options, len(call.prompts))
+        for image, (prompt, own) in enumerate(zip(call.prompts, call.embeddings, strict=True)):
             layers = []
             for site in self._sites:
                 kept = call.collectors[site.name].kept(image)
@@ -403,7 +413,7 @@ class Recorder:
                 stream=self._reader.stream,
                 texts=texts,
                 self_attention=self._self_attention(call, image),
-                embedded_with=options,
+                embedded_with=by_image[image],
                 pipe=self._pipe,
             )
             self.trace.records.append(record)

@@ -1,7 +1,7 @@
 """Texts as the denoiser sees them: token embeddings, and which tokens make which word."""
 
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -208,3 +208,18 @@ def find_phrases(phrases: Sequence[str], words: Sequence[Word], tokens: Sequence
         found.append(rows)
         rest = [word for word in rest if word.start > rows[-1]]
     return found
+
+
+def texts_of_images(texts: str | Sequence[str] | None, images: int) -> tuple[str | None, ...]:
+    """Return the text of each image of a call: one for all, one for as many images in a row, or None if unknown."""
+    given = [texts] if isinstance(texts, str) else texts or [None]
+    count, rest = divmod(images, len(given))
+    return (None,) * images if rest else tuple(text for text in given for _ in range(count))
+
+
+def options_of_images(options: Mapping[str, Any], images: int) -> list[dict[str, Any]]:
+    """Return the arguments of `encode_prompt` of each image by itself: of a list of texts, as `prompt_2`, its text."""
+    texts = {name: texts_of_images(value, images) for name, value in options.items() if name.startswith("prompt")}
+    return [
+        {name: texts[name][image] if name in texts else options[name] for name in options} for image in range(images)
+    ]

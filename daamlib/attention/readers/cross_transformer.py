@@ -17,7 +17,7 @@ from ...pipeline import denoiser_of, uncompiled
 from ..fingerprint import Fingerprint
 from ..text import PAD, TextTooLongError, TokenEmbeddings, require_text
 from .sites import Pass, Site, fingerprint_of_sites, place_of
-from .words import read_pieces, require_text_encoder, is_rough
+from .words import is_rough, read_pieces, require_text_encoder
 
 KINDS = ("PixArtTransformer2DModel", "SanaTransformer2DModel")
 PROJECTIONS = ("caption_projection", "caption_norm")  # what c has gone through, in this order, where a model has it

@@ -11,7 +11,7 @@ from ...pipeline import denoiser_of
 from ..fingerprint import Fingerprint
 from ..text import TextTooLongError, TokenEmbeddings, require_text
 from .sites import Pass, Site, fingerprint_of_sites
-from .words import read_names, require_text_encoder, is_rough, token_ids
+from .words import is_rough, read_names, require_text_encoder, token_ids
 
 MIDDLE, UP = "mid_block", "up_blocks"  # what the names of a layer begin with in the middle and in the decoder
 
