@@ -1,6 +1,8 @@
 """A field of a dataclass that does not keep its value alive."""
 
+import functools
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 
@@ -22,4 +24,13 @@ class Weakly:
         return None if reference is None else reference()
 
     def __set__(self, instance: Any, value: Any) -> None:
-        vars(instance)[self._name] = None if value is None else weakref.ref(value)
+        reference: Callable[[], Any] | None
+        try:
+            reference = None if value is None else weakref.ref(value)
+        except TypeError:  # some small objects that stand for a pipeline allow no weak reference
+            reference = functools.partial(_same, value)
+        vars(instance)[self._name] = reference
+
+
+def _same(value: Any) -> Any:
+    return value
