@@ -67,7 +67,9 @@ def test_an_encoder_that_computes_something_else_is_refused(fresh, change):
     assert torch.equal(record.daam(TEXT).values, before)
     change(pipe)
     for read in (record.daam, record.ldaam, record.encode):
-        with pytest.raises(ValueError, match=r"not the one that embedded this record's prompt.* differ by [\d.]+%.*LoRA"):
+        with pytest.raises(
+            ValueError, match=r"not the one that embedded this record's prompt.* differ by [\d.]+%.*LoRA"
+        ):
             read(TEXT)
     assert record.daam()["<toy>"].isfinite().all()  # the prompt's own maps need no encoder
 
@@ -101,7 +103,7 @@ def test_a_record_in_half_precision_reads_with_a_wide_encoder(fresh):
 
 @pytest.mark.parametrize("scale", [1.0, 0.5, 0.0])
 def test_a_lora_scale_is_part_of_the_model(fresh, tmp_path, scale):
-    """A saved record loads beside the pipeline that made it, and later texts are embedded at the scale of its passes."""
+    """A saved record loads with the pipeline that made it; later texts are embedded at the scale of its passes."""
     pipe = fresh("sd1")
     torch.manual_seed(0)
     pipe.unet.add_adapter(LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_k"], init_lora_weights=False))
