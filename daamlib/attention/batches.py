@@ -18,13 +18,13 @@ class Encoding:
     """What one call of `encode_prompt` took and returned: n rows of (token, d_text) each."""
 
     prompts: tuple[str | None, ...]
-    negative_prompts: tuple[str | None, ...]
     positive: torch.Tensor
     negative: torch.Tensor | None
     guided: bool
     options: Mapping[str, Any]
     texts: Mapping[str, TokenEmbeddings]  # further texts embedded in the same way
     mask: torch.Tensor | None = None  # of the positive text: which tokens take part
+    negative_prompts: tuple[str | None, ...] = ()
 
     def kinds(self, text: torch.Tensor) -> list[str]:
         """For each chunk of n rows of a batch whether it is the "conditional", "unconditional" or an "other" text."""

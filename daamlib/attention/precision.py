@@ -7,7 +7,8 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 KINDS = ("cpu", "cuda", "mps", "xpu")  # of devices that `torch.autocast` rounds products on
 
 

@@ -162,7 +162,7 @@ class Recorder:
             }
         options = {name: arguments[name] for name in self._reader.options if arguments.get(name) is not None}
         texts = self._embed_texts(options)
-        encoding = Encoding(names, negatives, positive, negative, bool(guided), options, texts, mask)
+        encoding = Encoding(names, positive, negative, bool(guided), options, texts, mask, negatives)
         self._encodings = [*self._encodings[-7:], encoding]
 
     def _embed_texts(self, options: Mapping[str, Any]) -> dict[str, TokenEmbeddings]:

@@ -212,7 +212,7 @@ def find_phrases(phrases: Sequence[str], words: Sequence[Word], tokens: Sequence
 
 def texts_of_images(texts: str | Sequence[str] | None, images: int) -> tuple[str | None, ...]:
     """Return the text of each image of a call: one for all, one for as many images in a row, or None if unknown."""
-    given = [texts] if isinstance(texts, str) else texts or [None]
+    given: Sequence[str | None] = [texts] if isinstance(texts, str) else texts or [None]
     count, rest = divmod(images, len(given))
     return (None,) * images if rest else tuple(text for text in given for _ in range(count))
 

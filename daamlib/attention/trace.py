@@ -42,6 +42,9 @@ def trace(
     leaves that of the passes made; the records of the calls before stay. In a denoising loop of your own, embed the
     texts by `pipe.encode_prompt` inside the `with`, so that the conditional half of guidance can be told.
 
+    Queries are detached: maps are differentiable in a text's embeddings, not in the latents. With
+    `branch="unconditional"` a record's prompt is the negative text, which those passes read.
+
     A denoiser that `torch.compile` has compiled runs uncompiled inside the `with`, as everything else that is compiled:
     code that was compiled before the hooks came would never call them. Its image is the uncompiled model's.
 
