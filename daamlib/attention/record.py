@@ -157,12 +157,13 @@ class AttentionRecord:
         """
         if self.prompt is None:
             return
-        rows = self.prompt_embeddings.rows
+        rows, count = self.prompt_embeddings.rows, len(self.prompt_embeddings.tokens)
         own, now = self.prompt_embeddings.values[rows], reader.embed(self.prompt, self.embedded_with)
-        # of a reader that returns the text's rows alone, and of one that returns the padding too
-        now = now if len(now) == len(rows) else now[rows] if len(now) == len(self.prompt_embeddings.tokens) else now[:0]
+        # a reader's embeddings end with the text or with its padding; a mask may have left out rows of the record's
+        places = [now[rows]] if len(now) == count else [now[: len(rows)], now[-len(rows) :]]
+        errors = [(found.to(own.device).float() - own.float()).norm() for found in places if len(found) == len(own)]
+        error = min(errors) / own.float().norm() if errors else 1.0
         rough = reader.rough or any(torch.equal(each.bfloat16().to(each), each) for each in (own, now))
-        error = (now.to(own.device).float() - own.float()).norm() / own.float().norm() if len(now) else 1.0
         if not error <= (ROUGH_TOLERANCE if rough else ENCODER_TOLERANCE):
             raise ValueError(
                 "the pipeline's text encoder is not the one that embedded this record's prompt, whose embeddings "
