@@ -48,8 +48,9 @@ def trace(
 
     The image is the same bit for bit. A call that raises leaves no record. A call stopped by `pipe._interrupt` leaves a
     record of the passes it made. Earlier records are kept. A custom denoising loop is announced by `trace.loop`
-    (`Trace.loop`); a pass of the denoiser outside of both is refused. Records hold no graph: there are no gradients
-    from a map to the latents.
+    (`Trace.loop`); a pass of the denoiser outside of both is refused. Queries are detached: maps are
+    differentiable in a text's embeddings, not in the latents. With `branch="unconditional"` a record's prompt is the
+    negative text, which those passes read.
 
     Inside the `with` compiled modules run eagerly, because compiled code would not call new hooks.
 

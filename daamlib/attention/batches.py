@@ -4,7 +4,7 @@ Guidance denoises every image twice, under its prompt and under a negative text,
 The texts of the rows are compared with those that `encode_prompt` returned.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,17 +76,3 @@ class Encoding:
 
 def _equal(one: torch.Tensor | None, other: torch.Tensor) -> bool:
     return one is not None and one.shape == other.shape and torch.equal(one.to(other), other)
-
-
-def by_image(texts: str | Sequence[str | None] | None, images: int) -> tuple[Any, ...]:
-    """Return the text of each image, those of one prompt side by side; None where there is no text for each."""
-    listed = [texts] if isinstance(texts, str) or texts is None else list(texts)
-    count, rest = divmod(images, len(listed) or 1)
-    return (None,) * images if rest or not listed else tuple(text for text in listed for _ in range(count))
-
-
-def of_image(options: Mapping[str, Any], image: int, images: int) -> dict[str, Any]:
-    """Return the options of one image: of a further prompt's list, its own entry."""
-    return {
-        name: by_image(value, images)[image] if name.startswith("prompt") else value for name, value in options.items()
-    }

@@ -21,7 +21,8 @@ from typing import Any, Literal
 import torch
 
 from ..pipeline import uncompiled
-from .batches import Encoding, Rows, by_image, of_image
+from .batches import Encoding, Rows
+from .text import options_of_images, texts_of_images
 from .watch import is_running, watch
 
 log = logging.getLogger("daamlib")
@@ -102,7 +103,7 @@ class Trace(Sequence[Any]):
         listed = [prompts] if isinstance(prompts, str) else list(prompts)
         if not listed or not all(isinstance(prompt, str | None) for prompt in listed) or num_images_per_prompt < 1:
             raise TypeError(f"prompts must be a text or a list of texts, one for each image, got {prompts!r}")
-        names = by_image(listed, len(listed) * num_images_per_prompt)
+        names = texts_of_images(listed, len(listed) * num_images_per_prompt)
         with self._recorder.looping(Loop(names, rows, prompt_embeds)) as loop:
             yield loop
 
@@ -261,7 +262,7 @@ class Call:
     """
 
     prompts: tuple[str | None, ...]
-    options: tuple[dict[str, Any], ...]
+    options: list[dict[str, Any]]
     plan: Plan | None
     planned: int | None
     kept: Any = None
@@ -548,7 +549,7 @@ class Recorder(abc.ABC):
         options = encoding.options if encoding is not None else {} if self.loop is None else self.loop.options
         return Call(
             prompts=prompts,
-            options=tuple(of_image(options, image, images) for image in range(images)),
+            options=options_of_images(options, images),
             plan=Plan(plan) if inside else None,
             planned=getattr(self.pipe, "num_timesteps", None) or (0 if plan is None else len(plan)) if inside else None,
         )

@@ -1,10 +1,13 @@
 """One cross-attention layer's part of a record."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float
+
+from .precision import without_autocast
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +28,7 @@ class KeyProjection:
     norm: Float[torch.Tensor, " channels"] | None = None
     eps: float = 0.0
 
+    @without_autocast
     def __call__(self, embeddings: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
         """(m, d_text) embeddings -> (m, heads * d_head) keys times `scale`, in the embeddings' type."""
         keys = embeddings @ (self.weight.to(embeddings.dtype) * scale).T
@@ -115,6 +119,14 @@ class Layer:
             return self.queries.sum(dim=0, dtype=torch.float32)
         assert self.query_sum is not None  # one of the two is kept
         return self.query_sum
+
+    def first_not_finite(self) -> float:
+        """Return the first step with NaN or infinite queries, 0 where a sum holds them, infinity where none does."""
+        for stored in (self.queries, self.query_sum, *self.maps.values(), self.key_weight):
+            if stored is not None and not stored.isfinite().all():
+                of_steps = stored is self.queries
+                return int(stored.flatten(1).isfinite().all(dim=1).int().argmin()) if of_steps else 0
+        return math.inf
 
     @property
     def nbytes(self) -> int:

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from .heatmaps import upsample
 from .layers import KeyProjection, Layer
+from .precision import without_autocast
 from .text import TokenEmbeddings, check_embeddings
 
 
@@ -46,6 +47,7 @@ class LinearMap:
         """(H, W, d_text), of the weight."""
         return tuple(self.weight.shape)
 
+    @without_autocast
     def __call__(self, embeddings: torch.Tensor | TokenEmbeddings) -> Float[torch.Tensor, "m height width"]:
         """(m, d_text) token embeddings -> (m, H, W) maps, differentiable in the embeddings.
 
@@ -60,6 +62,10 @@ class LinearMap:
     def nbytes(self) -> int:
         """Bytes of A."""
         return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+    def clone(self) -> "LinearMap":
+        """Return a copy."""
+        return LinearMap(self.weight.clone(), None if self.bias is None else self.bias.clone())
 
     def to(self, device: torch.device) -> "LinearMap":
         """The same on `device`."""
@@ -93,6 +99,15 @@ class NormedLinearMap:
         factors = [to_k.norm_factor(values)[:, None, None] for to_k in self.to_k]
         return functools.reduce(torch.add, [r * part(values) for r, part in zip(factors, self.maps, strict=True)])
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all A_i."""
+        return sum(part.nbytes for part in self.maps)
+
+    def clone(self) -> "NormedLinearMap":
+        """Return a copy of the A_i, with the same r_i."""
+        return NormedLinearMap(tuple(part.clone() for part in self.maps), self.to_k)
+
     def near(self, embeddings: torch.Tensor) -> LinearMap:
         """The linear map with each layer's r_i held at its mean over (m, d_text) embeddings."""
         values = embeddings.to(self.maps[0].weight)
@@ -107,6 +122,7 @@ def collapse(layers: Sequence[Layer], grid: tuple[int, int]) -> LinearMap | Norm
     return NormedLinearMap(tuple(_sum([layer], grid) for layer in layers), tuple(layer.to_k for layer in layers))
 
 
+@without_autocast
 def _sum(layers: Sequence[Layer], grid: tuple[int, int]) -> LinearMap:
     """The sum of A_i over the layers: those of one grid are summed before they are up-sampled, once."""
     d_text, biased = layers[0].to_k.weight.shape[1], layers[0].to_k.bias is not None

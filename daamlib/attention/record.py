@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,12 @@ from .readers import fingerprint_of, reader_of
 from .self_attention import SelfAttention
 from .softmax import MAX_BYTES
 from .text import TokenEmbeddings, check_embeddings
+from .weak import Weakly
 
 FORMAT = "daamlib-record-2"
 TENSORS = ("queries", "query_sum")  # of a layer, in a file, beside the tensors of its keys
-ENCODER_TOLERANCE = 0.05  # of the prompt's embeddings, between two loads of one text encoder in other precisions
+ENCODER_TOLERANCE = 0.01  # of the prompt's embeddings, between float16 or float32 calls of one text encoder
+ROUGH_TOLERANCE = 0.05  # where a call is in bfloat16, or its precision cannot be read off the embeddings
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +33,8 @@ class AttentionRecord:
     """The cross-attention of one image, from `trace`, `trace_image` or `load`.
 
     Attributes:
-        prompt: the text that generated the image (thesis: X), None if it was given as embeddings.
+        prompt: the text that the passes read (thesis: X), the negative one of the unconditional branch; None if it was
+            given as embeddings.
         prompt_embeddings: the prompt's embeddings as the denoiser saw them, padding included (d_text wide).
         timesteps: of each pass of the denoiser, in order; some schedulers repeat one.
         layers: see `Layer`.
@@ -41,9 +44,9 @@ class AttentionRecord:
         self_attention: what `refine` propagates maps along, if the trace was asked to keep it.
         kept_map: what a record that was `collapsed` reads LDAAM from; else None.
         embedded_with: the arguments of `encode_prompt` that the prompt was embedded with, such as `clip_skip`.
-        pipe: embeds further texts; None for a record that was loaded without one.
-        encoder_state: of its text encoder when it was last found to be the prompt's, under "state"; records of parts of
-            this one share it.
+        masked: whether a mask left padding out of the passes' softmax; then it is left out of later texts', too.
+        pipe: embeds further texts. A record does not keep its pipeline alive, and copies and pickles are without it:
+            None once nothing else holds it, and of a record that was loaded without one. See `with_pipe`.
     """
 
     prompt: str | None
@@ -56,8 +59,11 @@ class AttentionRecord:
     self_attention: SelfAttention | None = None
     kept_map: LinearMap | None = None
     embedded_with: Mapping[str, Any] = field(default_factory=dict)
-    pipe: Any = field(default=None, repr=False)
-    encoder_state: dict[str, Any] = field(default_factory=dict, repr=False)
+    masked: bool = False
+    pipe: Any = Weakly()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {part.name: getattr(self, part.name) for part in fields(self) if part.name != "pipe"}
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -90,9 +96,31 @@ class AttentionRecord:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what is kept (the key weights, shared by the records of a trace, come on top)."""
-        beside = [part.nbytes for part in (self.self_attention, self.kept_map) if part is not None]
-        return sum(layer.nbytes for layer in self.layers) + sum(beside)
+        """Bytes of what is stored of the image, and of its `linear_map` once that was computed.
+
+        The key weights, which the records of a trace share, come on top.
+        """
+        linear = self.kept_map or vars(self).get("_linear_map")
+        return sum(part.nbytes for part in (*self.layers, self.self_attention, linear) if part is not None)
+
+    def with_pipe(self, pipe: Any) -> "AttentionRecord":
+        """Return the record with a pipeline that embeds further texts, which the caller keeps alive.
+
+        Args:
+            pipe: the pipeline that made it, or another of the same model.
+
+        Returns:
+            A new record, whose tensors lie where they are.
+
+        Raises:
+            ValueError: the pipeline's model is another one.
+        """
+        return replace(placed(self, "this record", pipe, self.device, self._fingerprint_of), pipe=pipe)
+
+    def _fingerprint_of(self, pipe: Any) -> Fingerprint:
+        """Measure a pipeline's model at the LoRA scale of this record's passes."""
+        scale = self.embedded_with.get("lora_scale")
+        return fingerprint_of(pipe, middle=True, stream=self.stream, lora_scale=1.0 if scale is None else scale)
 
     def encode(self, text: str, *, padding: bool = False) -> TokenEmbeddings:
         """Embed any text with the model's own text encoder, as the prompt was (`embedded_with`).
@@ -107,33 +135,44 @@ class AttentionRecord:
 
         Raises:
             TypeError: `text` is no string.
-            ValueError: it is too long, the record was loaded without a pipeline, or the pipeline's text encoder is not
-                as it was when it embedded the prompt, as after a LoRA was unloaded.
+            ValueError: it is too long, the record has no pipeline (any more), or the pipeline embeds the prompt in
+                another way than while generating, as after a LoRA was unloaded. Of a prompt that was given as
+                embeddings this cannot be told.
         """
-        if self.pipe is None:
+        pipe = self.pipe
+        if pipe is None:
             raise ValueError(
-                "this record has no text encoder: load it with AttentionRecord.load(path, pipe=pipe), or give "
-                "embeddings to daam_from / ldaam_from"
+                "this record has no text encoder: load it with AttentionRecord.load(path, pipe=pipe), or use "
+                "record.with_pipe(pipe), and keep `pipe` (a record does not keep its pipeline alive, its copies and "
+                "pickles are without it); or give embeddings to daam_from / ldaam_from"
             )
-        reader = reader_of(self.pipe, stream=self.stream)
-        self._require_text_encoder(reader)
+        reader = reader_of(pipe, stream=self.stream)
         embeddings = reader.encode(text, padding=padding, options=self.embedded_with)
+        self._require_text_encoder(reader)
         return replace(embeddings, values=embeddings.values.to(self.device))
 
-    def _require_text_encoder(self, reader) -> None:
-        """ValueError if the prompt would be embedded otherwise now; looked at again only if the encoder changed."""
-        state = reader.text_state()
-        if self.prompt is None or self.encoder_state.get("state") == state:
+    def _require_text_encoder(self, reader: Any) -> None:
+        """ValueError if the prompt, embedded again, has other embeddings than the passes read.
+
+        What the encoder computes is compared, not its weights: a LoRA, its scale, a copied average of weights or a
+        textual inversion may change it without a trace in them.
+        """
+        if self.prompt is None:
             return
-        own = self.prompt_embeddings.values[: self.prompt_embeddings.length].float()
-        now = reader.embed(self.prompt, self.embedded_with)[: len(own)].to(own)
-        if now.shape != own.shape or (now - own).norm() > ENCODER_TOLERANCE * own.norm():
+        rows, count = self.prompt_embeddings.rows, len(self.prompt_embeddings.tokens)
+        own, now = self.prompt_embeddings.values[rows], reader.embed(self.prompt, self.embedded_with)
+        # a reader's embeddings end with the text or with its padding; a mask may have left out rows of the record's
+        places = [now[rows]] if len(now) == count else [now[: len(rows)], now[-len(rows) :]]
+        errors = [(found.to(own.device).float() - own.float()).norm() for found in places if len(found) == len(own)]
+        error = min(errors) / own.float().norm() if errors else 1.0
+        rough = reader.rough or any(torch.equal(each.bfloat16().to(each), each) for each in (own, now))
+        if not error <= (ROUGH_TOLERANCE if rough else ENCODER_TOLERANCE):
             raise ValueError(
-                "the pipeline's text encoder is not the one that embedded this record's prompt (was a LoRA loaded or "
-                "unloaded since?): a new text would not fit the record's keys. Bring the pipeline back to what it was, "
-                "or give embeddings to daam_from / ldaam_from"
+                "the pipeline's text encoder is not the one that embedded this record's prompt, whose embeddings "
+                f"differ by {error:.1%} now (was a LoRA loaded, unloaded or scaled since, were weights averaged, or a "
+                "textual inversion replaced?): a new text would not fit the record's keys. Bring the pipeline back "
+                "to what it was, or give embeddings to daam_from / ldaam_from"
             )
-        self.encoder_state["state"] = state
 
     def daam(self, text: str | None = None, *, padding: bool = True) -> HeatMaps:
         """DAAM of the prompt, or of any other text: OV-DAAM (thesis: D(X'); formula in `daamlib.attention.daam`).
@@ -165,7 +204,7 @@ class AttentionRecord:
             )
         embeddings = self.prompt_embeddings if key is None else self.texts[key]
         maps = functools.reduce(torch.add, [upsample(layer.maps[key], self.grid) for layer in self.layers])
-        return _without_padding(_named(maps, embeddings), embeddings)
+        return _without_padding(_named(self.finite(maps), embeddings), embeddings)
 
     def ldaam(self, text: str | None = None) -> HeatMaps:
         """Linear DAAM of a text (None: the prompt): the same sums without the softmax (thesis: LD(x))."""
@@ -183,23 +222,54 @@ class AttentionRecord:
                 '"maps", or collapsed): trace with store="queries", or use ldaam'
             )
         values = check_embeddings(embeddings, self.d_text, self.device)
-        return _named(daam(self.layers, values, self.grid, max_bytes), embeddings)
+        return _named(self.finite(daam(self.layers, values, self.grid, max_bytes), values), embeddings)
 
     def ldaam_from(self, embeddings: torch.Tensor | TokenEmbeddings) -> HeatMaps:
         """Linear DAAM of (m, d_text) embeddings, differentiable in them. Raises ValueError for another width."""
-        return _named(self.linear_map()(embeddings), embeddings)
+        values = check_embeddings(embeddings, self.d_text, self.device)
+        return _named(self.finite(self._linear_map(values), values), embeddings)
 
     def linear_map(self) -> LinearMap | NormedLinearMap:
-        """LDAAM collapsed to one tensor (H, W, d_text), computed once; `daamlib.attention.ldaam` derives it.
+        """Return LDAAM collapsed to one tensor (H, W, d_text), computed once; `daamlib.attention.ldaam` derives it.
 
-        Of a model that normalises its keys, to one tensor a layer.
+        Of a model that normalises its keys, to one tensor a layer. It is a copy, free to be changed.
         """
-        return self._linear_map
+        return self._linear_map.clone()
+
+    def finite(self, maps: torch.Tensor, embeddings: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the maps that were read from this record.
+
+        Args:
+            maps: of any shape.
+            embeddings: those that they were read with.
+
+        Returns:
+            The same tensor.
+
+        Raises:
+            ValueError: they hold NaN or infinite values; the message names the layer and the step where these begin.
+        """
+        if maps.isfinite().all():
+            return maps
+        if embeddings is not None and not embeddings.isfinite().all():
+            raise ValueError("the text's embeddings hold NaN or infinite values: look at the text encoder's dtype")
+        begins = {layer.name: layer.first_not_finite() for layer in self.layers}
+        name = min(begins, key=lambda layer: begins[layer])
+        where = f"in {name}" if begins[name] < math.inf else "in no single layer, but in their products"
+        if begins[name] < math.inf and self.layers[0].queries is not None:
+            where += f" at step {begins[name]} (timestep {self.timesteps[int(begins[name])]})"
+        raise ValueError(
+            f"the maps hold NaN or infinite values, which begin {where}: the attention overflowed there, as in "
+            "float16. Generate the image in bfloat16 or float32"
+        )
 
     @functools.cached_property
     @torch.inference_mode(False)  # it is kept, and a tensor of inference mode can never be differentiated through
     def _linear_map(self) -> LinearMap | NormedLinearMap:
-        return collapse(self.layers, self.grid) if self.kept_map is None else self.kept_map
+        linear = collapse(self.layers, self.grid) if self.kept_map is None else self.kept_map
+        for part in linear.maps if isinstance(linear, NormedLinearMap) else (linear,):
+            self.finite(part.weight)
+        return linear
 
     def collapsed(self) -> "AttentionRecord":
         """A record that keeps the `linear_map` in the place of the layers' queries, their sums and maps.
@@ -214,7 +284,7 @@ class AttentionRecord:
         Raises:
             ValueError: the model normalises its keys: its `linear_map` is a tensor a layer, as large as the sums.
         """
-        linear = self.linear_map()
+        linear = self._linear_map
         if not isinstance(linear, LinearMap):
             raise ValueError(
                 "this model normalises its keys, so that its layers do not collapse to one map: keep the record as it "
@@ -249,6 +319,11 @@ class AttentionRecord:
         maps = F.adaptive_avg_pool2d(heat_maps.values[None], attention.grid)[0].flatten(1)
         for _ in range(iterations):
             maps = attention.propagate(maps)
+        if not maps.isfinite().all() and heat_maps.values.isfinite().all():
+            raise ValueError(
+                "the self-attention holds NaN or infinite values, it overflowed as in float16: generate the image in "
+                "bfloat16 or float32"
+            )
         return replace(heat_maps, values=upsample(maps.unflatten(1, attention.grid), self.grid))
 
     def select(
@@ -307,10 +382,11 @@ class AttentionRecord:
         )
 
     def text_embeddings(self, text: str | None = None, *, padding: bool = True) -> TokenEmbeddings:
-        """The embeddings of the prompt (None, or its own words), which need no pipeline, or of any other text."""
+        """Return the embeddings of the prompt (None, or its words), which need no pipeline, or of any other text."""
         if text is None or text == self.prompt:
-            return self.prompt_embeddings if padding else self.prompt_embeddings.without_padding()
-        return self.encode(text, padding=padding)
+            prompt = self.prompt_embeddings
+            return replace(prompt, values=prompt.values.clone()) if padding else prompt.without_padding()
+        return self.encode(text, padding=padding and not self.masked)
 
     def save(self, path: str | Path) -> None:
         """Write the record to one `.safetensors` file; a file of that name is replaced only when all is written."""
@@ -335,6 +411,7 @@ class AttentionRecord:
             "branch": self.branch,
             "stream": self.stream,
             "embedded_with": dict(self.embedded_with),
+            "masked": self.masked,
             "texts": {text: [embeddings.tokens, embeddings.words] for text, embeddings in self.texts.items()},
             "layers": [
                 {"name": layer.name, "grid": layer.grid, "heads": layer.heads, "scale": layer.scale}
@@ -397,13 +474,12 @@ class AttentionRecord:
                 stream=header.get("stream"),
                 texts=texts,
                 embedded_with=header["embedded_with"],
-                pipe=pipe,
+                masked=bool(header.get("masked", False)),
             )
             _check(record)
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise ValueError(f"{path} is not a readable attention record, or is damaged: {error}") from error
-        fingerprint = functools.partial(fingerprint_of, middle=True, stream=record.stream)
-        return placed(record, path, pipe, device, fingerprint)
+        return replace(placed(record, path, pipe, device, record._fingerprint_of), pipe=pipe)
 
     def __repr__(self) -> str:
         return (
@@ -420,8 +496,8 @@ def _named(maps: torch.Tensor, embeddings: torch.Tensor | TokenEmbeddings) -> He
 
 
 def _without_padding(maps: HeatMaps, embeddings: TokenEmbeddings) -> HeatMaps:
-    rows = embeddings.length
-    return HeatMaps(maps.values[:rows], embeddings.tokens[:rows], embeddings.words)
+    named = embeddings.without_padding()
+    return HeatMaps(maps.values[embeddings.rows], named.tokens, named.words)
 
 
 def _check(record: AttentionRecord) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from typing_extensions import override
 
-from .batches import Encoding, Rows, by_image
+from .batches import Encoding, Rows
 from .calls import Call, Loop, Options, Pass, Recorder
 from .collectors import Collector, OnlineMaps, Queries, QuerySum
 from .layers import KeyProjection, Layer
@@ -22,7 +22,7 @@ from .readers.sites import Site, refuse_caches
 from .real_images import add_noise, check_levels, latents_of, noise_levels
 from .record import AttentionRecord
 from .self_attention import LARGEST, LATE, SelfAttention, SelfAttentionCollector, together
-from .text import TokenEmbeddings
+from .text import TokenEmbeddings, texts_of_images
 from .watch import unwatched
 
 MOST_PASSES = 128  # that room is made for at once
@@ -39,6 +39,7 @@ class Kept:
         text: (image, token, d_text), the same with the tokens that a mask leaves out.
         latent: (h, w) of the latents.
         texts: further texts to make maps of.
+        masked: whether a mask leaves padding out.
         collectors: by the site's name; likewise `keys`, what makes the keys, and `made`, the keys of the first pass.
         moved: how far later passes' keys were from those, largest absolute difference.
         seen: how many queries each site made in the pass under way.
@@ -51,6 +52,7 @@ class Kept:
     text: torch.Tensor
     latent: tuple[int, int]
     texts: Mapping[str, TokenEmbeddings]
+    masked: bool = False
     collectors: dict[str, Collector] = field(default_factory=dict)
     keys: dict[str, KeyProjection] = field(default_factory=dict)
     made: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -114,14 +116,19 @@ class AttentionRecorder(Recorder):
         guided = negative is not None if guided is None else guided
         if guided and negative is None:  # both texts are returned as one batch, the negative ones first
             negative, positive = positive.chunk(2)
-        negatives = arguments.get("negative_prompt") or ""
-        if negative is not None and not negative.any():  # zeros in the place of a text
-            negatives = None
+        # zeros stand for no text
+        unread = negative is None or not negative.any() or arguments.get("negative_prompt_embeds") is not None
+        negatives = None if unread else arguments.get("negative_prompt") or ""
+        if self.options.branch == "unconditional":  # the negative text has a second one too, and no instruction (Sana)
+            arguments = {**arguments} | {
+                "prompt_2": arguments.get("negative_prompt_2"),
+                "complex_human_instruction": None,
+            }
         return Encoding(
             positive=positive.detach().clone(),
             negative=None if negative is None else negative.detach().clone(),
-            prompts=by_image(arguments.get("prompt"), len(positive)),
-            negatives=by_image(negatives, len(positive)),
+            prompts=texts_of_images(arguments.get("prompt"), len(positive)),
+            negatives=texts_of_images(negatives, len(positive)),
             guided=bool(guided),
             options={name: arguments[name] for name in self._reader.options if arguments.get(name) is not None},
         )
@@ -135,10 +142,14 @@ class AttentionRecorder(Recorder):
         text, mask = told.text[rows].detach().clone(), None if told.mask is None else told.mask[rows].clone()
         embed = self._reader.encode
         return Kept(
-            embeddings=self._reader.named(call.prompts, text, mask, call.options[0]),
+            embeddings=[
+                self._reader.named([prompt], text[i : i + 1], None if mask is None else mask[i : i + 1], options)[0]
+                for i, (prompt, options) in enumerate(zip(call.prompts, call.options, strict=True))
+            ],
             text=self._reader.project(text),
             latent=(told.sample.shape[-2], told.sample.shape[-1]),
-            texts={text: embed(text, padding=True, options=call.options[0]) for text in self.options.texts},
+            texts={text: embed(text, padding=mask is None, options=call.options[0]) for text in self.options.texts},
+            masked=mask is not None,
         )
 
     @override
@@ -362,6 +373,7 @@ class AttentionRecorder(Recorder):
                 texts=texts,
                 self_attention=self._self_attention(kept, image),
                 embedded_with=call.options[image],
+                masked=kept.masked,
                 pipe=self.pipe,
             )
             records.append(record)

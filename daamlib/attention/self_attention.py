@@ -21,6 +21,8 @@ import torch
 from jaxtyping import Float
 from torch.nn import functional as F
 
+from .precision import without_autocast
+
 LARGEST = 32 * 32  # positions of the grid that is read: the largest one of the model with no more
 LATE = 0.5  # part of the noise schedule: self-attention follows the objects' outlines in the later half of denoising
 KEPT_PASSES = 8  # whose queries and keys are kept, evenly spaced
@@ -48,6 +50,7 @@ class SelfAttention:
     mean: Float[torch.Tensor, "positions positions"] | None = None
     linear: bool = False
 
+    @without_autocast
     def propagate(self, maps: Float[torch.Tensor, "m positions"]) -> Float[torch.Tensor, "m positions"]:
         """A M for each map M: (m, n) -> (m, n), differentiable in the maps."""
         if self.mean is not None:
@@ -116,6 +119,7 @@ class SelfAttentionCollector:
             if len(self._kept) > KEPT_PASSES:
                 self._kept, self._stride = self._kept[::2], 2 * self._stride
 
+    @without_autocast
     def _of_pass(self, queries: torch.Tensor, keys: torch.Tensor) -> Any:
         device = self._device or queries.device
         if not self._mean:
@@ -126,7 +130,7 @@ class SelfAttentionCollector:
             if self._linear:
                 total += _linear_attention(q.float(), k.float(), torch.eye(q.shape[1], device=q.device))
             else:
-                total += torch.softmax((q @ k.transpose(1, 2)).float() * self._scale, dim=-1)
+                total += torch.softmax((q.float() @ k.float().transpose(1, 2)) * self._scale, dim=-1)
         return (total / self._heads).to(device)
 
     @property

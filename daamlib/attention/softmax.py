@@ -6,12 +6,15 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from .precision import without_autocast
+
 MAX_BYTES = 2**26  # of attention probabilities held at a time
 IN_CACHE = 2**21  # bytes of attention probabilities that a CPU works on at a time; found by trial
 QUERIES_IN_CACHE = 3 * 2**20  # bytes of queries, likewise
 SAFE_POWER = 64  # of two: sums of such powers and their reciprocals stay far inside the range of float32
 
 
+@without_autocast
 def summed_probabilities(queries: torch.Tensor, keys: torch.Tensor, max_bytes: int = MAX_BYTES) -> torch.Tensor:
     """Sum the attention probabilities over steps and heads, differentiably in the keys.
 

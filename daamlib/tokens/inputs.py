@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch.nn import functional as F
 
+from ..attention.heatmaps import require_ratio
 from ..attention.joint.record import JointRecord
 from ..attention.record import MAX_BYTES, AttentionRecord, require_same_model
 from ..attention.text import find_word
@@ -28,10 +29,13 @@ def select_steps(record: AttentionRecord | JointRecord, max_timestep: int | None
 
 
 def select_part(record: AttentionRecord, layers: Sequence[str] | None, max_timestep: int | None) -> AttentionRecord:
-    """The record of the layers and steps that a token reads, the record itself where those are all.
+    """Return the record of the layers and steps that a token reads, the record itself where those are all.
 
-    Raises ValueError if no layer is left, or steps are to be taken apart of a record without queries.
+    Raises ValueError if a layer is unknown, none is left, or steps are to be taken apart of a record without queries.
     """
+    unknown = sorted(set(layers or ()) - set(record.layer_names()))
+    if unknown:
+        raise ValueError(f"the record has no layers {unknown}: it has {record.layer_names()}")
     steps = select_steps(record, max_timestep)
     if steps is None and layers is None:
         return record
@@ -60,7 +64,7 @@ def read_masks(
 
     Args:
         records: n images of one model.
-        masks: n, each (H, W) or (K, H, W) boolean, of any size.
+        masks: n, each (H, W) or (K, H, W) boolean, of any size, but of the image's ratio of height and width.
         words: The names of the classes, or none.
         joint: Whether each pixel belongs to one class at most.
         background: The name of a class more, the last, of the pixels of no class; None: without it.
@@ -115,6 +119,7 @@ def _resized(mask, record: AttentionRecord | JointRecord, number: int) -> torch.
     if mask.ndim not in (2, 3) or not mask.numel():
         raise ValueError(f"mask {number} has shape {tuple(mask.shape)}, expected (H, W) or (K, H, W)")
     mask = mask[None] if mask.ndim == 2 else mask
+    require_ratio(f"mask {number}", (mask.shape[1], mask.shape[2]), record.grid)
     return F.interpolate(mask[None].float(), record.grid, mode="nearest-exact")[0].bool()
 
 

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 
-from ..attention.heatmaps import HeatMaps, upsample
+from ..attention.heatmaps import HeatMaps, require_ratio, upsample
 from ..attention.record import AttentionRecord
+from ..attention.text import TextTooLongError, TokenEmbeddings, find_phrases, side_by_side
 from ..cityscapes import IGNORED, label_id
 from .guided import guided_upsample
 from .optimize import BACKGROUND
@@ -40,21 +41,32 @@ STREET_WORDS = {
 # (tests/benchmarks/label_maps.py, as all numbers here)
 SHARPNESS = 4.0
 
+SINGULAR = ("ss", "us", "is", "gas", "lens", "canvas", "atlas")  # what singular nouns in s end in, as bus and glass
+
 Classes = Mapping[str, str] | Sequence[OptimizedToken]  # {class: word}, or tokens
 Threshold = float | Mapping[str, float]  # one for all classes, or one for each by its name
 
 
 def text_of(words: Mapping[str, str]) -> str:
-    """The text in which the words of a class list compete: "a car, a person, ...".
+    """Return the text in which the words of a class list compete: "a car, a bus, trees, an elephant, ...".
 
     Args:
         words: {class: word}.
 
     Returns:
-        The text, which `trace(pipe, store="maps", texts=[...])` has to be told.
+        The text, one of those to give to `trace(pipe, store="maps", texts=[...])`.
     """
-    bare = lambda word: word.endswith("s") or word.startswith(("a ", "an ", "the "))  # noqa: E731
-    return ", ".join(word if bare(word) else f"a {word}" for word in words.values())
+    return ", ".join(_with_article(word) for word in words.values())
+
+
+def _with_article(word: str) -> str:
+    """Return the word after "a" or "an", unless it has an article or is a plural."""
+    lower = word.lower()
+    plural = lower.endswith("s") and not lower.endswith(SINGULAR)
+    if plural or lower.startswith(("a ", "an ", "the ")):
+        return word
+    vowel = lower.startswith(tuple("aeiou")) and not lower.startswith(("eu", "one", "uni", "use"))
+    return f"{'an' if vowel else 'a'} {word}"
 
 
 def word_probabilities(
@@ -66,15 +78,16 @@ def word_probabilities(
 ) -> HeatMaps:
     """How words compete for each pixel (zero-shot segmentation).
 
-    All words stand in one text, so DAAM's softmax compares them. Start token, end token and padding are left out. Some
-    words have more attention everywhere: each refined map is standardised, (D_k - mean) / deviation over the image,
-    before a softmax over the words. A word whose thing is not there claims its place all the same, so name those that
-    may be there. (Of 60 rendered scenes the most probable class had a mean IoU of 59 % over the four things where the
-    things of the caption alone took part, and of 19 % where all four did; by each word's part of the attention 42 and
-    23 %.)
+    All words stand in one text, so DAAM's softmax compares them; where they are more than the text encoder reads, in
+    several, which stand side by side as the parts of a long prompt do. Start token, end token and padding are left out.
+    Some words have more attention everywhere: each refined map is standardised, (D_k - mean) / deviation over the
+    image, before a softmax over the words. A word whose thing is not there claims its place all the same, so name those
+    that may be there. (Of 60 rendered scenes the most probable class had a mean IoU of 59 % over the four things where
+    the things of the caption alone took part, and of 19 % where all four did; by each word's part of the attention 42
+    and 23 %.)
 
     Args:
-        record: Of the image; made with `store="maps"`, it must have been told the text (`text_of`).
+        record: Of the image; one made with `store="maps"` must hold the text (`text_of`), which is one for all.
         words: {class: word}, default `STREET_WORDS`.
         names: Of the classes that a pixel may be of, default all; the text is that of all.
         iterations: Of `record.refine` on the words' maps, before they compete; 0 leaves them as they are.
@@ -93,12 +106,28 @@ def _word_scores(record: AttentionRecord, words: Mapping[str, str], *, iteration
     """(K, H, W) scores of the words' classes, of which a softmax makes probabilities."""
     if len(words) < 2:
         raise ValueError(f"words compete with each other: expected two or more, got {list(words)}")
-    of_text = record.daam(text_of(words))
-    maps = HeatMaps.of_words(torch.stack([of_text[word] for word in words.values()]), tuple(words))
+    try:
+        of_text = record.daam(text_of(words))
+    except TextTooLongError:
+        of_text = record.daam_from(side_by_side(_texts(record, words)))
+    rows = find_phrases(list(words.values()), of_text.words, of_text.tokens)
+    maps = HeatMaps.of_words(torch.stack([of_text.values[of_word].mean(dim=0) for of_word in rows]), tuple(words))
     values = (record.refine(maps, iterations=iterations) if iterations else maps).values
     deviation = values.std(dim=(1, 2), keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
     standardised = (values - values.mean(dim=(1, 2), keepdim=True)) / deviation
     return replace(maps, values=SHARPNESS * standardised)
+
+
+def _texts(record: AttentionRecord, words: Mapping[str, str]) -> list[TokenEmbeddings]:
+    """Return the words in as few texts as halving takes, each of them as long as the text encoder reads."""
+    try:
+        return [record.encode(text_of(words), padding=True)]
+    except TextTooLongError:
+        if len(words) == 1:
+            raise
+    names = list(words)
+    halves = names[: len(names) // 2], names[len(names) // 2 :]
+    return [text for half in halves for text in _texts(record, {name: words[name] for name in half})]
 
 
 def _competing_words(scores: HeatMaps, names: Collection[str] | None = None) -> HeatMaps:
@@ -240,6 +269,8 @@ def label_map(
     """
     if image is not None and size is not None and image.shape[:2] != tuple(size):
         raise ValueError(f"label maps that follow an image have its size {image.shape[:2]}, got size={size}")
+    if image is not None and image.ndim == 3:
+        require_ratio("the image", (image.shape[0], image.shape[1]), record.grid)
     words = STREET_WORDS if classes is None else classes
     if isinstance(words, Mapping):
         compete = functools.partial(_competing_words, _word_scores(record, words, iterations=iterations))

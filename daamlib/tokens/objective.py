@@ -6,6 +6,7 @@ The K maps of all images stand side by side, (K, P) for P pixels in all, and so 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -81,20 +82,32 @@ class Objective:
         return torch.log(frequency / (1 - frequency))
 
 
+def pass_factors(records: Sequence[Any]) -> list[float]:
+    """Return what makes the maps of records comparable, which are sums over passes: their mean number over each's.
+
+    Ones where all have as many passes.
+    """
+    passes = [len(record.timesteps) for record in records]
+    return [sum(passes) / len(passes) / each for each in passes]
+
+
 def linear_rows(
     records: Sequence[AttentionRecord], start: Float[torch.Tensor, "m d_text"]
 ) -> tuple[Float[torch.Tensor, "P d_text"], Float[torch.Tensor, " P"]]:
-    """A and o of every image, a pixel a row, in float64: the fit is small and is to converge.
+    """Return A and o of every image, a pixel a row, in float64: the fit is small and is to converge.
 
-    They lie where the first record does, but not on Apple's GPUs, which have no float64: there on the CPU. Of a model
-    that normalises its keys they are A and o near `start`.
+    Both are scaled to the mean number of passes. They lie where the first record does, but not on Apple's GPUs, which
+    have no float64: there on the CPU. Of a model that normalises its keys they are A and o near `start`.
     """
     device = torch.device("cpu") if records[0].device.type == "mps" else records[0].device
     maps = [record.linear_map() for record in records]
     linear = [each if isinstance(each, LinearMap) else each.near(start) for each in maps]
     offsets = [torch.zeros_like(each.weight[..., 0]) if each.bias is None else each.bias for each in linear]
-    matrix = torch.cat([each.weight.to(device).double().flatten(0, 1) for each in linear])
-    return matrix, torch.cat([offset.to(device).double().flatten() for offset in offsets])
+    factors = pass_factors(records)
+    rows = [r * each.weight.to(device).double().flatten(0, 1) for r, each in zip(factors, linear, strict=True)]
+    return torch.cat(rows), torch.cat(
+        [r * offset.to(device).double().flatten() for r, offset in zip(factors, offsets, strict=True)]
+    )
 
 
 def linear_maps(matrix: Float[torch.Tensor, "P d_text"], offset: Float[torch.Tensor, " P"]) -> Maps:
@@ -104,7 +117,10 @@ def linear_maps(matrix: Float[torch.Tensor, "P d_text"], offset: Float[torch.Ten
 
 def normed_maps(records: Sequence[AttentionRecord]) -> Maps:
     """The same of a model that normalises its keys, whose maps are not linear in the embedding; in float32."""
-    return lambda x: torch.cat([record.ldaam_from(x).values.flatten(1) for record in records], dim=1)
+    factors = pass_factors(records)
+    return lambda x: torch.cat(
+        [r * record.ldaam_from(x).values.flatten(1) for r, record in zip(factors, records, strict=True)], dim=1
+    )
 
 
 def softmax_maps(records: Sequence[AttentionRecord], rows: tuple[tuple[int, ...], ...], max_bytes: int) -> Maps:
@@ -115,7 +131,7 @@ def softmax_maps(records: Sequence[AttentionRecord], rows: tuple[tuple[int, ...]
     groups = defaultdict(list)
     for number, record in enumerate(records):
         groups[len(record.timesteps), *(layer.grid for layer in record.layers)].append(number)
-    device = records[0].device
+    device, factors = records[0].device, pass_factors(records)
     tall = [([_stack(layers, device) for layers in zip(*(records[i].layers for i in group), strict=True)], group)
             for group in groups.values()]  # fmt: skip
 
@@ -129,6 +145,7 @@ def softmax_maps(records: Sequence[AttentionRecord], rows: tuple[tuple[int, ...]
                 of_words = torch.stack([of_tokens[list(tokens)].mean(dim=0) for tokens in rows])
                 images = of_words.unflatten(1, (len(group), -1)).flatten(0, 1)  # (K * images, h, w)
                 total = total + upsample(images, records[group[0]].grid)
+            total = factors[group[0]] * total  # the images of a group have as many passes
             by_image = total.unflatten(0, (len(rows), -1)).flatten(2).unbind(dim=1)
             parts |= dict(zip(group, by_image, strict=True))
         return torch.cat([parts[i] for i in range(len(records))], dim=1)

@@ -49,7 +49,7 @@ def optimize_token(
     max_timestep: int | None = None,
     weight_decay: float = 1e-5,
     seed: int = 0,
-    max_bytes: int = MAX_BYTES,
+    max_bytes: int | None = None,
 ) -> OptimizedToken:
     """Fit text embeddings to the masks of a few images of one model, to read its other images with.
 
@@ -61,7 +61,8 @@ def optimize_token(
     Args:
         records: n images of one model; the fit runs where the first lies.
         masks: n, each (H, W) boolean, or (K, H, W) for K classes at once, of any size: they are resized to the record's
-            `grid` by nearest neighbour (the pixel under each cell's centre). An image without a class (an empty mask)
+            `grid` by nearest neighbour (the pixel under each cell's centre), with the image's ratio of height and
+            width. An image without a class (an empty mask)
             is a negative example; a class without any pixel, or that fills every image, is an error.
         method: "ldaam" fits one token of d_text numbers a class. It starts from the word's own embedding in `text`
             (default: the word alone), or without a word from random numbers of `seed`. "daam" fits all embeddings of
@@ -80,7 +81,8 @@ def optimize_token(
             Stable Diffusion), the less noisy ones. Other records likewise; one without such a pass by its least noisy.
         weight_decay: w in the formula above. `choose_settings` finds these three for LDAAM.
         seed: Of the random start.
-        max_bytes: Of attention probabilities held at a time (DAAM).
+        max_bytes: Of attention probabilities held at a time (DAAM, by default 64 MiB), or of Newton's Hessian and its
+            factor, 16 (K (d_text + 1))^2 bytes for K classes with a softmax (by default 4 GiB): more is refused.
 
     Returns:
         The token, on the CPU.
@@ -88,7 +90,8 @@ def optimize_token(
     Raises:
         TypeError: Something else than records was given.
         ValueError: Records of several models, masks that do not fit them, an unknown option, a word that is not in the
-            text, DAAM of records made with `store="linear"`, maps or a result that are not finite.
+            text, an unknown layer, DAAM of records made with `store="linear"`, maps or a result that are not finite,
+            or more memory than `max_bytes`.
     """
     started = time.perf_counter()
     if iterations is not None and iterations < 1:
@@ -97,11 +100,12 @@ def optimize_token(
     reading = [select_part(record, layers, max_timestep) for record in records]
     objective = token_objective(
         reading, masks, method=method, word=word, text=text, loss=loss, joint=joint, background=background,
-        weight_decay=weight_decay, seed=seed, max_bytes=max_bytes
+        weight_decay=weight_decay, seed=seed, max_bytes=max_bytes or MAX_BYTES
     )  # fmt: skip
     solve = newton if objective.centre is None and loss == "bce" else novograd
     iterations = iterations or ITERATIONS[solve]
-    fit = solved(objective, solve(objective, iterations))
+    limits = {} if solve is novograd or max_bytes is None else {"max_bytes": max_bytes}
+    fit = solved(objective, solve(objective, iterations, **limits))
     return OptimizedToken(
         embedding=fit.embedding.float().cpu(),
         method=method,
@@ -172,9 +176,9 @@ def token_objective(
         maps = softmax_maps(records, rows, max_bytes)
     with torch.no_grad():
         first = maps(start)
-    if not first.isfinite().all():
-        raise ValueError("the records' maps hold NaN or infinite values: look at the images that made them")
     sizes = [grid[0].numel() for grid in grids]
+    for record, part in zip(records, first.split(sizes, dim=1), strict=True):
+        record.finite(part)
     targets = torch.cat([grid.flatten(1) for grid in grids], dim=1).to(first)
     weights = pixel_weights(sizes).to(first)
     return Objective(

@@ -19,7 +19,7 @@ from jaxtyping import Float
 
 from ..attention.joint.record import JointRecord
 from .inputs import made_of, read_masks
-from .objective import Objective, linear_maps, loss_of, pixel_weights
+from .objective import Objective, linear_maps, loss_of, pass_factors, pixel_weights
 from .optimize import BACKGROUND
 from .solvers import newton, solved
 from .token import OptimizedToken
@@ -116,4 +116,5 @@ def optimize_probe(
 def _rows(records: Sequence[JointRecord], layers: Sequence[str] | None) -> Float[torch.Tensor, "P channels"]:
     """A of every image, a pixel a row, in float64, which Apple's GPUs have not: there on the CPU."""
     device = torch.device("cpu") if records[0].device.type == "mps" else records[0].device
-    return torch.cat([record.probe_map(layers).weight.to(device).double().flatten(0, 1) for record in records])
+    weights = [record.probe_map(layers).weight.to(device).double().flatten(0, 1) for record in records]
+    return torch.cat([factor * weight for factor, weight in zip(pass_factors(records), weights, strict=True)])

@@ -8,6 +8,7 @@ import torch
 
 from .objective import Objective
 
+NEWTON_BYTES = 2**32  # of a Hessian and its factor
 QUADRATIC = 1e-12  # squared Newton decrement below which one full step more reaches the precision of float64
 STEP = 2.0  # of NovoGrad: the length of its first steps; found by trial on the bundled model, on scenes apart
 DAMPING = 0.01  # of NovoGrad's coordinates, as a part of the mean variance of A's rows; likewise
@@ -52,7 +53,7 @@ def solved(objective: Objective, solution: Solution) -> Fit:
     return Fit(x, fields)
 
 
-def newton(objective: Objective, iterations: int) -> Solution:
+def newton(objective: Objective, iterations: int, max_bytes: int = NEWTON_BYTES) -> Solution:
     """Newton's method with a backtracking line search for LDAAM with "bce": iteratively reweighted least squares.
 
     The unknowns are theta_k = (x_k / unit_k, b_k), the features of a pixel its row f of [A - mean, 1] with the weight
@@ -68,10 +69,22 @@ def newton(objective: Objective, iterations: int) -> Solution:
     Args:
         objective: Of LDAAM with the loss "bce".
         iterations: At most so many; 10 to 30 are usual.
+        max_bytes: Of the Hessian and its factor.
 
     Returns:
         The embeddings x, the (K, 1) bias, the (K, 1) scale, which is 1, and the objective before every iteration.
+
+    Raises:
+        ValueError: The Hessian would be larger.
     """
+    count, unknowns = len(objective.start), objective.start.shape[1] + 1
+    needed = 2 * torch.finfo(torch.float64).bits // 8 * (count * unknowns) ** 2 // (1 if objective.joint else count)
+    if needed > max_bytes:
+        raise ValueError(
+            f"Newton's method for {count} classes of {unknowns} unknowns each needs {needed / 1e9:.1f} GB, max_bytes "
+            f"allows {max_bytes / 1e9:.1f}: fit fewer classes at once, each by itself (joint=False, background=False), "
+            'with loss="dice", which needs no Hessian, or give a larger max_bytes'
+        )
     features = objective.matrix - objective.matrix.mean(dim=0)
     features = torch.cat([features.T, features.new_ones(1, len(features))])  # (n, P)
     theta = torch.cat([objective.start / objective.unit, objective.first_bias], dim=1)
@@ -113,22 +126,31 @@ def _hessian(objective: Objective, features: torch.Tensor, theta: torch.Tensor) 
 
     if not objective.joint:
         p = logits.sigmoid()
-        return torch.stack([curvature(w) for w in objective.weights * p * (1 - p) / count]) + torch.diag_embed(decay)
+        hessian = torch.stack([curvature(w) for w in objective.weights * p * (1 - p) / count])
+        hessian.diagonal(dim1=1, dim2=2).add_(decay)
+        return hessian
     p, weights = logits.softmax(dim=0), objective.weights * objective.targets.sum(dim=0)  # pixels of no class: 0
     hessian = features.new_zeros(count, n, count, n)
     for k in range(count):
         for other in range(k + 1):
             block = curvature(weights * p[k] * (float(k == other) - p[other]))
             hessian[k, :, other] = hessian[other, :, k] = block
-    return (hessian.view(count * n, count * n) + torch.diag(decay.flatten()))[None]
+    hessian = hessian.view(1, count * n, count * n)
+    hessian.diagonal(dim1=1, dim2=2).add_(decay.flatten())
+    return hessian
 
 
 def _newton_step(hessian: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """H^-1 g, shaped as g; a ridge at the rounding of float64, or as much as H needs to be positive definite."""
+    """Return H^-1 g, shaped as g; a ridge at the rounding of float64, or as much as H needs to be positive definite.
+
+    H, which is large, is changed in place.
+    """
     scale = hessian.diagonal(dim1=1, dim2=2).clamp(min=torch.finfo(hessian.dtype).tiny).rsqrt()
-    scaled = scale[:, :, None] * hessian * scale[:, None]  # of a unit diagonal
+    scaled = hessian.mul_(scale[:, :, None]).mul_(scale[:, None])  # of a unit diagonal
+    diagonal = scaled.diagonal(dim1=1, dim2=2).clone()
     for ridge in (1e-13, 1e-11, 1e-9, 1e-7):
-        factor, failed = torch.linalg.cholesky_ex(scaled + ridge * torch.eye(scaled.shape[1]).to(scaled))
+        scaled.diagonal(dim1=1, dim2=2).copy_(diagonal + ridge)
+        factor, failed = torch.linalg.cholesky_ex(scaled)
         if not failed.any():
             break
     right = (scale * gradient.reshape(scale.shape))[:, :, None]

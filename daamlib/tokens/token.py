@@ -120,7 +120,8 @@ class OptimizedToken:
     ) -> Float[torch.Tensor, "k height width"]:
         """The maps through the scale and bias that were learned with the token, before a sigmoid or a softmax.
 
-        Maps are sums over the steps: those of another number of steps than the token was fitted to are scaled to it.
+        Maps are sums over the steps: those of another number of steps than the token was fitted to, which is the mean
+        number of its images, are scaled to it.
 
         Args:
             record: Of any image, by any prompt.
@@ -141,7 +142,7 @@ class OptimizedToken:
         scale, bias = (torch.tensor(numbers)[rows].view(-1, 1, 1) for numbers in (self.scale, self.bias))
         passes, chosen = self.info.get("passes", ()), select_steps(record, self.info.get("max_timestep"))
         steps = len(record.timesteps if chosen is None else chosen)
-        if passes and steps not in passes:
+        if passes and steps != sum(passes) / len(passes):
             scale = scale * sum(passes) / len(passes) / steps
         return scale.to(values) * values + bias.to(values)
 

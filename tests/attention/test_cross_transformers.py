@@ -134,12 +134,16 @@ def test_the_other_half_of_guidance_and_none(family, device):
     with watched(pipe) as layers, daamlib.trace(pipe, branch="unconditional") as trace, daamlib.trace(pipe) as other:
         generate(pipe, PROMPT)
     assert_close(other[0].daam().values.flatten(1), explicit_daam(layers, row=1))
-    scores = sum(
-        (q[0] @ k[1].transpose(1, 2) * q.shape[3] ** -0.5)[..., layer.masks[0][1]].softmax(dim=2).sum(dim=0)
-        for layer in layers
-        for q, k in zip(layer.queries, layer.keys, strict=True)
-    )
-    assert_close(trace[0].daam().values.flatten(1), scores.T)
+    assert trace[0].prompt == ""
+    # of the keys: the negative text, and the prompt; Sana's negative text, as later ones, is without its instruction
+    for row, text in enumerate((None,) if "Sana" in family else (None, PROMPT)):
+        scores = sum(
+            (q[0] @ k[row].transpose(1, 2) * q.shape[3] ** -0.5)[..., layer.masks[0][row]].softmax(dim=2).sum(dim=0)
+            for layer in layers
+            for q, k in zip(layer.queries, layer.keys, strict=True)
+        )
+        assert_close(trace[0].daam(text).values.flatten(1), scores.T)
+    assert trace[0].daam("a car")["car"].isfinite().all()
     with watched(pipe) as layers, daamlib.trace(pipe) as trace:
         generate(pipe, PROMPT, guidance_scale=1.0)
     assert_close(trace[0].daam().values.flatten(1), explicit_daam(layers, row=0))

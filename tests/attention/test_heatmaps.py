@@ -1,5 +1,6 @@
 """HeatMaps: look-up, size and range."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -79,3 +80,36 @@ def test_maps_of_one_token_repr_and_comparison(maps):
     assert repr(HeatMaps(torch.zeros(1, 2, 3), ("car",))) == "HeatMaps((1, 2, 3), tokens=['car'])"
     other = HeatMaps(maps.values, TOKENS, WORDS)
     assert maps in [other, maps]  # found by identity: comparing tensors would raise
+
+
+def test_one_occurrence_of_a_word(maps):
+    assert torch.equal(maps["a", 1], maps.values[5])
+    assert torch.equal(maps["a", -1], maps.values[5])
+    assert torch.equal(maps["traffic light", 0], maps["traffic light"])
+    with pytest.raises(ValueError, match=r"occurs 2 times in .*there is no \[2\]"):
+        maps["a", 2]
+    with pytest.raises(TypeError, match=r'\["car", 1\], got \(1, 2\)'):
+        maps[1, 2]
+
+
+def test_maps_of_an_unknown_text_say_so():
+    maps = HeatMaps.unnamed(torch.zeros(3, 4, 6))
+    with pytest.raises(ValueError, match="text of these 3 rows is unknown, as of a prompt given as embeddings"):
+        maps["car"]
+
+
+def test_maps_as_numpy_arrays(maps):
+    maps = HeatMaps(maps.values.clone().requires_grad_(), maps.tokens, maps.words)
+    for array in (maps.numpy(), np.asarray(maps)):
+        assert array.shape == (7, 4, 6) and array.dtype == np.float32
+        assert np.array_equal(array, maps.values.detach().numpy())
+        array[:] = 0  # a copy
+    assert maps.values.abs().sum() > 0
+    assert np.asarray(maps, dtype=np.float64).dtype == np.float64
+    assert maps.to("cpu").tokens == maps.tokens
+
+
+def test_resized_to_their_size_maps_are_a_copy(maps):
+    before = maps.values.clone()
+    maps.resize(4, 6).values.zero_()
+    assert torch.equal(maps.values, before)

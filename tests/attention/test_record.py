@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 import daamlib
 from daamlib.attention.layers import KeyProjection, Layer
+from daamlib.attention.ldaam import collapse
 
 PROMPT = "a car and a bicycle, at night"
 GRIDS = [(16, 24), (8, 12)]  # of the tiny U-Nets' levels
@@ -115,11 +116,14 @@ def test_an_empty_text_has_the_maps_of_start_and_end(record):
 # -- embeddings ----------------------------------------------------------------------------------------------------
 
 
-def test_the_linear_map_is_ldaam_and_is_computed_once(record):
+def test_the_linear_map_is_ldaam_and_is_computed_once(record, monkeypatch):
+    record, calls = dataclasses.replace(record), []
+    monkeypatch.setattr("daamlib.attention.record.collapse", lambda *args: calls.append(1) or collapse(*args))
     linear = record.linear_map()
     assert linear.shape == linear.weight.shape == (16, 24, record.d_text)
     assert linear.weight.dtype == torch.float32
-    assert record.linear_map() is linear
+    assert torch.equal(record.linear_map().weight, linear.weight)
+    assert calls == [1]
     embeddings = record.encode("a tree")
     assert torch.equal(linear(embeddings), record.ldaam("a tree").values)
     assert torch.equal(record.ldaam_from(embeddings.values).values, linear(embeddings.values))
@@ -354,7 +358,9 @@ def test_what_a_record_says_of_itself(record):
     assert record.branch == "conditional"
     assert len(record.timesteps) == 3
     assert len(record.layer_names()) == 6 and record.layer_names()[0].startswith("down_blocks.0.")
-    assert record.nbytes == sum(layer.queries.nbytes for layer in record.layers) > 0
+    bare = dataclasses.replace(record)  # its linear map is not computed yet
+    assert bare.nbytes == sum(layer.queries.nbytes for layer in record.layers) > 0
+    assert bare.linear_map().weight.nbytes + dataclasses.replace(record).nbytes == bare.nbytes
     assert repr(record).startswith(f"AttentionRecord({PROMPT!r}, grid=(16, 24), steps=3, layers=6, ")
     with pytest.raises(dataclasses.FrozenInstanceError):
         record.prompt = "other"

@@ -4,9 +4,9 @@ import pytest
 import tiny_joint
 import torch
 
-from daamlib.attention.readers import encode
+from daamlib.attention.readers import encode, reader_of
 from daamlib.attention.readers.words import BYTE_SPACE, read_pieces, read_tokens
-from daamlib.attention.text import Word, find_word
+from daamlib.attention.text import TokenEmbeddings, Word, find_phrases, find_word
 
 
 def tokens_and_words(pipe, text):
@@ -27,7 +27,10 @@ def test_words_of_several_bytes_a_character(sd1_pipe):
 
 def test_a_word_without_an_end_mark_ends_with_the_text():
     class Tokenizer:
-        eos_token_id, all_special_ids = 9, [8, 9]
+        bos_token_id, eos_token_id = 8, 9
+
+        def get_added_vocab(self):
+            return {"<s>": 8, "</s>": 9}
 
         def convert_ids_to_tokens(self, ids):
             return ["<s>", "ca", "r", "</s>"]
@@ -154,3 +157,116 @@ def test_a_pipeline_with_its_second_text_encoder_alone(sdxl_pipe, fresh):
     embeddings = encode(pipe, "a car")
     assert embeddings.tokens == ("<|startoftext|>", "a", "car", "<|endoftext|>")
     assert torch.equal(embeddings.values, encode(sdxl_pipe, "a car").values[:, -16:])
+
+
+@pytest.mark.parametrize(
+    ("text", "word", "tokens"),
+    [
+        ("a Café by the CAFÉ", "cafe\N{COMBINING ACUTE ACCENT}", ["c", "af", "Ã", "©"] * 2),  # composed or not
+        ("traffic-light's end", "Traffic-Light's", ["traffic", "-", "light", "'", "s"]),
+        ("a (car:1.5) by trees", "car", ["car"]),
+        ("a (car:1.5) by trees", "1.5", ["1", ".", "5"]),
+        ("汽车和树 car", "汽车", ["æ", "±", "½", "è", "½", "¦"]),
+        ("汽车和树 car", "树", ["æ", "ł", "ĳ"]),
+        ("🚗🌳 a car", "🌳", ["ð", "Ł", "Į", "³"]),
+        ("a ❤️ car", "❤️", ["â", "Ŀ", "¤", "ï", "¸", "ı"]),
+    ],
+)
+def test_words_in_other_spellings_and_scripts(sd1_pipe, text, word, tokens):
+    """The tokens of a word are those that the tokenizer makes of it alone."""
+    named = encode(sd1_pipe, text)
+    rows = find_word(word, named.words, named.tokens)
+    assert [named.tokens[row] for row in rows] == tokens
+
+
+@pytest.mark.parametrize(("text", "word"), [("a car pet", "carpet"), ("a traffic-light", "traffic light")])
+def test_words_that_are_written_otherwise_are_not_found(sd1_pipe, text, word):
+    with pytest.raises(ValueError, match=f"'{word}' is not in the text; its tokens are"):
+        encode(sd1_pipe, text)[word]
+
+
+def test_an_occurrence_of_a_word(sd1_pipe):
+    named = encode(sd1_pipe, "a car and a car, no bicycle car")
+    cars = [row for row, token in enumerate(named.tokens) if token == "car"]
+    assert len(cars) == 3
+    assert [find_word("car", named.words, named.tokens, i) for i in range(3)] == [[row] for row in cars]
+    assert torch.equal(named["car", 1], named.values[cars[1:2]])
+    assert torch.equal(named["car", -1], named.values[cars[2:]])
+    with pytest.raises(ValueError, match=r"occurs 3 times in .* no \[3\]"):
+        named["car", 3]
+    for key in (("car", "bus"), ("car", 1, 2), 3.0):
+        with pytest.raises(TypeError, match="look up a word"):
+            named[key]
+
+
+def test_occurrences_do_not_overlap(sd1_pipe):
+    named = encode(sd1_pipe, "car car car")
+    assert find_word("car car", named.words, named.tokens) == [1, 2]
+
+
+@pytest.mark.parametrize(("name", "vectors"), [("<toy>", 1), ("<toy>", 2), ("<toy>", 12), ("<Toy>", 1), ("toy", 2)])
+def test_the_words_of_a_textual_inversion_and_those_after_it(fresh, name, vectors):
+    pipe = fresh("sd1")
+    pipe.load_textual_inversion({name: torch.randn(vectors, 24)}, token=name)
+    text = f"a {name} car, a car {name} {name}"
+    named = encode(pipe, text)
+    ids = pipe.tokenizer(pipe.maybe_convert_prompt(text, pipe.tokenizer)).input_ids
+    toys = [row for row, token in enumerate(ids) if token >= 592]  # the vocabulary has 592 entries without it
+    assert len(toys) == 3 * vectors
+    assert find_word(name.lower(), named.words, named.tokens) == toys
+    assert find_word(name, named.words, named.tokens, 1) == toys[vectors : 2 * vectors]
+    cars = [row for row, token in enumerate(pipe.tokenizer.convert_ids_to_tokens(ids)) if token == "car</w>"]
+    assert len(cars) == 2 and find_word("car", named.words, named.tokens) == cars
+
+
+@pytest.fixture
+def left(fresh):
+    """A pipeline whose tokenizer puts the padding before the text, as Kolors' does."""
+    pipe = fresh("sd1")
+    pipe.tokenizer.padding_side = "left"
+    return pipe
+
+
+def test_padding_before_the_text(left):
+    ids = left.tokenizer("a car and a tree", padding="max_length", max_length=77).input_ids
+    padded, short = encode(left, "a car and a tree", padding=True), encode(left, "a car and a tree")
+    assert padded.tokens[:-7] == ("<pad>",) * 70 and padded.length == 7
+    assert padded.tokens[-7:] == short.tokens == ("<|startoftext|>", "a", "car", "and", "a", *short.tokens[5:])
+    (row,) = find_word("car", padded.words, padded.tokens)
+    assert left.tokenizer.convert_ids_to_tokens(ids[row]) == "car</w>"
+    assert torch.equal(short.values, padded.values[-7:])
+    assert torch.equal(short["car"], padded["car"])
+
+
+def test_a_text_of_other_rows_than_the_context_is_not_named(sd1_pipe):
+    """As of a pipeline that reads a long prompt in parts of 77 tokens."""
+    (named,) = reader_of(sd1_pipe).named(["a car"], torch.zeros(1, 154, 24), None, {})
+    assert named.tokens[:2] == ("0", "1") and len(named.tokens) == 154
+    with pytest.raises(ValueError, match="the text of these 154 rows is unknown"):
+        named["car"]
+
+
+def test_names_that_do_not_fit_their_rows():
+    with pytest.raises(ValueError, match=r"2 tokens and embeddings of shape \(3, 4\)"):
+        TokenEmbeddings(torch.zeros(3, 4), ("a", "b"))
+    with pytest.raises(ValueError, match="are not of its 3 tokens"):
+        TokenEmbeddings(torch.zeros(3, 4), ("a", "b", "c"), (Word("c", 2, 4),))
+
+
+def test_phrases_in_a_list_of_phrases_are_found_in_their_own_place(sd1_pipe):
+    named = encode(sd1_pipe, "a person, a person on a car, a car, cars")
+    people, cars = (find_word(word, named.words, named.tokens) for word in ("person", "car"))
+    assert len(people) % 2 == 0 and len(cars) == 2
+    rows = find_phrases(["person", "person on a car", "car", "cars"], named.words, named.tokens)
+    assert rows[0] == people[: len(people) // 2] and rows[2] == cars[1:]
+    assert rows[1] == list(range(people[len(people) // 2], cars[0] + 1))
+    assert rows[3] == find_word("cars", named.words, named.tokens)
+    with pytest.raises(ValueError, match="not in the text"):
+        find_phrases(["car", "person on a car"], named.words, named.tokens)
+
+
+def test_a_removed_text_encoder_is_named(fresh):
+    pipe = fresh("sd1")
+    pipe.text_encoder = None
+    with pytest.raises(ValueError, match="has no text encoder .*daam_from"):
+        encode(pipe, "a car")

@@ -91,9 +91,12 @@ def test_trap_unconditional_half_stored_by_default(sd1_pipe):
     assert (default[0].branch, other[0].branch) == ("conditional", "unconditional")
     rows = default[0].prompt_embeddings.length
     assert_close(default[0].daam().values, naive_maps(captures, GRIDS, image=1)[:rows])
-    # the other half's queries with the prompt's keys, which is what OVAM's default is
+    # the other half's queries with the negative text's keys, or the prompt's, which is what OVAM's default is
     assert not torch.equal(other[0].layers[-1].queries, default[0].layers[-1].queries)
-    assert (other[0].daam().values - default[0].daam().values).abs().max() > 0.01 * default[0].daam().values.max()
+    assert other[0].prompt == "" and other[0].daam().tokens == ("<|startoftext|>", "<|endoftext|>")
+    assert_close(other[0].daam().values, naive_maps(captures, GRIDS, image=0)[:2])
+    of_prompt = other[0].daam(default[0].prompt).values
+    assert (of_prompt - default[0].daam().values).abs().max() > 0.01 * default[0].daam().values.max()
 
 
 def test_trap_half_the_heads_dropped_when_guidance_is_off(pipe):
@@ -367,7 +370,7 @@ def test_embeddings_instead_of_a_prompt(sd1_pipe):
     assert maps.values.shape == (77, 16, 24)  # which rows are padding, nobody knows
     assert_close(maps.values[:4], known.daam().values)
     assert_close(unknown.ldaam("tree").values, known.ldaam("tree").values)
-    with pytest.raises(ValueError, match="not in the text"):
+    with pytest.raises(ValueError, match="'tree' cannot be looked up: the text of these 77 rows is unknown"):
         maps["tree"]
 
 

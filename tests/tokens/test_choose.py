@@ -156,5 +156,5 @@ def test_what_cannot_be_chosen_from(several):
     pairs = [torch.stack([masks[0], nowhere]), torch.stack([nowhere, masks[1]])]  # one class an image
     with pytest.raises(ValueError, match="missing"):
         choose_settings(records[:2], pairs)
-    with pytest.raises(ValueError, match="nothing is left"):
+    with pytest.raises(ValueError, match=r"no layers \['no such layer'\]"):
         optimize_token(records, masks, layers=["no such layer"])

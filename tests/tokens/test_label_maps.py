@@ -23,6 +23,8 @@ from daamlib.tokens.label_maps import (
 
 CAR, PERSON, TREE = 26, 24, 21
 WORDS = {"car": "car", "person": "a red person", "vegetation": "trees"}
+THINGS = ("car", "bus", "tree", "sky", "cat", "dog")
+PAIRS = [(color, thing) for color in ("red", "blue", "wet", "old") for thing in THINGS]
 
 
 @pytest.fixture(scope="module")
@@ -224,3 +226,69 @@ def test_what_cannot_be_read(record, tokens):
         with pytest.raises(ValueError, match=message):
             label_map(record, classes)
     assert check_tokens(tokens) == ("car", "person")
+
+
+@pytest.mark.parametrize(
+    ("word", "phrase"),
+    [
+        ("bus", "a bus"), ("glass", "a glass"), ("iris", "an iris"), ("lens", "a lens"), ("cars", "cars"),
+        ("glasses", "glasses"), ("Bus", "a Bus"), ("elephant", "an elephant"), ("unicycle", "a unicycle"),
+        ("the sea", "the sea"), ("an apple", "an apple"), ("traffic light", "a traffic light"),
+    ],
+)  # fmt: skip
+def test_the_article_of_a_word(word, phrase):
+    assert text_of({"class": word, "sky": "sky"}) == f"{phrase}, a sky"
+
+
+def scores_of(record, rows, embeddings):
+    """What `word_probabilities` is, without propagation: a softmax over the standardised mean maps of these rows."""
+    maps = record.daam_from(embeddings).values
+    values = torch.stack([maps[of_word].mean(dim=0) for of_word in rows])
+    deviation = values.std(dim=(1, 2), keepdim=True)
+    return (SHARPNESS * (values - values.mean(dim=(1, 2), keepdim=True)) / deviation).softmax(dim=0)
+
+
+def test_a_word_inside_of_another_classs_phrase_is_its_own_alone(record):
+    words = {"rider": "person on a car", "person": "person", "car": "car"}
+    found = word_probabilities(record, words, iterations=0)
+    embeddings = record.encode(text_of(words), padding=True)
+    tokens = record.pipe.tokenizer.tokenize("a person on a car, a person, a car")
+    person = tokens.index("person</w>") if "person</w>" in tokens else None
+    length = len(record.pipe.tokenizer.tokenize("person"))
+    comma, last = tokens.index(",</w>"), len(tokens)
+    first = 2 if person is None else 1 + person  # after the start token and "a"
+    rows = [range(first, comma + 1), range(comma + 3, comma + 3 + length), [last]]
+    assert [embeddings.tokens[row] for row in rows[1]] == [
+        token.removesuffix("</w>") for token in record.pipe.tokenizer.tokenize("person")
+    ]
+    assert embeddings.tokens[last] == "car"
+    assert_close(found.values, scores_of(record, [list(each) for each in rows], embeddings), 1e-4)
+
+
+def test_more_classes_than_one_text_holds(record):
+    """All words compete in one softmax, in texts that stand side by side as the parts of a long prompt do."""
+    words = {f"class {i}": f"{color} {thing}" for i, (color, thing) in enumerate(PAIRS)}
+    with pytest.raises(ValueError, match="the text encoder reads 77"):
+        record.daam(text_of(words))
+    found = word_probabilities(record, words, iterations=0)
+    assert found.tokens == tuple(words) and len(words) == 24
+    names = list(words)
+    parts = [names[:6], names[6:12], names[12:]]  # the first half has 89 tokens, the second 76
+    texts = [record.encode(text_of({name: words[name] for name in part}), padding=True) for part in parts]
+    rows = []
+    for number, (part, text) in enumerate(zip(parts, texts, strict=True)):
+        for name in part:
+            pairs = list(zip(text.words, text.words[1:], strict=False))
+            ((first, second),) = [(a, b) for a, b in pairs if f"{a.text} {b.text}" == words[name]]
+            rows.append([77 * number + row for row in range(first.start, second.stop)])
+    expected = scores_of(record, rows, torch.cat([text.values for text in texts]))
+    assert_close(found.values, expected, 1e-4)
+    ids = {name: number for number, name in enumerate(words)}
+    assert label_map(record, words, ids=ids, margin=0).max() < 24
+    with pytest.raises(ValueError, match="shorten it"):
+        word_probabilities(record, {"a": "car " * 90, "b": "car"})
+
+
+def test_a_picture_of_another_ratio_is_refused(record, tokens):
+    with pytest.raises(ValueError, match="the image is 64 x 64, the image's maps are 16 x 24"):
+        label_map(record, tokens, image=np.zeros((64, 64, 3), np.uint8))

@@ -437,3 +437,68 @@ def test_maps_that_are_not_numbers(records, masks):
     for method in ("ldaam", "daam"):
         with pytest.raises(ValueError, match="NaN"):
             optimize_token([record, *records[1:]], masks, word="car", method=method)
+
+
+def passes_twice(record):
+    """The record of twice as many passes, which are the same ones again: its maps are twice as high."""
+    layers = [replace(layer, queries=torch.cat([layer.queries] * 2)) for layer in record.layers]
+    return replace(record, layers=tuple(layers), timesteps=record.timesteps * 2)
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "daam", "text": PROMPT}, {"loss": "dice"}], ids=str)
+def test_images_of_other_numbers_of_passes_weigh_the_same(records, masks, options):
+    """The sum over twice the passes says no more of an image: probabilities are those of equal numbers."""
+    one, twice = records[0], passes_twice(records[0])
+    assert_close(twice.ldaam("car").values, 2 * one.ldaam("car").values)
+    alone = optimize_token([one, one], [masks[0]] * 2, word="car", **options)
+    mixed = optimize_token([one, twice], [masks[0]] * 2, word="car", **options)
+    expected = alone.probabilities(one)
+    for token in (alone, mixed):
+        for record in (one, twice):
+            assert_close(token.probabilities(record), expected, 2e-3)
+    assert mixed.info["passes"] == [2, 4]
+
+
+@pytest.mark.parametrize("shape", [(48, 48), (48, 32), (16, 48), (32, 47 * 3)])
+def test_a_mask_of_another_ratio_is_refused(records, masks, shape):
+    with pytest.raises(
+        ValueError, match=rf"mask 1 is {shape[0]} x {shape[1]}, the image's maps are 16 x 24.*stretched"
+    ):
+        optimize_token(records[:2], [masks[0], np.eye(*shape) > 0], word="car")
+
+
+@pytest.mark.parametrize("shape", [(32, 48), (375, 563), (333, 500), (16, 24), (2, 3), (62, 94)])
+def test_a_mask_of_the_images_ratio_up_to_rounding(records, masks, shape):
+    mask = np.zeros(shape, bool)
+    mask[: -(-shape[0] // 2)] = True
+    assert optimize_token(records[:1], [mask], iterations=1).words == ("token",)
+
+
+def test_layers_that_are_unknown_are_named(records, masks):
+    good = records[0].layer_names()[0]
+    for method in ("ldaam", "daam"):
+        with pytest.raises(ValueError, match=rf"no layers \['typo'\]: it has \['{good}'"):
+            optimize_token(records, masks, word="car", layers=[good, "typo"], method=method)
+
+
+def test_newton_of_too_many_classes_is_refused_with_the_number(records):
+    several = list(blobs(3, classes=2))
+    options = {"word": ("car", "tree"), "background": True}
+    bytes_needed = 2 * 8 * (3 * 25) ** 2  # the Hessian of three classes of 24 numbers and a bias, and its factor
+    with pytest.raises(ValueError, match=r"3 classes of 25 unknowns each needs 0\.0 GB.*joint=False"):
+        optimize_token(records, several, max_bytes=bytes_needed - 1, **options)
+    fit, usual = (optimize_token(records, several, **options, **more) for more in ({"max_bytes": bytes_needed}, {}))
+    assert torch.equal(fit.embedding, usual.embedding)
+    apart = {"word": ("car", "tree"), "max_bytes": 2 * 8 * 2 * 25**2}  # a Hessian a class
+    assert optimize_token(records, several, **apart).words == ("car", "tree")
+    with pytest.raises(ValueError, match="2 classes of 25 unknowns"):
+        optimize_token(records, several, **apart | {"max_bytes": apart["max_bytes"] - 1})
+
+
+def test_a_hessian_that_no_machine_should_hold(records):
+    """19 classes at SDXL's width: 12 GB, and its factor as much."""
+    columns = np.arange(24) == np.arange(19)[:, None, None]  # a class a column
+    small = token_objective(records[:1], [np.broadcast_to(columns, (19, 16, 24))], joint=True)
+    objective = replace(small, start=torch.zeros(19, 2048), matrix=torch.zeros(len(small.matrix), 2048))
+    with pytest.raises(ValueError, match=r"19 classes of 2049 unknowns each needs 24\.2 GB, max_bytes allows 4\.3"):
+        newton(objective, 1)

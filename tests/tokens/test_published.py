@@ -83,7 +83,7 @@ def ovam_objective(record, variant, start):
         return replace(objective, loss=loss, start=start.double())
     # DAAM of a text of these two tokens alone
     objective = token_objective(
-        [record], [np.stack([~targets, targets])], method="daam", word=("a", "car"), weight_decay=0
+        [record], [np.stack([~targets, targets])], method="daam", word=("a", "car"), text=PROMPT, weight_decay=0
     )
     return replace(objective, loss=loss, start=start, maps=softmax_maps([record], ((0,), (1,)), MAX_BYTES))
 

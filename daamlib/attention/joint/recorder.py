@@ -10,10 +10,10 @@ import torch
 from typing_extensions import override
 
 from ...pipeline import denoiser_of
-from ..batches import Encoding, Rows, by_image
+from ..batches import Encoding, Rows
 from ..calls import Call, Options, Pass, Recorder
 from ..real_images import add_noise, check_levels
-from ..text import TokenEmbeddings
+from ..text import TokenEmbeddings, texts_of_images
 from .encoding import EMBEDDED_WITH, check_words, embed_prompt, encode_words, name_prompt
 from .families import NOT_LINEAR, Family
 from .maps import Sums
@@ -93,7 +93,7 @@ class JointRecorder(Recorder):
     @override
     def encoding_of(self, arguments: Mapping[str, Any], result: Sequence[Any]) -> Encoding:
         positive, place, prompt = result[0], self._family.negative, arguments.get("prompt")
-        prompts = by_image(prompt, len(positive))
+        prompts = texts_of_images(prompt, len(positive))
         if place is None and self.encodings and self.loop is None:  # the second call embeds the negative text
             first = self.encodings[0]
             self._negatives = [*self._negatives, positive] if len(self.encodings) > 1 else [positive]
@@ -104,7 +104,7 @@ class JointRecorder(Recorder):
             positive=positive.detach().clone(),
             negative=None if negative is None else negative.detach().clone(),
             prompts=prompts,
-            negatives=by_image("" if negatives is None else negatives, len(positive)),
+            negatives=texts_of_images("" if negatives is None else negatives, len(positive)),
             guided=negative is not None and bool(arguments.get("do_classifier_free_guidance", True)),
             options={name: arguments[name] for name in (*EMBEDDED_WITH, *FURTHER) if arguments.get(name) is not None},
         )

@@ -55,6 +55,20 @@ def encode(pipe: Any, text: str, *, padding: bool = False) -> TokenEmbeddings:
     return reader_of(pipe).encode(text, padding=padding)
 
 
-def fingerprint_of(pipe: Any, *, middle: bool = False, stream: str | None = None) -> Fingerprint:
-    """The fingerprint of a pipeline as it is now. TypeError or ValueError for a pipeline that cannot be read."""
-    return reader_of(pipe, middle=middle, stream=stream).fingerprint()
+def fingerprint_of(
+    pipe: Any, *, middle: bool = False, stream: str | None = None, lora_scale: float = 1.0
+) -> Fingerprint:
+    """Return the fingerprint of a pipeline as it is now, in a pass with this scale of its LoRA.
+
+    TypeError or ValueError for a pipeline that cannot be read.
+    """
+    reader = reader_of(pipe, middle=middle, stream=stream)
+    layers = [module for module in reader.denoiser.modules() if hasattr(module, "scale_layer")]  # PEFT's
+    before = [dict(layer.scaling) for layer in layers]
+    try:
+        for layer in layers:
+            layer.scale_layer(lora_scale)
+        return reader.fingerprint()
+    finally:
+        for layer, scaling in zip(layers, before, strict=True):
+            layer.scaling.update(scaling)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from ..calls import Pass
-from ..text import TokenEmbeddings, require_text
+from ..text import TextTooLongError, TokenEmbeddings, require_text
 from .sites import Site, embedder_of
 from .unet import UNetReader, cross_attentions
 from .words import read_pieces, token_ids
@@ -82,9 +82,9 @@ class T5Reader(UNetReader):
     ) -> list[TokenEmbeddings]:
         """The rows of an (image, token, d_text) text that are not masked, with the tokens and words of each prompt."""
         rows = text if mask is None else [values[own > 0] for values, own in zip(text, mask, strict=True)]
-        return [self._named(prompt, values) for prompt, values in zip(prompts, rows, strict=True)]
+        return [self._named(prompt, values, options) for prompt, values in zip(prompts, rows, strict=True)]
 
-    def _named(self, prompt: str | None, values: torch.Tensor) -> TokenEmbeddings:
+    def _named(self, prompt: str | None, values: torch.Tensor, options: Mapping[str, Any]) -> TokenEmbeddings:
         if prompt is None:
             return TokenEmbeddings.unnamed(values)
         tokenizer = self.pipe.tokenizer_2
@@ -110,8 +110,10 @@ class T5Reader(UNetReader):
         tokenizer = self.pipe.tokenizer_2
         count, context = len(tokenizer(text, verbose=False).input_ids), tokenizer.model_max_length
         if count > context:
-            raise ValueError(f"the text has {count} tokens, the text encoder reads {context}: shorten it: {text!r}")
-        return self._named(text, self.embed(text, options or {}))
+            raise TextTooLongError(
+                f"the text has {count} tokens, the text encoder reads {context}: shorten it: {text!r}"
+            )
+        return self._named(text, self.embed(text, options or {}), {})
 
 
 class GPT2Reader(T5Reader):

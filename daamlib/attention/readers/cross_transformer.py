@@ -16,9 +16,9 @@ import torch
 from ...pipeline import denoiser_of, uncompiled
 from ..calls import Pass
 from ..fingerprint import Fingerprint
-from ..text import PAD, TokenEmbeddings, require_text
-from .sites import Site, embedder_of, fingerprint_of_sites, place_of, refuse_caches, state_of_weights
-from .words import read_pieces
+from ..text import PAD, TextTooLongError, TokenEmbeddings, require_text
+from .sites import Site, embedder_of, fingerprint_of_sites, place_of, refuse_caches
+from .words import is_rough, read_pieces, require_text_encoder
 
 KINDS = ("PixArtTransformer2DModel", "SanaTransformer2DModel")
 PROJECTIONS = ("caption_projection", "caption_norm")  # what c has gone through, in this order, where a model has it
@@ -143,6 +143,11 @@ class CrossTransformerReader:
             )
         return h, w
 
+    @property
+    def rough(self) -> bool:
+        """Whether the precision of embeddings cannot be read off their values."""
+        return is_rough(self.pipe, projected=True)
+
     # -- texts ---------------------------------------------------------------------------------------------------
 
     def prompt_of(self, result: tuple, *, guided: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -165,10 +170,11 @@ class CrossTransformerReader:
         found = []
         for prompt, values, kept in zip(prompts, projected, masks, strict=True):
             rows = [row for row, takes_part in enumerate(kept) if takes_part]
-            if prompt is None or rows != list(range(len(rows))):
+            ids, first = ([], 0) if prompt is None else self._ids(prompt, options, truncation=True)
+            # a mask that leaves rows before or between the text's out leaves its tokens in their order, if all are left
+            if prompt is None or (rows != list(range(len(rows))) and len(rows) != len(ids)):
                 found.append(TokenEmbeddings.unnamed(values[rows]))
                 continue
-            ids, first = self._ids(prompt, options, truncation=True)
             tokens, words = read_pieces(self.pipe.tokenizer, ids, first)
             tokens = (*tokens, *[PAD] * len(rows))[: len(rows)]  # a mask may be longer or shorter than its prompt
             kept_words = tuple(word for word in words if word.stop <= len(rows))
@@ -186,7 +192,7 @@ class CrossTransformerReader:
 
     def _ids(self, prompt: str, options: Mapping[str, Any], *, truncation: bool) -> tuple[list[int], int]:
         """The token of each row of a prompt's embeddings, and the row where its own words begin."""
-        defaults = inspect.signature(self.pipe.encode_prompt).parameters
+        defaults = inspect.signature(embedder_of(self.pipe)).parameters
         given = {name: options.get(name, defaults[name].default) for name in self.options if name in defaults}
         (text,) = self.pipe._text_preprocessing(prompt, clean_caption=given["clean_caption"])
         context, tokenizer = given["max_sequence_length"], self.pipe.tokenizer
@@ -220,7 +226,7 @@ class CrossTransformerReader:
         options = options or {}
         count, kept = (len(self._ids(text, options, truncation=cut)[0]) for cut in (False, True))
         if count > kept:
-            raise ValueError(f"the text has {count} tokens, the pipeline reads {kept}: shorten it: {text!r}")
+            raise TextTooLongError(f"the text has {count} tokens, the pipeline reads {kept}: shorten it: {text!r}")
         return self._embed(text, options)
 
     def embed(self, prompt: str, options: Mapping[str, Any]) -> torch.Tensor:
@@ -234,14 +240,10 @@ class CrossTransformerReader:
 
     @torch.no_grad()
     def _encode_prompt(self, prompt: str, options: Mapping[str, Any]) -> tuple:
-        """What `pipe.encode_prompt` returns for one prompt without guidance."""
+        """What `pipe.encode_prompt` returns for one prompt without guidance. ValueError without a text encoder."""
+        require_text_encoder(self.pipe)
         device = self.pipe._execution_device
         return embedder_of(self.pipe)(prompt=prompt, device=device, do_classifier_free_guidance=False, **options)
-
-    def text_state(self) -> tuple:
-        """Something that changes when the weights that embed a text do, or a LoRA is loaded into them."""
-        projections = [getattr(self.denoiser, name, None) for name in PROJECTIONS]
-        return state_of_weights([self.pipe.text_encoder, *projections])
 
     # -- passes --------------------------------------------------------------------------------------------------
 

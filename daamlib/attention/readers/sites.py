@@ -1,7 +1,7 @@
 """What every reader speaks of: the sites of a model, the attentions that can be read."""
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,12 +107,6 @@ def embedder_of(pipe: Any) -> Callable[..., Any]:
             f"{type(pipe).__name__} has no `encode_prompt` to embed a text: give embeddings to daam_from or ldaam_from"
         )
     return unwatched(pipe, name)
-
-
-def state_of_weights(modules: Iterable[torch.nn.Module | None]) -> tuple:
-    """Something that changes when the modules' weights do, or a LoRA is loaded into them."""
-    weights = [weight for module in modules if module is not None for weight in module.parameters()]
-    return tuple((id(weight), 0 if weight.is_inference() else weight._version) for weight in weights)
 
 
 def place_of(module: torch.nn.Module, pipe: Any) -> torch.device:

@@ -10,9 +10,9 @@ import torch
 from ...pipeline import denoiser_of
 from ..calls import Pass
 from ..fingerprint import Fingerprint
-from ..text import PAD, TokenEmbeddings, require_text
-from .sites import Site, embedder_of, fingerprint_of_sites, place_of, state_of_weights
-from .words import read_tokens, token_ids
+from ..text import TextTooLongError, TokenEmbeddings, require_text
+from .sites import Site, embedder_of, fingerprint_of_sites, place_of
+from .words import is_rough, read_names, require_text_encoder, token_ids
 
 MIDDLE, UP = "mid_block", "up_blocks"  # what the names of a layer begin with in the middle and in the decoder
 
@@ -26,7 +26,7 @@ class UNetReader:
     """
 
     stream: str | None = None  # the one of several texts that is read, by its name
-    options: tuple[str, ...] = ("clip_skip", "lora_scale", "prompt_2")  # of `encode_prompt`, that later texts need
+    options: tuple[str, ...] = ("clip_skip", "lora_scale", "prompt_2", "max_sequence_length")  # of `encode_prompt`
 
     @staticmethod
     def reads(denoiser: torch.nn.Module) -> bool:
@@ -37,6 +37,11 @@ class UNetReader:
         self.pipe = pipe
         self.denoiser: Any = denoiser_of(pipe)
         self.middle = middle
+
+    @property
+    def rough(self) -> bool:
+        """Whether the precision of embeddings cannot be read off their values."""
+        return is_rough(self.pipe, projected=getattr(self.denoiser, "encoder_hid_proj", None) is not None)
 
     # what follows goes through all modules of the U-Net, which a reader that embeds a text has no use for
 
@@ -111,16 +116,25 @@ class UNetReader:
 
         Without the tokens that the mask (image, context) leaves out.
         """
-        found = [self._named(prompt, values) for prompt, values in zip(prompts, self.project(text), strict=True)]
+        found = [self._named(prompt, own, options) for prompt, own in zip(prompts, self.project(text), strict=True)]
         return found if mask is None else [each.take(own.bool()) for each, own in zip(found, mask, strict=True)]
 
-    def _named(self, prompt: str | None, values: torch.Tensor) -> TokenEmbeddings:
-        """The (context, d_text) embeddings of a prompt, cut at the context length, with their tokens and words."""
-        if prompt is None:
+    def _named(self, prompt: str | None, values: torch.Tensor, options: Mapping[str, Any]) -> TokenEmbeddings:
+        """The embeddings of a prompt, cut at the context length, with their tokens and words.
+
+        Other rows than the context has, as a pipeline makes of a text in several parts, are not named.
+        """
+        context = None if prompt is None else self._context(options)
+        if prompt is None or len(values) != context:
             return TokenEmbeddings.unnamed(values)
-        tokenizer, context = self._tokenizer
-        tokens, words = read_tokens(tokenizer, token_ids(tokenizer, self._converted(prompt), context))
-        return TokenEmbeddings(values, tokens + (PAD,) * (len(values) - len(tokens)), words)
+        tokenizer = self._tokenizer[0]
+        names = read_names(tokenizer, token_ids(tokenizer, self._converted(prompt), context))
+        return TokenEmbeddings.padded(values, *names, left=tokenizer.padding_side == "left")
+
+    def _context(self, options: Mapping[str, Any]) -> int:
+        """The rows that a text is padded to."""
+        asked = inspect.signature(embedder_of(self.pipe)).parameters.get("max_sequence_length")  # Kolors
+        return self._tokenizer[1] if asked is None else options.get("max_sequence_length", asked.default)
 
     def encode(self, text: str, *, padding: bool = False, options: Mapping[str, Any] | None = None) -> TokenEmbeddings:
         """Embed any text as a prompt was with these options.
@@ -140,16 +154,16 @@ class UNetReader:
             ValueError: it is longer than the context length.
         """
         require_text(text)
-        tokenizer, context = self._tokenizer
+        options = {name: value for name, value in (options or {}).items() if name != "prompt_2"}  # the prompt's alone
+        tokenizer, context = self._tokenizer[0], self._context(options)
         # counted without truncation; `verbose=False` silences the tokenizer's own warning, the error says it better
         count = len(tokenizer(self._converted(text), verbose=False).input_ids)
         if count > context:
-            raise ValueError(
+            raise TextTooLongError(
                 f"the text has {count} tokens with its start and end token, the text encoder reads {context}: "
                 f"shorten it by {count - context} tokens: {text!r}"
             )
-        options = {name: value for name, value in (options or {}).items() if name != "prompt_2"}  # the prompt's alone
-        embeddings = self._named(text, self.embed(text, options))
+        embeddings = self._named(text, self.embed(text, options), options)
         return embeddings if padding else embeddings.without_padding()
 
     def embed(self, prompt: str, options: Mapping[str, Any]) -> torch.Tensor:
@@ -158,7 +172,8 @@ class UNetReader:
 
     @torch.no_grad()
     def _encode_prompt(self, prompt: str, options: Mapping[str, Any]) -> tuple:
-        """What `pipe.encode_prompt` returns for one prompt without guidance."""
+        """What `pipe.encode_prompt` returns for one prompt without guidance. ValueError without a text encoder."""
+        require_text_encoder(self.pipe)
         embed = embedder_of(self.pipe)
         options = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False, **options}
         encoded = embed(prompt=prompt, device=self.pipe._execution_device, **options)
@@ -169,7 +184,7 @@ class UNetReader:
         """The one whose tokens are shown, and its context length: the first of SDXL's two, its refiner's only one."""
         second = self.pipe.tokenizer is None
         tokenizer = self.pipe.tokenizer_2 if second else self.pipe.tokenizer
-        config = (self.pipe.text_encoder_2 if second else self.pipe.text_encoder).config
+        config = getattr(self.pipe.text_encoder_2 if second else self.pipe.text_encoder, "config", None)
         limit = getattr(config, "max_position_embeddings", None)
         return tokenizer, min(tokenizer.model_max_length, limit or tokenizer.model_max_length)
 
@@ -177,10 +192,6 @@ class UNetReader:
         """With textual inversion, one name may stand for several vectors."""
         convert = getattr(self.pipe, "maybe_convert_prompt", None)
         return text if convert is None else convert(text, self._tokenizer[0])
-
-    def text_state(self) -> tuple:
-        """Something that changes when the text encoders' weights do, or a LoRA is loaded into them."""
-        return state_of_weights(getattr(self.pipe, name, None) for name in ("text_encoder", "text_encoder_2"))
 
     def check_image_model(self) -> None:
         """ValueError for a U-Net that needs more than a noisy image and a text."""

@@ -1,0 +1,36 @@
+"""A field of a dataclass that does not keep its value alive."""
+
+import functools
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+
+class Weakly:
+    """Descriptor of a field that holds a weak reference: it reads None once nothing else holds the value.
+
+        @dataclass(frozen=True)
+        class Record:
+            pipe: Any = Weakly()  # the default is None
+
+    The class decides what its pickles and copies hold: a weak reference cannot be pickled.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = f"_{name}"
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        reference = None if instance is None else vars(instance).get(self._name)
+        return None if reference is None else reference()
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        reference: Callable[[], Any] | None
+        try:
+            reference = None if value is None else weakref.ref(value)
+        except TypeError:  # some small objects that stand for a pipeline allow no weak reference
+            reference = functools.partial(_same, value)
+        vars(instance)[self._name] = reference
+
+
+def _same(value: Any) -> Any:
+    return value
