@@ -218,7 +218,7 @@ def find_phrases(phrases: Sequence[str], words: Sequence[Word], tokens: Sequence
     return found
 
 
-def texts_of_images(texts: str | Sequence[str] | None, images: int) -> tuple[str | None, ...]:
+def texts_of_images(texts: str | Sequence[str | None] | None, images: int) -> tuple[str | None, ...]:
     """Return the text of each image of a call: one for all, one for as many images in a row, or None if unknown."""
     given: Sequence[str | None] = [texts] if isinstance(texts, str) else texts or [None]
     count, rest = divmod(images, len(given))

@@ -170,7 +170,7 @@ class JointRecorder(Recorder):
                 prompt_embeddings=name_prompt(
                     self.pipe,
                     self._family,
-                    None if prompt is None else {"prompt": prompt, **named},
+                    texts_of,
                     kept.texts[image].clone(),
                 ),
                 timesteps=[round(level) for level in kept.timesteps],
