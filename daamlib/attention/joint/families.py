@@ -35,6 +35,8 @@ class Family:
         rotate: (x (batch, token, head, d_head), table) -> x.
         grid: (denoiser, arguments of a pass) -> (h, w) of the image's positions.
         timestep: what the passes' `timestep` is multiplied with to be 0 ... 1000.
+        image_embedder: the name of the layer that receives `hidden_states`.
+        encoders: parts of the pipeline that embed a text.
         unused: arguments of `encode_prompt` that have no default.
         negative: where `encode_prompt` returns the negative text, None where it is called once more for it.
         names: (pipe, texts by the argument of `encode_prompt`, rows) -> the names of the text's tokens.
@@ -52,6 +54,8 @@ class Family:
     rotate: Callable[[torch.Tensor, Any], torch.Tensor]
     grid: Callable[[Any, Mapping[str, Any]], tuple[int, int]]
     timestep: float
+    image_embedder: str
+    encoders: tuple[str, ...]
     unused: Mapping[str, Any]
     negative: int | None
     names: Callable[[Any, Mapping[str, str], int], Names]
@@ -126,6 +130,8 @@ SD3 = Family(
     rotate=lambda x, table: x,
     grid=_sd3_grid,
     timestep=1.0,
+    image_embedder="pos_embed",
+    encoders=("text_encoder", "text_encoder_2"),  # and a third, without which rows are zeros
     unused={"prompt_2": None, "prompt_3": None, "do_classifier_free_guidance": False},
     negative=1,
     names=_sd3_names,
@@ -178,6 +184,8 @@ FLUX = Family(
     rotate=lambda x, table: apply_rotary_emb(x, table, sequence_dim=1),
     grid=_flux_grid,
     timestep=1000.0,
+    image_embedder="x_embedder",
+    encoders=("text_encoder", "text_encoder_2"),
     unused={"prompt_2": None},
     negative=None,
     names=_flux_names,
@@ -233,6 +241,8 @@ QWEN_IMAGE = Family(
     rotate=lambda x, table: apply_rotary_emb_qwen(x, table, use_real=False),
     grid=_qwen_grid,
     timestep=1000.0,
+    image_embedder="img_in",
+    encoders=("text_encoder",),
     unused={},
     negative=None,
     names=_qwen_names,

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -15,7 +15,7 @@ from ..noise import add_noise
 from ..recorder import Trace
 from ..text import TokenEmbeddings
 from ..watch import watch
-from .encoding import EMBEDDED_WITH, check_words, embed_prompt, encode_words, name_prompt
+from .encoding import EMBEDDED_WITH, EMBEDDING, check_words, embed_prompt, encode_words, name_prompt
 from .families import Family
 from .maps import Sums
 from .reading import PROMPT, check_arguments, keep_arguments, make_again, passes_to_keep, while_generating
@@ -55,8 +55,6 @@ class JointRecorder:
         ValueError: the transformer's attention cannot be read, or the words cannot compete.
     """
 
-    _embedding: ClassVar[bool] = False  # words of our own, in this trace or in one around it
-
     def __init__(self, pipe: Any, family: Family, words: Sequence[str], device: torch.device | None):
         self.trace = Trace()
         self._pipe, self._family, self._device = pipe, family, device
@@ -86,7 +84,7 @@ class JointRecorder:
     @torch.no_grad()
     def _after_prompt(self, arguments: dict, result: Sequence[Any]) -> None:
         call, family = self._call, self._family
-        if call is None or JointRecorder._embedding:
+        if call is None or EMBEDDING.get():
             return
         positive = result[0]
         negative = None if family.negative is None else result[family.negative]
@@ -102,11 +100,7 @@ class JointRecorder:
             return  # a negative text
         call.prompts = names
         if self._words:
-            JointRecorder._embedding = True
-            try:
-                call.words = encode_words(self._pipe, family, self._words, options)
-            finally:
-                JointRecorder._embedding = False
+            call.words = encode_words(self._pipe, family, self._words, options)
 
     def _before_pass(self, denoiser: Any, args: tuple, kwargs: Mapping[str, Any]) -> None:
         try:
@@ -129,10 +123,10 @@ class JointRecorder:
         if rows is None:
             return
         self._counts = True
+        call.grid = check_arguments(self._family, self._denoiser, arguments)
         planned = getattr(self._pipe, "num_timesteps", None) or len(self._pipe.scheduler.timesteps)
         if call.passes not in passes_to_keep(planned):
             return
-        call.grid = check_arguments(self._family, self._denoiser, arguments)
         level = float(torch.as_tensor(arguments["timestep"]).flatten()[0]) * self._family.timestep
         call.timesteps.append(round(level))
         numbers = range(len(arguments["hidden_states"]))[rows]
@@ -160,7 +154,7 @@ class JointRecorder:
         return None
 
     def _after_pass(self) -> None:
-        self._stream.end()
+        self._stream.finish()
         if self._call is not None:
             self._call.passes += self._counts
 
@@ -184,6 +178,8 @@ class JointRecorder:
                 words=self._words,
                 maps={name: values[image].unflatten(1, call.grid).clone() for name, values in call.sums.items()},
                 fingerprint=self._made_by,
+                computed=call.sums.computed(image, len(call.timesteps)),
+                prompts=call.prompts[image],
                 embedded_with=dict(encoding.options),
                 pipe=self._pipe,
             )
@@ -244,13 +240,14 @@ def trace_pixels(
         raise ValueError(f"timesteps must be one or more of 0 ... {LEVELS}, got {list(timesteps)}")
     denoiser, device = denoiser_of(pipe), pipe._execution_device
     latents = family.encode_image(pipe, pixels.to(device))
-    encoded = embed_prompt(pipe, family, prompt, {})
+    encoded = embed_prompt(pipe, family, {"prompt": prompt}, {})
     levels = [step / LEVELS for step in steps]
     calls: list[dict[str, Any]] = []
+    grid = (0, 0)
     for noisy, level in zip(add_noise(latents, [(1 - s, s) for s in levels], seed), levels, strict=True):
         arguments = family.arguments(pipe, noisy.to(denoiser.dtype), level, encoded)
+        grid = check_arguments(family, denoiser, arguments)
         calls.append(keep_arguments(arguments, 0, calls[-1] if calls else {}))
-    grid = check_arguments(family, denoiser, calls[0])
     maps = make_again(pipe, family, calls, [], while_generating(None))
     return JointRecord(
         prompt=prompt,
@@ -261,5 +258,7 @@ def trace_pixels(
         words=(),
         maps={PROMPT: maps[PROMPT][0].unflatten(1, grid)},
         fingerprint=fingerprint_of_joint(pipe),
+        computed=maps.computed(0, len(calls)),
+        prompts={"prompt": prompt},
         pipe=pipe,
     )
