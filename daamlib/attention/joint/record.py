@@ -17,7 +17,7 @@ from ..text import TokenEmbeddings, check_embeddings
 from .encoding import check_words, embed_prompt, encode_text, encode_words
 from .families import NOT_LINEAR, Family, family_of
 from .maps import Formulae, JointAttention, Sums, concept_map, lone_word, open_vocabulary_daam
-from .reading import CONCEPTS, PROMPT, WORDS, make_again, tolerance_of, while_generating
+from .reading import CONCEPTS, PROMPT, TOLERANCE, WORDS, make_again, while_generating
 from .stream import attentions
 from .text import averages, rows_of_text, without_padding
 
@@ -396,7 +396,7 @@ class JointRecord:
             return
         then, now = self.prompt_embeddings, embed_prompt(self.pipe, family, self.prompts, self.embedded_with)[0][0]
         rows = [row for row in rows_of_text(then) if row < len(now)]
-        own, tolerance = then.values[rows].float(), tolerance_of(then.values, now)
+        own, tolerance = then.values[rows].float(), max(TOLERANCE[values.dtype] for values in (then.values, now))
         if len(rows) < len(rows_of_text(then)) or not (now[rows].to(own) - own).norm() <= tolerance * own.norm():
             raise ValueError(
                 "the pipeline's text encoders do not embed this record's prompt as they did (was a LoRA loaded or "
