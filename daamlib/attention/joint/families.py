@@ -156,6 +156,8 @@ def _flux_grid(denoiser: Any, arguments: Mapping[str, Any]) -> tuple[int, int]:
 
 def _flux_names(pipe: Any, texts: Mapping[str, str], rows: int) -> Names:
     text = texts.get("prompt_2") or texts["prompt"]
+    if hasattr(pipe, "maybe_convert_prompt"):  # a textual inversion may have several vectors
+        text = pipe.maybe_convert_prompt(text, pipe.tokenizer_2)
     return side_by_side([(read_pieces(pipe.tokenizer_2, token_ids(pipe.tokenizer_2, text, rows)), rows)])
 
 

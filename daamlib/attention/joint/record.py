@@ -128,7 +128,8 @@ class JointRecord:
         """
         if text is None or text == self.prompt:
             names = without_padding(self.prompt_embeddings)
-            return HeatMaps(self.maps[PROMPT][rows_of_text(self.prompt_embeddings)], names.tokens, names.words)
+            maps = _finite(self.maps[PROMPT][rows_of_text(self.prompt_embeddings)])
+            return HeatMaps(maps, names.tokens, names.words)
         return self.daam_from(self.encode(text)) if isinstance(text, str) else self._of_words(WORDS, check_words(text))
 
     def daam_from(self, embeddings: torch.Tensor | TokenEmbeddings) -> HeatMaps:
@@ -430,7 +431,7 @@ class JointRecord:
 
     def _of_words(self, name: str, words: tuple[str, ...]) -> HeatMaps:
         if words == self.words and name in self.maps:
-            return HeatMaps.of_words(self.maps[name].clone(), words)
+            return HeatMaps.of_words(_finite(self.maps[name]).clone(), words)
         self._require_text_encoders()
         embeddings = encode_words(self.pipe, self._family(), words, self.embedded_with)
         pool = averages(embeddings)
@@ -442,7 +443,17 @@ class JointRecord:
 
     def _on_grid(self, maps: torch.Tensor) -> torch.Tensor:
         """(1, m, h * w) -> (m, H, W) where the record lies."""
-        return maps[0].unflatten(1, self.grid).to(self.device)
+        return _finite(maps[0].unflatten(1, self.grid).to(self.device))
+
+
+def _finite(maps: torch.Tensor) -> torch.Tensor:
+    """The maps; ValueError for NaN or infinite values."""
+    if not maps.isfinite().all():
+        raise ValueError(
+            "the maps hold NaN or infinite values: the attention overflowed, as in float16. Generate the image in "
+            "bfloat16 or float32"
+        )
+    return maps
 
 
 def _tuples(value: Any) -> Any:
