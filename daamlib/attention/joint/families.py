@@ -206,7 +206,8 @@ def _qwen_rotary(denoiser: Any, arguments: Mapping[str, Any], n: int) -> Any:
 
 
 def _qwen_grid(denoiser: Any, arguments: Mapping[str, Any]) -> tuple[int, int]:
-    _, height, width = arguments["img_shapes"][0][0]
+    shapes = arguments["img_shapes"][0]  # of an image, or a list of those of several
+    _, height, width = shapes if isinstance(shapes[0], int) else shapes[0]
     return height, width
 
 

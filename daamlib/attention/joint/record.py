@@ -12,7 +12,7 @@ from ...pipeline import denoiser_of
 from ..fingerprint import Fingerprint, placed
 from ..heatmaps import HeatMaps
 from ..ldaam import LinearMap
-from ..readers.sites import fingerprint_of_keys
+from ..readers.sites import place_of
 from ..text import TokenEmbeddings, check_embeddings
 from .encoding import check_words, embed_prompt, encode_text, encode_words
 from .families import NOT_LINEAR, Family, family_of
@@ -241,7 +241,7 @@ class JointRecord:
         )
         if part.timesteps == self.timesteps and len(names) == len(blocks):
             return part
-        words = [encode_words(self.pipe, self._family(), self.words, self.embedded_with)] if self.words else []
+        words = [self._encode_words(self.words)] if self.words else []
         sums = part._run(words, while_generating(averages(words[0]) if words else None))
         return replace(part, maps={name: self._on_grid(values) for name, values in sums.items()})
 
@@ -405,6 +405,11 @@ class JointRecord:
                 "to what it was"
             )
 
+    def _encode_words(self, words: tuple[str, ...]) -> TokenEmbeddings:
+        """Words side by side, each embedded alone as the prompt was."""
+        self._require_text_encoders()
+        return encode_words(self.pipe, self._family(), words, self.embedded_with)
+
     def _run(self, texts: Sequence[TokenEmbeddings], formulae: Formulae) -> Sums:
         """What `make_again` makes of the blocks that are read."""
         family, values = self._family(), [text.values for text in texts]
@@ -432,8 +437,7 @@ class JointRecord:
     def _of_words(self, name: str, words: tuple[str, ...]) -> HeatMaps:
         if words == self.words and name in self.maps:
             return HeatMaps.of_words(_finite(self.maps[name]).clone(), words)
-        self._require_text_encoders()
-        embeddings = encode_words(self.pipe, self._family(), words, self.embedded_with)
+        embeddings = self._encode_words(words)
         pool = averages(embeddings)
         formula = open_vocabulary_daam if name == WORDS else concept_map
         maps = self._run([embeddings], lambda image, texts: {name: formula(image, texts[0], pool)})
@@ -488,7 +492,11 @@ def fingerprint_of_joint(pipe: Any) -> Fingerprint:
     denoiser = denoiser_of(pipe)
     layers: dict[str, tuple[float, ...]] = {}
     for name, module in _linear_layers(denoiser):
-        layers |= fingerprint_of_keys({name: [module]}, module.in_features, denoiser.dtype, pipe).layers
+
+        def project(values: torch.Tensor, module: Any = module) -> torch.Tensor:
+            return module.forward(values.to(place_of(module, pipe), denoiser.dtype))  # past the hooks of others
+
+        layers |= Fingerprint.of_keys({name: project}, module.in_features).layers
     return Fingerprint(layers)
 
 
