@@ -19,8 +19,8 @@ TOLERANCE = 0.015  # of their length; rounding the weights to bfloat16 changed i
 
 
 @functools.lru_cache(maxsize=64)
-def _probes(width: int, seed: int) -> torch.Tensor:
-    # signs: every precision holds them exactly
+def random_signs(width: int, seed: int) -> torch.Tensor:
+    """(PROBES, width) of -1 and 1, which every precision holds exactly."""
     return 2.0 * torch.randint(2, (PROBES, width), generator=torch.Generator().manual_seed(seed)) - 1
 
 
@@ -49,8 +49,8 @@ class Fingerprint:
         layers = {}
         for name, project in keys.items():
             with torch.no_grad():
-                projected = project(_probes(d_text, seed=1)).detach().cpu().double()
-            layers[name] = tuple((projected * _probes(projected.shape[1], seed=2)).sum(dim=1).tolist())
+                projected = project(random_signs(d_text, seed=1)).detach().cpu().double()
+            layers[name] = tuple((projected * random_signs(projected.shape[1], seed=2)).sum(dim=1).tolist())
         return cls(layers)
 
     def of_layers(self, names: Iterable[str]) -> "Fingerprint":

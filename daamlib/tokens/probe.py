@@ -5,24 +5,29 @@
 P_j(v) = A_j v is exactly linear in v (`JointRecord.probe_map`), so that with the binary cross-entropy, or the softmax
 between classes, the problem is convex in (v, b): the same as LDAAM's in `optimize`, by the same Newton's method. v has
 the channels of all blocks, many more than there are pixels. Its minimum lies in the span of A's rows, where the start
-v_0 does, too: v = Q z with Q from the QR decomposition of A^T changes neither term, and z has only as many unknowns as
-there are pixels.
+v_0 does, too: with the eigenvectors of A A^T = U S U^T, v = Q z with the orthonormal Q = A^T U S^-1/2 changes neither
+term, A v = U S^1/2 z, and z has only as many unknowns as there are pixels. A A^T is summed over groups of blocks, so
+that A, 29 GB for five images of Flux.1 at 1024 px, is never held as a whole.
 
 A probe token reads images and cannot be typed into a prompt: no text is known that leads to it in all blocks at once.
 """
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from jaxtyping import Float
 
-from ..attention.joint.record import JointRecord
+from ..attention.joint.record import JointRecord, chosen_layers
+from ..pipeline import denoiser_of
 from .inputs import made_of, read_masks
 from .objective import Objective, linear_maps, loss_of, pass_factors, pixel_weights
 from .optimize import BACKGROUND
 from .solvers import newton, solved
 from .token import OptimizedToken
+
+MAX_BYTES = 2**33
+SMALLEST = 1e-14  # eigenvalue that is no rounding of float32, as a part of the largest
 
 
 @torch.inference_mode(False)  # it differentiates, whatever mode it is called in
@@ -36,6 +41,7 @@ def optimize_probe(
     layers: Sequence[str] | None = None,
     weight_decay: float = 1e-5,
     iterations: int = 100,
+    max_bytes: int = MAX_BYTES,
 ) -> OptimizedToken:
     """Fit a probe token to the masks of a few images of one joint model, to read its other images with.
 
@@ -50,6 +56,7 @@ def optimize_probe(
         layers: names of the attentions to read, by default all (`JointRecord.layer_names`).
         weight_decay: w in the formula above.
         iterations: at most so many.
+        max_bytes: held at a time. If the images' vectors do not fit, the passes are re-run for a few blocks at a time.
 
     Returns:
         The token, of the method "probe": `maps`, `probabilities`, `save` and `load` are those of any other; it reads
@@ -57,7 +64,7 @@ def optimize_probe(
 
     Raises:
         TypeError: something else than JointRecords was given.
-        ValueError: records of several models or without a pipeline, or masks or options that do not fit.
+        ValueError: records of several models or without a pipeline, or masks, options or `max_bytes` that do not fit.
     """
     started = time.perf_counter()
     if iterations < 1 or not 0 <= weight_decay < float("inf"):
@@ -66,9 +73,7 @@ def optimize_probe(
     names = (word,) if isinstance(word, str) else tuple(word or ())
     outside = BACKGROUND if background else None
     grids, words = read_masks(records, list(masks), names, joint=joint, background=outside, kind=JointRecord)
-    full = _rows(records, layers)
-    basis, _ = torch.linalg.qr(full.T)  # (blocks * channels, r)
-    matrix = full @ basis
+    matrix, channels_of = _reduced(records, chosen_layers(records[0], layers), len(words), joint, max_bytes)
     sizes = [grid[0].numel() for grid in grids]
     targets = torch.cat([grid.flatten(1) for grid in grids], dim=1).to(matrix)
     weights = pixel_weights(sizes).to(matrix)
@@ -95,7 +100,7 @@ def optimize_probe(
     )
     fit = solved(objective, newton(objective, iterations))
     return OptimizedToken(
-        embedding=(fit.embedding @ basis.T).float().cpu(),
+        embedding=channels_of(fit.embedding).float().cpu(),
         method="probe",
         **fit.fields,
         seconds=time.perf_counter() - started,
@@ -113,8 +118,49 @@ def optimize_probe(
     )
 
 
-def _rows(records: Sequence[JointRecord], layers: Sequence[str] | None) -> Float[torch.Tensor, "P channels"]:
-    """A of every image, a pixel a row, in float64, which Apple's GPUs have not: there on the CPU."""
-    device = torch.device("cpu") if records[0].device.type == "mps" else records[0].device
+def _reduced(
+    records: Sequence[JointRecord], layers: Sequence[str], classes: int, joint: bool, max_bytes: int
+) -> tuple[Float[torch.Tensor, "P r"], Callable[[torch.Tensor], torch.Tensor]]:
+    """A Q, and the function z -> Q z of (K, r) vectors; Q = 1 where there are no more channels than pixels."""
+    pixels, width = sum(record.grid[0] * record.grid[1] for record in records), denoiser_of(records[0].pipe).inner_dim
+    rank = min(pixels, len(layers) * width)
+    hessian = (classes * (rank + 1)) ** 2 if joint else classes * (rank + 1) ** 2
+    needed = 8 * (3 * pixels * rank + 3 * hessian)  # Newton's method, with its copies
+    if needed > max_bytes:
+        raise ValueError(
+            f"a probe of {classes} classes over {pixels} pixels of {len(layers)} layers takes "
+            f"{needed / 2**30:.2g} GiB, max_bytes allows {max_bytes / 2**30:.2g}: give fewer or smaller images, fewer "
+            "classes, or raise max_bytes"
+        )
+    if len(layers) * width <= pixels:
+        return _rows(records, layers), lambda z: z
+    at_once = max(1, (max_bytes - 16 * pixels**2) // (20 * pixels * width))  # float32, float64, and their product
+    parts = [layers[start : start + at_once] for start in range(0, len(layers), at_once)]
+    whole = _rows(records, layers) if len(parts) == 1 else None
+    gram = torch.zeros(pixels, pixels, dtype=torch.float64, device=_device(records))
+    for part in parts:
+        rows = _rows(records, part) if whole is None else whole
+        gram.addmm_(rows, rows.T)
+    if not gram.isfinite().all():
+        raise ValueError("the images' vectors hold NaN or infinite values: look at the images that made them")
+    values, vectors = torch.linalg.eigh(gram)
+    kept = values > SMALLEST * values[-1]
+    roots, vectors = values[kept].sqrt(), vectors[:, kept]
+
+    def channels_of(z: torch.Tensor) -> torch.Tensor:
+        pixels = vectors @ (z / roots).T  # (P, K)
+        return torch.cat([(_rows(records, part) if whole is None else whole).T @ pixels for part in parts]).T
+
+    return vectors * roots, channels_of
+
+
+def _rows(records: Sequence[JointRecord], layers: Sequence[str]) -> Float[torch.Tensor, "P channels"]:
+    """A of every image, a pixel a row, in float64."""
+    device = _device(records)
     weights = [record.probe_map(layers).weight.to(device).double().flatten(0, 1) for record in records]
     return torch.cat([factor * weight for factor, weight in zip(pass_factors(records), weights, strict=True)])
+
+
+def _device(records: Sequence[JointRecord]) -> torch.device:
+    """Where the records lie; the CPU for those on an Apple GPU, which has no float64."""
+    return torch.device("cpu") if records[0].device.type == "mps" else records[0].device

@@ -6,7 +6,6 @@ themselves.
 
 import functools
 import math
-from contextlib import contextmanager
 
 import helpers
 import pytest
@@ -19,10 +18,9 @@ from diffusers.hooks import (
     apply_first_block_cache,
     apply_pyramid_attention_broadcast,
 )
-from diffusers.models.embeddings import apply_rotary_emb
-from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb_qwen
 from helpers import assert_close
 from peft import LoraConfig
+from tiny_joint import PROMPT, explicit, generate, hooks_of, shared, traced
 
 import daamlib
 from daamlib.attention.joint.families import family_of
@@ -31,7 +29,6 @@ from daamlib.attention.joint.reading import passes_to_keep
 from daamlib.attention.joint.stream import Stream
 
 FAMILIES = list(tiny_joint.BUILDERS)
-PROMPT = "a red car and a traffic light, sky"
 WORDS = ["car", "traffic light", "road"]
 
 
@@ -48,100 +45,10 @@ def of_families(*families):
 
 
 @functools.cache
-def shared(family):
-    """A pipeline that all tests share, and leave as it is."""
-    return tiny_joint.build(family)
-
-
-def generate(pipe, prompt=PROMPT, *, seed=0, **options):
-    """Latents of three steps, without guidance in two halves."""
-    defaults = {"height": 32, "width": 48, "num_inference_steps": 3, "output_type": "latent"}
-    if "StableDiffusion3" in type(pipe).__name__:
-        defaults["guidance_scale"] = 1.0
-    if "Qwen" not in type(pipe).__name__:
-        defaults["max_sequence_length"] = 32
-    generator = torch.Generator().manual_seed(seed)
-    return pipe(prompt, **{**defaults, **options}, generator=generator).images
-
-
-def traced(pipe, *args, words=(), **options):
-    with daamlib.trace(pipe, words=words) as trace:
-        generate(pipe, *args, **options)
-    return list(trace)
-
-
-@functools.cache
 def shared_record(family):
     """Of an image that words ran along with."""
     (record,) = traced(shared(family), words=WORDS)
     return record
-
-
-def hooks_of(module):
-    return [(len(part._forward_hooks), len(part._forward_pre_hooks)) for part in module.modules()]
-
-
-# -- attention with explicit probabilities -------------------------------------------------------------------------
-
-
-class Explicit:
-    """An attention processor that keeps, of every call that text reaches, what the formulae are made of."""
-
-    def __init__(self, family):
-        self.family, self.calls, self.text = family, [], None
-
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, encoder_hidden_states_mask=None,
-                 image_rotary_emb=None, **_):  # fmt: skip
-        def split(x, norm):
-            x = x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-            return x if norm is None else norm(x)
-
-        q, k, v = (split(module(hidden_states), norm) for module, norm in
-                   ((attn.to_q, attn.norm_q), (attn.to_k, attn.norm_k), (attn.to_v, None)))  # fmt: skip
-        text = self.text if encoder_hidden_states is None else encoder_hidden_states.shape[1]
-        alone = encoder_hidden_states is None and q.shape[2] % 96 == 0  # SD 3.5's attn2
-        if encoder_hidden_states is not None:
-            parts = (
-                (attn.add_q_proj, attn.norm_added_q),
-                (attn.add_k_proj, attn.norm_added_k),
-                (attn.add_v_proj, None),
-            )
-            q, k, v = (torch.cat([split(module(encoder_hidden_states), norm), image], dim=2)
-                       for (module, norm), image in zip(parts, (q, k, v), strict=True))  # fmt: skip
-        if self.family == "Flux.1":
-            q, k = (apply_rotary_emb(x, image_rotary_emb) for x in (q, k))
-        if self.family == "Qwen-Image":
-            table = torch.cat([image_rotary_emb[1], image_rotary_emb[0]])
-            q, k = (apply_rotary_emb_qwen(x.transpose(1, 2), table, use_real=False).transpose(1, 2) for x in (q, k))
-        scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])
-        if encoder_hidden_states_mask is not None:
-            scores[..., :text] = scores[..., :text].masked_fill(~encoder_hidden_states_mask[:, None, None], -torch.inf)
-        probabilities = scores.softmax(dim=-1)
-        out = (probabilities @ v).transpose(1, 2).flatten(2)
-        if alone:
-            return attn.to_out[0](out)
-        self.text = text
-        self.calls.append({
-            "probabilities": probabilities[:, :, text:, :text].sum(dim=1).transpose(1, 2),  # (batch, token, position)
-            "scores": scores[:, :, text:, :text].transpose(2, 3),  # (batch, head, token, position)
-            "image": out[:, text:],
-            "text": out[:, :text] if getattr(attn, "to_add_out", True) is not None else None,
-        })  # fmt: skip
-        if encoder_hidden_states is None:
-            return out
-        own = out[:, :text] if attn.to_add_out is None else attn.to_add_out(out[:, :text])
-        return attn.to_out[0](out[:, text:]), own
-
-
-@contextmanager
-def explicit(pipe, family):
-    before = pipe.transformer.attn_processors
-    processor = Explicit(family)
-    pipe.transformer.set_attn_processor(processor)
-    try:
-        yield processor
-    finally:
-        pipe.transformer.set_attn_processor(before)
 
 
 def arguments_of_a_pass(pipe, **options):
@@ -263,7 +170,7 @@ def test_words_read_later_equal_those_read_while_generating(family):
     heads = shared(family).transformer.config.num_attention_heads
     assert record.summands == blocks * passes * heads
     assert_close(kept.values.sum(dim=0), torch.full(record.grid, float(record.summands)))
-    text = bare.daam(PROMPT)  # its tokens, without padding
+    text = bare.daam_from(bare.encode(PROMPT))  # its tokens, without padding, compete with each other alone
     assert text.tokens == bare.daam().tokens and text["traffic light"].shape == record.grid
     assert_close(text.values.sum(dim=0), torch.full(record.grid, float(record.summands)))
 
@@ -766,25 +673,27 @@ def test_passes_that_cannot_be_told_are_refused():
     options = {"callback_on_step_end": other_text, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
     with pytest.raises(ValueError, match="encode_prompt"), daamlib.trace(pipe):
         generate(pipe, **options)
-    for name, value in (("controlnet_block_samples", [0]), ("joint_attention_kwargs", {"ip_hidden_states": [0]})):
+    states = arguments["hidden_states"]
+    for reason, changed in {
+        "joint_attention_kwargs.*ip_hidden_states": {"joint_attention_kwargs": {"ip_hidden_states": [0]}},
+        "positions.*other images": {
+            "img_ids": torch.cat([arguments["img_ids"]] * 2),
+            "hidden_states": states.repeat(1, 2, 1),
+        },
+        "1 texts for 2 latents": {"hidden_states": states.repeat(2, 1, 1)},
+    }.items():
         hook = pipe.transformer.register_forward_pre_hook(
-            lambda _, args, kwargs, name=name, value=value: (args, {**kwargs, name: value}), with_kwargs=True
+            lambda _, args, kwargs, changed=changed: (args, {**kwargs, **changed}), with_kwargs=True
         )
+        passes = []
+        end = pipe.transformer.register_forward_hook(lambda *_, passes=passes: passes.append(1))
         try:
-            with pytest.raises(ValueError, match=name), daamlib.trace(pipe):
-                generate(pipe)
+            with pytest.raises(ValueError, match=reason), daamlib.trace(pipe):
+                generate(pipe, num_inference_steps=9)
         finally:
             hook.remove()
-    kwargs = {
-        "img_ids": torch.cat([arguments["img_ids"]] * 2),
-        "hidden_states": arguments["hidden_states"].repeat(1, 2, 1),
-    }
-    hook = pipe.transformer.register_forward_pre_hook(lambda _, args, own: (args, {**own, **kwargs}), with_kwargs=True)
-    try:
-        with pytest.raises(ValueError, match="positions"), daamlib.trace(pipe):
-            generate(pipe)
-    finally:
-        hook.remove()
+            end.remove()
+        assert not passes  # refused in the first one
 
 
 # -- files -----------------------------------------------------------------------------------------------------------

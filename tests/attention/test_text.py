@@ -62,7 +62,7 @@ def test_words_begin_at_spaces_and_where_signs_meet_letters(tokenizer, options, 
 
 def test_a_word_whose_tokens_are_parts_of_a_characters_bytes():
     class Tokenizer:
-        all_special_ids = [4]
+        all_special_ids, get_added_vocab = [4], dict
         pieces = [b"se", b"\xc3", b"\xb1", b"al", b"", b" car", b"\n", b"s"]
 
         def convert_ids_to_tokens(self, ids):

@@ -12,14 +12,33 @@ from .text import one_after_another, side_by_side, without_padding
 
 EMBEDDED_WITH = ("clip_skip", "lora_scale", "max_sequence_length")  # arguments of `encode_prompt` that later texts need
 MANY = 4096  # rows; more than any text has
+# Whether a text of ours is embedded, not an image's prompt: traces leave it out. Each thread has a value.
 
 
 @torch.no_grad()
-def embed_prompt(pipe: Any, family: Family, prompt: str, options: Mapping[str, Any]) -> tuple:
-    """What `pipe.encode_prompt` returns for one prompt without a negative one; options: such as `clip_skip`."""
-    device = pipe._execution_device
-    embed = embedder_of(pipe)
-    return embed(prompt=prompt, device=device, num_images_per_prompt=1, **family.unused, **options)
+def embed_prompt(pipe: Any, family: Family, prompts: Mapping[str, str], options: Mapping[str, Any]) -> tuple:
+    """Return `pipe.encode_prompt`'s result for one prompt without a negative one.
+
+    Args:
+        pipe: the pipeline.
+        family: its own.
+        prompts: by the argument of `encode_prompt`, as {"prompt": ..., "prompt_2": ...}.
+        options: further arguments, such as `clip_skip`.
+
+    Returns:
+        The embeddings, and what else the method returns.
+
+    Raises:
+        ValueError: the pipeline has no text encoder.
+    """
+    lacking = [name for name in family.encoders if getattr(pipe, name, None) is None]
+    if lacking:
+        raise ValueError(
+            f"the pipeline has no {' and no '.join(lacking)}, so it cannot embed a text: bring it back, or give the "
+            "text's embeddings to daam_from or ldaam_from"
+        )
+    given = {**family.unused, **prompts, **options}
+    return embedder_of(pipe)(device=pipe._execution_device, num_images_per_prompt=1, **given)
 
 
 def name_prompt(pipe: Any, family: Family, texts: Mapping[str, str] | None, values: torch.Tensor) -> TokenEmbeddings:
@@ -39,7 +58,7 @@ def encode_text(pipe: Any, family: Family, text: str, options: Mapping[str, Any]
     Raises TypeError for what is no string, ValueError for a text that is too long.
     """
     require_text(text)
-    values = embed_prompt(pipe, family, text, options)[0][0]
+    values = embed_prompt(pipe, family, {"prompt": text}, options)[0][0]
     found = without_padding(name_prompt(pipe, family, {"prompt": text}, values))
     if len(found.words) < len(family.names(pipe, {"prompt": text}, MANY)[1]):
         raise ValueError(f"the text is longer than the text encoder reads, {len(values)} rows: shorten {text!r}")

@@ -35,6 +35,8 @@ class Family:
         rotate: (x (batch, token, head, d_head), table) -> x.
         grid: (denoiser, arguments of a pass) -> (h, w) of the image's positions.
         timestep: what the passes' `timestep` is multiplied with to be 0 ... 1000.
+        image_embedder: the name of the layer that receives `hidden_states`.
+        encoders: parts of the pipeline that embed a text.
         unused: arguments of `encode_prompt` that have no default.
         negative: where `encode_prompt` returns the negative text, None where it is called once more for it.
         names: (pipe, texts by the argument of `encode_prompt`, rows) -> the names of the text's tokens.
@@ -52,6 +54,8 @@ class Family:
     rotate: Callable[[torch.Tensor, Any], torch.Tensor]
     grid: Callable[[Any, Mapping[str, Any]], tuple[int, int]]
     timestep: float
+    image_embedder: str
+    encoders: tuple[str, ...]
     unused: Mapping[str, Any]
     negative: int | None
     names: Callable[[Any, Mapping[str, str], int], Names]
@@ -126,6 +130,8 @@ SD3 = Family(
     rotate=lambda x, table: x,
     grid=_sd3_grid,
     timestep=1.0,
+    image_embedder="pos_embed",
+    encoders=("text_encoder", "text_encoder_2"),  # and a third, without which rows are zeros
     unused={"prompt_2": None, "prompt_3": None, "do_classifier_free_guidance": False},
     negative=1,
     names=_sd3_names,
@@ -150,6 +156,8 @@ def _flux_grid(denoiser: Any, arguments: Mapping[str, Any]) -> tuple[int, int]:
 
 def _flux_names(pipe: Any, texts: Mapping[str, str], rows: int) -> Names:
     text = texts.get("prompt_2") or texts["prompt"]
+    if hasattr(pipe, "maybe_convert_prompt"):  # a textual inversion may have several vectors
+        text = pipe.maybe_convert_prompt(text, pipe.tokenizer_2)
     return side_by_side([(read_pieces(pipe.tokenizer_2, token_ids(pipe.tokenizer_2, text, rows)), rows)])
 
 
@@ -178,6 +186,8 @@ FLUX = Family(
     rotate=lambda x, table: apply_rotary_emb(x, table, sequence_dim=1),
     grid=_flux_grid,
     timestep=1000.0,
+    image_embedder="x_embedder",
+    encoders=("text_encoder", "text_encoder_2"),
     unused={"prompt_2": None},
     negative=None,
     names=_flux_names,
@@ -196,7 +206,8 @@ def _qwen_rotary(denoiser: Any, arguments: Mapping[str, Any], n: int) -> Any:
 
 
 def _qwen_grid(denoiser: Any, arguments: Mapping[str, Any]) -> tuple[int, int]:
-    _, height, width = arguments["img_shapes"][0][0]
+    shapes = arguments["img_shapes"][0]  # of an image, or a list of those of several
+    _, height, width = shapes if isinstance(shapes[0], int) else shapes[0]
     return height, width
 
 
@@ -233,6 +244,8 @@ QWEN_IMAGE = Family(
     rotate=lambda x, table: apply_rotary_emb_qwen(x, table, use_real=False),
     grid=_qwen_grid,
     timestep=1000.0,
+    image_embedder="img_in",
+    encoders=("text_encoder",),
     unused={},
     negative=None,
     names=_qwen_names,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 
+from ..fingerprint import random_signs
 from ..softmax import MAX_BYTES
 
 
@@ -37,6 +38,17 @@ class JointAttention:
     mask: Bool[torch.Tensor, "n m"] | None
     image_vectors: Float[torch.Tensor, "n p channels"]
     text_vectors: Float[torch.Tensor, "n m channels"] | None
+
+    def numbers(self) -> Float[torch.Tensor, "n 5 probes"]:
+        """Products u_j^T X v_j with fixed random signs of all that a map may be made of: q, both k, and both o."""
+        parts = [part.transpose(1, 2).flatten(2) for part in (self.queries, self.image_keys, self.text_keys)]
+        parts += [self.image_vectors, self.image_vectors[:, :0] if self.text_vectors is None else self.text_vectors]
+        dtype = torch.promote_types(self.queries.dtype, torch.float32)
+        found = []
+        for part in parts:
+            rows, columns = (random_signs(size, seed=3).to(part.device, dtype) for size in part.shape[1:])
+            found.append(((rows @ part.to(dtype)) * columns).sum(dim=2))
+        return torch.stack(found, dim=1)
 
     def rows(self, rows: slice) -> "JointAttention":
         """The same of some images of the batch."""
@@ -158,14 +170,23 @@ class Sums(dict[str, torch.Tensor]):
 
     Args:
         formulae: what they make of one block: of the image, and of each text that runs along.
+
+    Attributes:
+        numbers: `JointAttention.numbers` of each block that was read, in order.
     """
 
     def __init__(self, formulae: Formulae):
         super().__init__()
         self._formulae = formulae
+        self.numbers: list[torch.Tensor] = []
 
     def read(self, image: JointAttention, texts: tuple[JointAttention, ...]) -> None:
-        """Add what the formulae make of one block."""
+        """Add what the formulae make of one block; blocks may lie on several devices."""
+        self.numbers.append(image.numbers())
         for name, value in self._formulae(image, texts).items():
             if value is not None:
-                self[name] = self[name] + value if name in self else value
+                self[name] = self[name] + value.to(self[name].device) if name in self else value
+
+    def computed(self, image: int, passes: int) -> Float[torch.Tensor, "passes blocks 5 probes"]:
+        """The numbers of one image of the batch, on the CPU."""
+        return torch.stack([of_block[image].float().cpu() for of_block in self.numbers]).unflatten(0, (passes, -1))

@@ -1,4 +1,8 @@
-"""Passes that are kept, and made again with a text that runs along."""
+"""Store denoiser passes, and re-run them with an additional text.
+
+A pipeline changes: a LoRA is unloaded or scaled, weights are averaged, processors are set. So a pass that is re-run
+must compute what the stored one did: a few numbers of the queries, keys and outputs are compared in every block.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,11 +12,14 @@ import torch
 from ...pipeline import denoiser_of, uncompiled
 from .families import Family
 from .maps import Formulae, JointAttention, Sums, concept_map, open_vocabulary_daam, prompt_daam
-from .stream import Stream, take_rows
+from .stream import Stream, check_readable, on_device, take_rows
 
 KEPT = 4  # passes of a call that are read
 PROMPT, WORDS, CONCEPTS = "prompt", "daam", "concept_map"  # what is summed while generating
-REFUSED = ("controlnet_block_samples", "controlnet_single_block_samples", "block_controlnet_hidden_states")
+CONTROLNET = ("controlnet_block_samples", "controlnet_single_block_samples", "block_controlnet_hidden_states")
+# How far two computations of one thing may differ between processors, as a part of its length. Of 57 blocks of random
+# weights another kernel for attention changed it by 0.012 in bfloat16; a map changes by less than the numbers compared.
+TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 def passes_to_keep(count: int) -> set[int]:
@@ -33,8 +40,10 @@ def keep_arguments(arguments: Mapping[str, Any], row: int, known: Mapping[str, A
         known: what was kept of an earlier pass; a tensor that is equal is shared with it, as the text's is.
 
     Returns:
-        The arguments.
+        The arguments; none of a pass with a ControlNet, whose states are larger than all the rest.
     """
+    if any(arguments.get(name) is not None for name in CONTROLNET):
+        return {}
     kept = take_rows(arguments, slice(row, row + 1))
     for name, value in kept.items():
         if isinstance(value, torch.Tensor):
@@ -50,20 +59,26 @@ def keep_arguments(arguments: Mapping[str, Any], row: int, known: Mapping[str, A
 
 def check_arguments(family: Family, denoiser: Any, arguments: Mapping[str, Any]) -> tuple[int, int]:
     """The grid of a pass's positions. ValueError for a pass that is no text's and one image's alone."""
-    for name in REFUSED:
-        if arguments.get(name) is not None:
-            raise ValueError(f"the transformer is called with {name}: passes with a ControlNet cannot be made again")
     for name in ("joint_attention_kwargs", "attention_kwargs"):
         odd = set(arguments.get(name) or {}) - {"scale"}
         if odd:
             raise ValueError(f"the transformer is called with {name} of {sorted(odd)}, as an IP-Adapter: not supported")
+    check_readable(denoiser)
     grid = family.grid(denoiser, arguments)
-    sample = arguments["hidden_states"]
+    sample, text = arguments["hidden_states"], arguments["encoder_hidden_states"]
     if sample.ndim == 3 and sample.shape[1] != grid[0] * grid[1]:
         raise ValueError(
             f"the transformer is called with {sample.shape[1]} positions for an image of {grid[0]} x {grid[1]}: those "
             "of other images, as when editing, cannot be told apart"
         )
+    channels, expected = sample.shape[1 if sample.ndim == 4 else 2], denoiser.config.in_channels
+    if channels != expected:
+        raise ValueError(
+            f"the transformer takes {expected} channels, got {channels}: that of a Fill, Control or inpainting "
+            "pipeline reads a second image, too. Trace the pipeline's own call"
+        )
+    if len(sample) != len(text):
+        raise ValueError(f"the transformer is called with {len(text)} texts for {len(sample)} latents: one text each")
     return grid
 
 
@@ -81,9 +96,14 @@ def while_generating(pool: torch.Tensor | None) -> Formulae:
 
 
 def make_again(
-    pipe: Any, family: Family, calls: Sequence[Mapping[str, Any]], texts: Sequence[torch.Tensor], formulae: Formulae
+    pipe: Any,
+    family: Family,
+    calls: Sequence[Mapping[str, Any]],
+    texts: Sequence[torch.Tensor],
+    formulae: Formulae,
+    computed: torch.Tensor | None = None,
 ) -> Sums:
-    """Make kept passes again, with texts that run along.
+    """Re-run stored passes with additional texts.
 
     Args:
         pipe: whose transformer made them.
@@ -91,21 +111,57 @@ def make_again(
         calls: the arguments of each pass, of one image.
         texts: (m, d_text) values each.
         formulae: what is read of every block.
+        computed: of each pass, `Sums.computed` when it was made first; None where it never was.
 
     Returns:
         Their sums over the blocks and passes.
+
+    Raises:
+        ValueError: the pipeline computes something else now.
     """
     denoiser, sums = denoiser_of(pipe), Sums(formulae)
-    with torch.no_grad(), uncompiled(pipe), Stream(family, denoiser) as stream:
-        for arguments in calls:
-            moved = {name: _on(pipe._execution_device, value) for name, value in arguments.items()}
-            stream.begin(moved, slice(None), texts, sums.read)
-            denoiser.forward(**moved)  # past the hooks on the denoiser, of a trace that is open
-            stream.end()
-    # as at the end of the pipeline's own call: off-loaded models go back; past a trace that watches the method
-    type(pipe).maybe_free_model_hooks(pipe)
+    try:
+        with torch.no_grad(), uncompiled(pipe), Stream(family, denoiser) as stream:
+            for number, arguments in enumerate(calls):
+                moved = {name: on_device(value, pipe._execution_device) for name, value in arguments.items()}
+                _require_precision(pipe, family, moved["hidden_states"])
+                stream.begin(moved, slice(None), texts, sums.read)
+                denoiser.forward(**moved)  # past the hooks on the denoiser, of a trace that is open
+                stream.finish()
+                if computed is not None:
+                    now = sums.computed(0, number + 1)[-1]
+                    _require_same(computed[number], now, TOLERANCE[moved["hidden_states"].dtype])
+    finally:
+        # as at the end of the pipeline's own call: off-loaded models go back; past a trace that watches the method
+        type(pipe).maybe_free_model_hooks(pipe)
     return sums
 
 
-def _on(device: torch.device, value: Any) -> Any:
-    return value.to(device) if isinstance(value, torch.Tensor) else dict(value) if isinstance(value, Mapping) else value
+def _require_same(then: torch.Tensor, now: torch.Tensor, tolerance: float) -> None:
+    """ValueError unless a pass computes what it did: (blocks, 5, probes) each."""
+    if not then.isfinite().all():
+        raise ValueError("the attention of this image holds NaN or infinite values: generate it in another precision")
+    if then.shape == now.shape:
+        off = (now - then).norm(dim=2) - tolerance * then.norm(dim=2)
+        changed = [number for number, worst in enumerate(off.amax(dim=1).tolist()) if not worst <= 0]
+        if not changed:
+            return
+        where = f"from block {changed[0]} on"
+    else:
+        where = f"{len(now)} blocks for {len(then)}"
+    raise ValueError(
+        f"the pipeline does not compute what it did when it made this image ({where}): the weights of its model "
+        "changed, or are another model's, as after a LoRA was unloaded or scaled, or it computes in another precision. "
+        "Bring it back to what it was; words given to trace(words=) are stored, and need no model"
+    )
+
+
+def _require_precision(pipe: Any, family: Family, states: torch.Tensor) -> None:
+    """ValueError unless the denoiser computes in the type of the states that a pass was made of."""
+    device, embedder = pipe._execution_device, denoiser_of(pipe).get_submodule(family.image_embedder)
+    now = next((weight.dtype for weight in embedder.parameters() if weight.dtype in TOLERANCE), states.dtype)
+    if now != states.dtype and not torch.is_autocast_enabled(device.type):
+        raise ValueError(
+            f"this image was made in {states.dtype}, the pipeline's model is in {now} now, in which its passes come "
+            f"out otherwise: use pipe.to(dtype={states.dtype})"
+        )

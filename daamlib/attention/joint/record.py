@@ -1,9 +1,9 @@
 """The record of one image of a joint model: its maps, and the passes to make again for further ones."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
 
@@ -12,16 +12,24 @@ from ...pipeline import denoiser_of
 from ..fingerprint import Fingerprint, placed
 from ..heatmaps import HeatMaps
 from ..ldaam import LinearMap
-from ..readers.sites import fingerprint_of_keys
-from ..text import TokenEmbeddings
-from .encoding import check_words, encode_text, encode_words
+from ..readers.sites import place_of
+from ..text import TokenEmbeddings, check_embeddings
+from .encoding import check_words, embed_prompt, encode_text, encode_words
 from .families import NOT_LINEAR, Family, family_of
-from .maps import Formulae, Sums, concept_map, lone_word, open_vocabulary_daam
-from .reading import CONCEPTS, PROMPT, WORDS, make_again
+from .maps import Formulae, JointAttention, Sums, concept_map, lone_word, open_vocabulary_daam
+from .reading import CONCEPTS, PROMPT, TOLERANCE, WORDS, make_again, while_generating
 from .stream import attentions
 from .text import averages, rows_of_text, without_padding
 
-FORMAT = "daamlib-joint-record-1"
+FORMAT = "daamlib-joint-record-2"
+
+
+class Block(NamedTuple):
+    """An attention of a joint model, as `JointRecord.select` is asked about it."""
+
+    name: str
+    grid: tuple[int, int]
+    heads: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +50,9 @@ class JointRecord:
         words: those that ran along while the image was generated.
         maps: what was summed then: "prompt" (m, H, W), and with words "daam" and "concept_map" (K, H, W).
         fingerprint: what tells the model that made it from others.
+        computed: a few numbers of what each pass computed in each block, which a re-run pass must reproduce.
+        prompts: the prompt of each text encoder, by the argument of `encode_prompt`; None for given embeddings.
+        selected: names of the attentions that are read; None for all.
         embedded_with: the arguments of `encode_prompt` that the prompt was embedded with.
         pipe: the pipeline; None for a record that was loaded without one, which knows only `maps`.
     """
@@ -54,8 +65,12 @@ class JointRecord:
     words: tuple[str, ...]
     maps: Mapping[str, torch.Tensor]
     fingerprint: Fingerprint
+    computed: torch.Tensor
+    prompts: Mapping[str, str] | None
+    selected: tuple[str, ...] | None = None
     embedded_with: Mapping[str, Any] = field(default_factory=dict)
     pipe: Any = field(default=None, repr=False)
+    self_attention: ClassVar[None] = None  # is not kept of a joint model
 
     @property
     def device(self) -> torch.device:
@@ -71,8 +86,7 @@ class JointRecord:
     @property
     def summands(self) -> int:
         """How many terms `daam` and `ldaam` sum in a cell: heads x blocks x passes. ValueError without a pipeline."""
-        family = self._family()
-        return len(self.timesteps) * sum(module.heads for module in _keys(denoiser_of(self.pipe), family).values())
+        return len(self.timesteps) * sum(block.heads for block in self._blocks())
 
     def encode(self, text: str, *, padding: bool = False) -> TokenEmbeddings:
         """The tokens of any text, embedded as the prompt was (`embedded_with`).
@@ -87,8 +101,10 @@ class JointRecord:
 
         Raises:
             TypeError: `text` is no string.
-            ValueError: it is too long, or the record has no pipeline.
+            ValueError: it is too long, the record has no pipeline, or its text encoders would embed the prompt
+                otherwise now, as after a LoRA was unloaded.
         """
+        self._require_text_encoders()
         return encode_text(self.pipe, self._family(), text, self.embedded_with)
 
     def daam(self, text: str | Sequence[str] | None = None, *, padding: bool = True) -> HeatMaps:
@@ -100,7 +116,7 @@ class JointRecord:
         one stream, the keys of a word's tokens are averaged, and the words compete.
 
         Args:
-            text: see above. The words that `trace` was given need no model.
+            text: see above. The prompt itself and the words that `trace` was given need no model.
             padding: of no meaning here, where a text runs along without it.
 
         Returns:
@@ -110,15 +126,28 @@ class JointRecord:
             TypeError: `text` is neither.
             ValueError: see `encode`; or fewer than two words are listed.
         """
-        if text is None:
+        if text is None or text == self.prompt:
             names = without_padding(self.prompt_embeddings)
-            return HeatMaps(self.maps[PROMPT][rows_of_text(self.prompt_embeddings)], names.tokens, names.words)
-        if isinstance(text, str):
-            embeddings = self.encode(text)
-            pool = torch.eye(len(embeddings.values))
-            maps = self._run([embeddings], lambda image, texts: {WORDS: open_vocabulary_daam(image, texts[0], pool)})
-            return HeatMaps(self._on_grid(maps[WORDS]), embeddings.tokens, embeddings.words)
-        return self._of_words(WORDS, check_words(text))
+            maps = _finite(self.maps[PROMPT][rows_of_text(self.prompt_embeddings)])
+            return HeatMaps(maps, names.tokens, names.words)
+        return self.daam_from(self.encode(text)) if isinstance(text, str) else self._of_words(WORDS, check_words(text))
+
+    def daam_from(self, embeddings: torch.Tensor | TokenEmbeddings) -> HeatMaps:
+        """Open-vocabulary DAAM of a text's embeddings, the softmax over exactly these tokens.
+
+        Of the prompt, `record.daam_from(record.encode(record.prompt))` lets its words compete with each other alone.
+
+        Args:
+            embeddings: (m, d_text), as `encode` returns; without gradients.
+
+        Returns:
+            (m, H, W) maps.
+
+        Raises:
+            TypeError: they are no floating-point tensor.
+            ValueError: they are of another width or want gradients, or the record has no pipeline.
+        """
+        return self._of_tokens(embeddings, open_vocabulary_daam)
 
     def concept_map(self, words: Sequence[str]) -> HeatMaps:
         """The concept map of some words: <o_image, o_word> in the attention's output space, softmax over the words.
@@ -138,14 +167,14 @@ class JointRecord:
         """
         return self._of_words(CONCEPTS, check_words(words))
 
-    def ldaam(self, word: str) -> HeatMaps:
+    def ldaam(self, word: str | None = None) -> HeatMaps:
         """The scores of a lone word: a stream of its own, no softmax (`joint.maps.lone_word`).
 
         Like linear DAAM it depends on no other word. Unlike it, it is NOT linear in the word's embedding: it is linear
         in the word's keys in each block, which the blocks before made of the embedding and the image.
 
         Args:
-            word: any text; its tokens run along together and see each other.
+            word: any text; its tokens run along together and see each other. None: the prompt's.
 
         Returns:
             (m, H, W) maps of its tokens, of any sign; sums over the kept passes, blocks and heads.
@@ -154,14 +183,67 @@ class JointRecord:
             TypeError: `word` is no string.
             ValueError: see `encode`.
         """
-        embeddings = self.encode(word)
-        pool = torch.eye(len(embeddings.values))
-        maps = self._run([embeddings], lambda image, texts: {WORDS: lone_word(image, texts[0], pool)})
-        return HeatMaps(self._on_grid(maps[WORDS]), embeddings.tokens, embeddings.words)
+        return self.ldaam_from(without_padding(self.prompt_embeddings) if word is None else self.encode(word))
+
+    def ldaam_from(self, embeddings: torch.Tensor | TokenEmbeddings) -> HeatMaps:
+        """`ldaam` of a text's embeddings; see `daam_from`."""
+        return self._of_tokens(embeddings, lone_word)
 
     def linear_map(self) -> NoReturn:
         """LDAAM collapsed to one tensor, which a joint model has not. Raises ValueError, with the reason."""
         raise ValueError(NOT_LINEAR)
+
+    def collapsed(self) -> NoReturn:
+        """A record of the `linear_map` alone, which a joint model has not. Raises ValueError, with the reason."""
+        raise ValueError(NOT_LINEAR)
+
+    def refine(self, heat_maps: HeatMaps, *, iterations: int = 1) -> NoReturn:
+        """Raise ValueError: the image's self-attention, which maps would be propagated along, is not stored."""
+        raise ValueError(
+            "a joint model's record holds no self-attention to refine maps along: in its one softmax image and text "
+            "share the probabilities. Use the maps as they are, as in label_map(record, words, iterations=0)"
+        )
+
+    def select(
+        self,
+        *,
+        layers: Callable[[Block], bool] | None = None,
+        steps: Sequence[int] | None = None,
+        heads: Sequence[int] | None = None,
+    ) -> "JointRecord":
+        """Return a record of only some blocks and passes, for looking into the sum; the model re-runs the passes.
+
+        Args:
+            layers: a predicate of a `Block`.
+            steps: numbers of passes.
+            heads: must be None: a record of a joint model reads all heads of a block.
+
+        Returns:
+            A new record; this one stays as it is.
+
+        Raises:
+            ValueError: nothing is left, heads are given, or the record has no pipeline.
+            IndexError: a number does not exist.
+        """
+        if heads is not None:
+            raise ValueError("the heads of a joint model cannot be taken apart: select layers or steps")
+        blocks = self._blocks()
+        names = tuple(block.name for block in blocks if layers is None or layers(block))
+        numbers = range(len(self.timesteps)) if steps is None else list(steps)
+        if not names or not len(numbers):
+            raise ValueError(f"nothing is left of {len(self.timesteps)} passes and {[block.name for block in blocks]}")
+        part = replace(
+            self,
+            timesteps=[self.timesteps[number] for number in numbers],
+            calls=tuple(self.calls[number] for number in numbers),
+            computed=torch.stack([self.computed[number] for number in numbers]),
+            selected=names,
+        )
+        if part.timesteps == self.timesteps and len(names) == len(blocks):
+            return part
+        words = [self._encode_words(self.words)] if self.words else []
+        sums = part._run(words, while_generating(averages(words[0]) if words else None))
+        return replace(part, maps={name: self._on_grid(values) for name, values in sums.items()})
 
     def probe_map(self, layers: Sequence[str] | None = None) -> LinearMap:
         """The map of a probe token: P(v) = sum over blocks l of < sum over passes t of o_image[t, l], v_l >.
@@ -179,18 +261,14 @@ class JointRecord:
         Raises:
             ValueError: the record has no pipeline, or a layer is unknown.
         """
-        known = self.layer_names()
-        if layers is not None and (not len(layers) or set(layers) - set(known)):
-            raise ValueError(f"the layers are {known}, got {list(layers)}")
-        chosen = [name for name in known if layers is None or name in layers]
+        chosen = chosen_layers(self, layers)
         sums = self._run([], lambda image, _: {image.name: image.image_vectors.float()} if image.name in chosen else {})
-        weight = torch.cat([sums[name][0] for name in chosen], dim=1)
-        return LinearMap(weight.to(self.device).unflatten(0, self.grid))
+        weight = torch.cat([sums[name][0].to(self.device) for name in chosen], dim=1)
+        return LinearMap(weight.unflatten(0, self.grid))
 
     def layer_names(self) -> list[str]:
         """The names of the attentions that are read. ValueError for a record without a pipeline."""
-        family = self._family()
-        return list(_keys(denoiser_of(self.pipe), family))
+        return [block.name for block in self._blocks()]
 
     def to(self, device: str | torch.device) -> "JointRecord":
         """A record with all its tensors on `device`; the pipeline stays."""
@@ -211,7 +289,7 @@ class JointRecord:
 
     def save(self, path: str | Path) -> None:
         """Write the record to one `.safetensors` file: its maps, and the arguments of its passes."""
-        tensors = {"prompt_embeddings": self.prompt_embeddings.values}
+        tensors = {"prompt_embeddings": self.prompt_embeddings.values, "computed": self.computed}
         tensors |= {f"maps.{name}": values for name, values in self.maps.items()}
         stored: dict[int, str] = {}
         calls = []
@@ -232,6 +310,8 @@ class JointRecord:
             "timesteps": self.timesteps,
             "grid": self.grid,
             "words": self.words,
+            "prompts": self.prompts and dict(self.prompts),
+            "selected": self.selected,
             "embedded_with": dict(self.embedded_with),
             "fingerprint": dict(self.fingerprint.layers),
             "calls": calls,
@@ -273,6 +353,9 @@ class JointRecord:
                 words=tuple(header["words"]),
                 maps={name.removeprefix("maps."): values for name, values in tensors.items() if name[:5] == "maps."},
                 fingerprint=Fingerprint({name: tuple(of) for name, of in header["fingerprint"].items()}),
+                computed=tensors["computed"],
+                prompts=header["prompts"],
+                selected=header["selected"] and tuple(header["selected"]),
                 embedded_with=header["embedded_with"],
                 pipe=pipe,
             )
@@ -300,21 +383,81 @@ class JointRecord:
             )
         return family
 
+    def _blocks(self) -> list[Block]:
+        """The joint attention of each block that is read, the first in it."""
+        family = self._family()
+        found = _attentions(denoiser_of(self.pipe), family)
+        blocks = [Block(name, self.grid, module.heads) for name, module in found.items()]
+        return [block for block in blocks if self.selected is None or block.name in self.selected]
+
+    def _require_text_encoders(self) -> None:
+        """ValueError if the prompt would be embedded otherwise now."""
+        family = self._family()
+        if self.prompts is None:
+            return
+        then, now = self.prompt_embeddings, embed_prompt(self.pipe, family, self.prompts, self.embedded_with)[0][0]
+        rows = [row for row in rows_of_text(then) if row < len(now)]
+        own, tolerance = then.values[rows].float(), max(TOLERANCE[values.dtype] for values in (then.values, now))
+        if len(rows) < len(rows_of_text(then)) or not (now[rows].to(own) - own).norm() <= tolerance * own.norm():
+            raise ValueError(
+                "the pipeline's text encoders do not embed this record's prompt as they did (was a LoRA loaded or "
+                "unloaded since, or is it another model?): a new text would not fit the image. Bring the pipeline back "
+                "to what it was"
+            )
+
+    def _encode_words(self, words: tuple[str, ...]) -> TokenEmbeddings:
+        """Words side by side, each embedded alone as the prompt was."""
+        self._require_text_encoders()
+        return encode_words(self.pipe, self._family(), words, self.embedded_with)
+
     def _run(self, texts: Sequence[TokenEmbeddings], formulae: Formulae) -> Sums:
-        return make_again(self.pipe, self._family(), self.calls, [text.values for text in texts], formulae)
+        """What `make_again` makes of the blocks that are read."""
+        family, values = self._family(), [text.values for text in texts]
+        if not all(self.calls):
+            raise ValueError(
+                "the passes of an image with a ControlNet are not stored, for its states are too large, and cannot be "
+                "re-run: give the words beforehand, as trace(pipe, words=[...])"
+            )
+
+        def of_selected(image: JointAttention, along: tuple[JointAttention, ...]) -> Mapping[str, torch.Tensor | None]:
+            return formulae(image, along) if self.selected is None or image.name in self.selected else {}
+
+        return make_again(self.pipe, family, self.calls, values, of_selected, self.computed)
+
+    def _of_tokens(self, embeddings: torch.Tensor | TokenEmbeddings, formula: Callable) -> HeatMaps:
+        """The maps that a formula makes of each token of a text."""
+        values = check_embeddings(embeddings, self.prompt_embeddings.values.shape[1], self.device)
+        if values.requires_grad:
+            raise ValueError("maps of a joint model are not differentiable in the embeddings: give them detached")
+        text = embeddings if isinstance(embeddings, TokenEmbeddings) else TokenEmbeddings.unnamed(values)
+        pool = torch.eye(len(values))
+        maps = self._run([text], lambda image, texts: {WORDS: formula(image, texts[0], pool)})
+        return HeatMaps(self._on_grid(maps[WORDS]), text.tokens, text.words)
 
     def _of_words(self, name: str, words: tuple[str, ...]) -> HeatMaps:
-        if words == self.words:
-            return HeatMaps.of_words(self.maps[name], words)
-        embeddings = encode_words(self.pipe, self._family(), words, self.embedded_with)
+        if words == self.words and name in self.maps:
+            return HeatMaps.of_words(_finite(self.maps[name]).clone(), words)
+        embeddings = self._encode_words(words)
         pool = averages(embeddings)
         formula = open_vocabulary_daam if name == WORDS else concept_map
         maps = self._run([embeddings], lambda image, texts: {name: formula(image, texts[0], pool)})
+        if name not in maps:
+            raise ValueError(f"the blocks {self.layer_names()} make no vectors of the text: there is no {name} of them")
         return HeatMaps.of_words(self._on_grid(maps[name]), words)
 
     def _on_grid(self, maps: torch.Tensor) -> torch.Tensor:
         """(1, m, h * w) -> (m, H, W) where the record lies."""
-        return maps[0].unflatten(1, self.grid).to(self.device)
+        return _finite(maps[0].unflatten(1, self.grid).to(self.device))
+
+
+def _finite(maps: torch.Tensor) -> torch.Tensor:
+    """The maps; ValueError for NaN or infinite values."""
+    if not maps.isfinite().all():
+        raise ValueError(
+            "the maps hold NaN or infinite values: the attention overflowed, as in float16. Generate the image in "
+            "bfloat16 or float32"
+        )
+    return maps
 
 
 def _tuples(value: Any) -> Any:
@@ -324,7 +467,15 @@ def _tuples(value: Any) -> Any:
     return tuple(value) if all(isinstance(part, int) for part in value) else [_tuples(part) for part in value]
 
 
-def _keys(denoiser: Any, family: Family) -> dict[str, Any]:
+def chosen_layers(record: JointRecord, layers: Sequence[str] | None) -> list[str]:
+    """The attentions of these names, in the order of the blocks; ValueError for an unknown one."""
+    known = record.layer_names()
+    if layers is not None and (not len(layers) or set(layers) - set(known)):
+        raise ValueError(f"the layers are {known}, got {list(layers)}")
+    return [name for name in known if layers is None or name in layers]
+
+
+def _attentions(denoiser: Any, family: Family) -> dict[str, Any]:
     """The joint attention of each block, the first in it, by name."""
     names = {module: name.replace("_orig_mod.", "") for name, module in denoiser.named_modules()}
     first = [attentions(block)[0] for part in family.blocks for block in getattr(denoiser, part)]
@@ -332,10 +483,28 @@ def _keys(denoiser: Any, family: Family) -> dict[str, Any]:
 
 
 def fingerprint_of_joint(pipe: Any) -> Fingerprint:
-    """The fingerprint of a pipeline as it is now, by the image's keys in every block. ValueError if it is no such."""
-    family = family_of(pipe)
-    if family is None:
+    """The fingerprint of a pipeline as it is now, by all its linear layers. ValueError if it is no such pipeline.
+
+    Whatever changes the state of image or text changes what a text reads; so all layers count, not the keys' alone.
+    """
+    if family_of(pipe) is None:
         raise ValueError(f"the record is of a joint model, {type(pipe).__name__} is none that is read")
     denoiser = denoiser_of(pipe)
-    keys = {name: [module.to_k] for name, module in _keys(denoiser, family).items()}
-    return fingerprint_of_keys(keys, denoiser.inner_dim, denoiser.dtype, pipe)
+    layers: dict[str, tuple[float, ...]] = {}
+    for name, module in _linear_layers(denoiser):
+
+        def project(values: torch.Tensor, module: Any = module) -> torch.Tensor:
+            return module.forward(values.to(place_of(module, pipe), denoiser.dtype))  # past the hooks of others
+
+        layers |= Fingerprint.of_keys({name: project}, module.in_features).layers
+    return Fingerprint(layers)
+
+
+def _linear_layers(module: torch.nn.Module, name: str = "") -> Iterator[tuple[str, Any]]:
+    """The linear layers of a module by name, each with the LoRA in it."""
+    for part, child in module.named_children():
+        path = f"{name}.{part}" if name else part
+        if hasattr(child, "in_features") and hasattr(child, "out_features"):
+            yield path.replace("_orig_mod.", ""), child
+        else:
+            yield from _linear_layers(child, path)

@@ -133,6 +133,8 @@ class JointRecorder(Recorder):
     @override
     def begin_pass(self, call: Call, told: Pass, rows: Rows) -> None:
         kept, reads = call.kept, call.plan is not None
+        if call.timesteps:
+            check_arguments(self._family, self.denoiser, told.arguments)
         if reads and len(call.timesteps) not in passes_to_keep(call.planned or len(self.pipe.scheduler.timesteps)):
             return
         kept.timesteps.append(told.level)
@@ -146,7 +148,7 @@ class JointRecorder(Recorder):
 
     @override
     def end_pass(self, call: Call) -> None:
-        self._stream.end()
+        self._stream.finish()
 
     @override
     def make_records(self, call: Call) -> list[JointRecord]:
@@ -158,11 +160,10 @@ class JointRecorder(Recorder):
         texts = [] if kept.words is None else [kept.words.values]
         records = []
         for image, (prompt, calls) in enumerate(zip(call.prompts, kept.calls, strict=True)):
-            sums: Mapping[str, torch.Tensor] = {name: values[image] for name, values in kept.sums.items()}
+            sums, row = kept.sums, image
             if not sums:  # of a custom loop
                 formulae = while_generating(None if kept.words is None else averages(kept.words))
-                made = make_again(self.pipe, self._family, calls, texts, formulae)
-                sums = {name: values[0] for name, values in made.items()}
+                sums, row = make_again(self.pipe, self._family, calls, texts, formulae), 0
             named = {name: text for name, text in call.options[image].items() if name in FURTHER and text}
             texts_of = None if prompt is None else {"prompt": prompt, **named}
             record = JointRecord(
@@ -177,8 +178,10 @@ class JointRecorder(Recorder):
                 grid=kept.grid,
                 calls=tuple(calls),
                 words=self._words,
-                maps={name: values.unflatten(1, kept.grid).clone() for name, values in sums.items()},
+                maps={name: values[row].unflatten(1, kept.grid).clone() for name, values in sums.items()},
                 fingerprint=self._made_by,
+                computed=sums.computed(row, len(calls)),
+                prompts=texts_of,
                 embedded_with=_embedded_with(call.options[image]),
                 pipe=self.pipe,
             )
@@ -203,7 +206,7 @@ class JointRecorder(Recorder):
         check_levels(timesteps, LEVELS)
         family, device = self._family, self.pipe._execution_device
         latents = family.encode_image(self.pipe, pixels.to(device))
-        encoded = embed_prompt(self.pipe, family, prompt, {})
+        encoded = embed_prompt(self.pipe, family, {"prompt": prompt}, {})
         levels = [step / LEVELS for step in timesteps]
         calls: list[dict[str, Any]] = []
         for noisy, level in zip(add_noise(latents, [(1 - s, s) for s in levels], seed), levels, strict=True):
@@ -227,6 +230,8 @@ class JointRecorder(Recorder):
             words=(),
             maps={PROMPT: maps[PROMPT][0].unflatten(1, grid)},
             fingerprint=self._made_by,
+            computed=maps.computed(0, len(calls)),
+            prompts={"prompt": prompt},
             pipe=self.pipe,
         )
 

@@ -12,8 +12,9 @@ reaches.
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -31,6 +32,8 @@ BATCHED = (  # arguments of a pass or a block with a row for each image
     "guidance",
     "temb",
 )
+# Whose second call of a block is under way: the hooks of other streams must not see it. Each thread has a value.
+_SECOND_CALL: ContextVar["Stream | None"] = ContextVar("second call of a block", default=None)
 HARMLESS = ("offload", "casting", "autocast", "tracker")  # hooks of diffusers that leave every block's call as it is
 
 
@@ -55,27 +58,29 @@ class Stream:
         ValueError: the denoiser cannot be read: fused projections, or a cache that skips blocks.
     """
 
-    _second_call: ClassVar["Stream | None"] = None  # whose it is; the hooks of other streams must not see it
-
     def __init__(self, family: Family, denoiser: Any):
         check_readable(denoiser)
         self._family, self._denoiser = family, denoiser
         self._names = {module: name.replace("_orig_mod.", "") for name, module in denoiser.named_modules()}
+        self._blocks = [block for name in family.blocks for block in getattr(denoiser, name)]
         self._stack = ExitStack()
         self._pass: Pass | None = None  # that is read now
         self._states: list[torch.Tensor | None] | None = None  # of the texts, before the next block
         self._tables: list[Any] = []  # their rotary tables
         self._lengths = (0, 0)  # of text and image in the block's call under way
-        self._parts: dict[str, torch.Tensor] = {}  # of the attention under way
+        self._parts: dict[str, list[torch.Tensor]] = {}  # of the attention under way, a tensor a call of the module
         self._found: list[JointAttention] = []  # in the block's call under way
+        self._whole_batch = False  # whether this block's attention computes groups of rows one by one
+        self._read = 0  # blocks of the pass
 
     def __enter__(self) -> "Stream":
-        for name in self._family.blocks:
-            for block in getattr(self._denoiser, name):
+        with ExitStack() as self._stack:  # an error half-way removes what was registered
+            for block in self._blocks:
                 self._keep(block.register_forward_pre_hook(self._before_block, with_kwargs=True))
                 for module in attentions(block):
                     self._hook_attention(module)
                 self._keep(block.register_forward_hook(self._after_block, with_kwargs=True))
+            self._stack = self._stack.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -91,7 +96,18 @@ class Stream:
             texts: (m, d_text) values each, as the denoiser receives a text; each is a stream of its own.
             read: is called after every block with what it computed for the prompt and for each text.
         """
-        self._pass, self._states = Pass(arguments, rows, texts, read), None
+        self._pass, self._states, self._read = Pass(arguments, rows, texts, read), None, 0
+
+    def finish(self) -> None:
+        """End a pass that was made. ValueError unless every block took part in it."""
+        skipped = self._pass is not None and self._read != len(self._blocks)
+        self.end()
+        if skipped:
+            raise ValueError(
+                f"a pass called {self._read} of {len(self._blocks)} blocks once: a cache or another change of the "
+                "transformer skipped or repeated the others, so its maps would not be those of a denoising step. "
+                "Trace without it"
+            )
 
     def end(self) -> None:
         """Read no more."""
@@ -125,27 +141,35 @@ class Stream:
 
     @property
     def _sees(self) -> bool:
-        return self._pass is not None and Stream._second_call in (None, self)
+        return self._pass is not None and _SECOND_CALL.get() in (None, self)
 
     def _see(self, name: str, value: torch.Tensor) -> None:
         if self._sees:
-            self._parts[name] = value.detach()
+            self._parts.setdefault(name, []).append(value.detach())
 
     def _before_block(self, block: Any, args: tuple, kwargs: Mapping[str, Any]) -> None:
         if self._sees:
             self._expect(kwargs)
 
     def _expect(self, kwargs: Mapping[str, Any]) -> None:
-        self._found = []
+        self._found, self._whole_batch = [], False
         self._lengths = (kwargs["encoder_hidden_states"].shape[1], kwargs["hidden_states"].shape[1])
 
     def _after_attention(self, module: Any, args: tuple, kwargs: Mapping[str, Any], output: Any) -> None:
         if not self._sees:
             return
-        parts, (text, image) = self._parts, self._lengths
-        self._parts = {}
+        (text, image), split = self._lengths, len(self._parts.get("to_q", ())) > 1
+        # perturbed-attention guidance computes its perturbed rows, the last of the batch, after the others
+        parts = {name: torch.cat(found) if split else found[-1] for name, found in self._parts.items()}
+        self._parts, self._whole_batch = {}, self._whole_batch or split
         if "to_q" not in parts or "to_k" not in parts:
             return  # it was not computed; `_after_block` says so
+        rows = {name: len(part) for name, part in parts.items()}
+        if set(rows.values()) != {len(output[0] if isinstance(output, tuple) else output)}:
+            raise ValueError(
+                f"{self._names[module]} computed {rows} rows in one pass: its processor splits or repeats the "
+                "batch, so that perturbed rows cannot be told from the images' own. Trace without it"
+            )
         together = kwargs.get("encoder_hidden_states") is None
         if together and parts["to_q"].shape[1] == image:
             return  # the text does not reach it, as SD 3.5's `attn2`
@@ -179,13 +203,19 @@ class Stream:
     @torch.no_grad()
     def _after_block(self, block: Any, args: tuple, kwargs: Mapping[str, Any], output: Any) -> None:
         told = self._pass
-        if told is None or Stream._second_call is not None:
+        if told is None or _SECOND_CALL.get() is not None:
             return
         found = self._take(block).rows(told.rows)
         if self._states is None:
             self._states = self._board(told, kwargs["encoder_hidden_states"][told.rows])
-        own = take_rows(kwargs, told.rows)
-        texts = tuple(self._along(block, own, number) for number in range(len(told.texts)))
+        batch = len(kwargs["hidden_states"])
+        # rows after the images' are perturbed copies of them: what splits the batch must be given the whole of it
+        whole = self._whole_batch or range(batch)[told.rows].stop != batch
+        own = kwargs if whole else take_rows(kwargs, told.rows)
+        texts = tuple(
+            self._along(block, own, number, told.rows if whole else slice(None)) for number in range(len(told.texts))
+        )
+        self._read += 1
         told.read(found, texts)
 
     def _take(self, block: Any) -> JointAttention:
@@ -204,26 +234,33 @@ class Stream:
         states = [self._family.embed(self._denoiser, text[None].to(like)) for text in told.texts]
         return [state.expand(len(like), -1, -1) for state in states]
 
-    def _along(self, block: Any, kwargs: Mapping[str, Any], number: int) -> JointAttention:
-        """Call the block again with a text in the prompt's place, and keep the text's next state."""
+    def _along(self, block: Any, kwargs: Mapping[str, Any], number: int, rows: slice) -> JointAttention:
+        """Call the block again with a text in the prompt's place, and keep the text's next state.
+
+        rows: those of the images in this call's batch.
+        """
         assert self._states is not None  # a pass is read
-        own = {**kwargs, "encoder_hidden_states": self._states[number]}
+        state, image = self._states[number], kwargs["hidden_states"]
+        assert state is not None  # a block follows
+        state = state.to(image.device).repeat(len(image) // len(state), 1, 1)  # blocks may lie on several devices
+        own = {**kwargs, "encoder_hidden_states": state}
         if "image_rotary_emb" in own:
-            own["image_rotary_emb"] = self._tables[number]
+            own["image_rotary_emb"] = on_device(self._tables[number], image.device)
         if "encoder_hidden_states_mask" in own:
             own["encoder_hidden_states_mask"] = None
         self._expect(own)
         with self._calling():
-            self._states[number], _ = block.forward(**own)  # past the hooks on the block
-        return self._take(block)
+            state, _ = block.forward(**own)  # past the hooks on the block
+        self._states[number] = None if state is None else state[rows]
+        return self._take(block).rows(rows)
 
     @contextmanager
     def _calling(self):
-        Stream._second_call = self
+        token = _SECOND_CALL.set(self)
         try:
             yield
         finally:
-            Stream._second_call = None
+            _SECOND_CALL.reset(token)
 
 
 def take_rows(arguments: Mapping[str, Any], rows: slice) -> dict[str, Any]:
@@ -236,6 +273,15 @@ def take_rows(arguments: Mapping[str, Any], rows: slice) -> dict[str, Any]:
             if isinstance(value, torch.Tensor) and value.ndim and len(value) == batch:
                 found[name] = value[rows]
     return found
+
+
+def on_device(value: Any, device: torch.device) -> Any:
+    """An argument of a block or a pass with its tensors on `device`; mappings are copied."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, tuple):
+        return tuple(on_device(part, device) for part in value)
+    return dict(value) if isinstance(value, Mapping) else value
 
 
 def attentions(block: torch.nn.Module) -> list[Any]:

@@ -40,8 +40,9 @@ def reader_of(pipe: Any, *, middle: bool = False, stream: str | None = None) -> 
     if "3D" in kind:
         raise TypeError(f"a {kind} makes videos: its attention is over time, height and width, maps are of images")
     raise TypeError(
-        "expected a diffusers pipeline with a U-Net (Stable Diffusion 1.x, 2.x, XL) or with a transformer of PixArt or "
-        f"Sana, got {type(pipe).__name__} with a transformer that no reader knows, {kind}"
+        "expected a diffusers pipeline with a U-Net (Stable Diffusion 1.x, 2.x, XL, AudioLDM2) or with a transformer "
+        f"of PixArt, Sana, SD 3, SD 3.5, Flux.1 or Qwen-Image, got {type(pipe).__name__} with a {kind}, which no "
+        "reader knows"
     )
 
 

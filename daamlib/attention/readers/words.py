@@ -69,7 +69,8 @@ def read_pieces(
     """Return the tokens and words of a text whose tokenizer marks the first token of a word, as T5's, Gemma's, Qwen's.
 
     A word begins at the mark, and where letters and digits meet other signs: "car..." is two words. Special tokens and
-    line breaks belong to no word.
+    line breaks belong to no word. A token that was added to the tokenizer, as by textual inversion, is a word together
+    with those of its further vectors: <toy>, <toy>_1.
 
     Args:
         tokenizer: its own.
@@ -82,12 +83,14 @@ def read_pieces(
         All tokens without the mark, and the words.
     """
     raw, special = tokenizer.convert_ids_to_tokens(list(ids)), set(tokenizer.all_special_ids)
-    stop = raw.index(end) if end in raw else len(raw)
+    stop, added = raw.index(end) if end in raw else len(raw), set(tokenizer.get_added_vocab().values())
     words: list[Word] = []
     first, seen = start, ""  # of the word under way
 
     def finish(row: int) -> None:
-        if seen:
+        if seen and ids[first] in added:
+            words.append(Word(raw[first], first, row))
+        elif seen:
             words.extend(_cut(tokenizer, ids, first, row))
 
     for row in range(start, stop):
@@ -95,7 +98,9 @@ def read_pieces(
         piece = "" if ids[row] in special else tokenizer.decode([ids[row]]).strip()
         outside = ids[row] in special or not (piece or marked)
         other_signs = bool(seen and piece) and _is_letter(piece[0]) != _is_letter(seen[-1])
-        if outside or marked or other_signs:
+        further = ids[first] in added and raw[row] == f"{raw[first]}_{row - first}"
+        beside_added = row > start and (ids[row] in added or ids[row - 1] in added)
+        if outside or ((marked or other_signs or beside_added) and not further):
             finish(row)
             first, seen = row + outside, ""
         seen += piece
