@@ -455,7 +455,7 @@ class Recorder(abc.ABC):
         call = self.call = self.call or self._begin_call(told, rows, encoding, inside)
         problem = call.plan.problem(told) if call.plan is not None else _repeats(call, told, rows)
         if problem:
-            self._break(
+            self.break_off(
                 call,
                 f"the denoiser was called at {problem} under the images' text (noise level {told.level:g}, pass "
                 f"{len(call.timesteps) + 1}): trace cannot tell which passes are the steps of one image, as with "
@@ -470,7 +470,7 @@ class Recorder(abc.ABC):
         return told, rows
 
     @staticmethod
-    def _break(call: Call | None, problem: str, after: int = 1) -> None:
+    def break_off(call: Call | None, problem: str, after: int = 1) -> None:
         """Raise a problem before `after` passes were made; a later one costs the call its record, not its images."""
         if call is None or len(call.timesteps) < after:
             raise ValueError(problem)
@@ -487,7 +487,7 @@ class Recorder(abc.ABC):
             if halves is not None:
                 break
         else:
-            self._break(self.call, self._unknown_text(told))
+            self.break_off(self.call, self._unknown_text(told))
             return None, None
         if branch == "unconditional" and encoding.negative is None and not encoding.guided:
             raise ValueError(
@@ -563,7 +563,7 @@ class Recorder(abc.ABC):
         try:
             problem = self.end_pass(call)
             if problem:
-                self._break(call, problem, after=2)
+                self.break_off(call, problem, after=2)
         except ValueError:
             self._drop(None)
             raise

@@ -39,8 +39,11 @@ def conditions(pipe, images):
     return {name: torch.zeros(images, n, device=pipe.device) for name, n in (("text_embeds", 16), ("time_ids", 6))}
 
 
-def denoise(pipe, text, sample, *, negative=None, apart=False, steps=2):
-    """A denoising loop by hand; with `negative` under guidance: both halves in one pass, or `apart`, a pass each."""
+def denoise(pipe, text, sample, *, negative=None, apart=None, steps=2):
+    """A denoising loop by hand; with `negative` under guidance: both halves in one pass, or `apart`, a pass each.
+
+    apart: the `trace.loop`s that are paused in the negative text's passes.
+    """
 
     def predict(sample, t, text):
         with torch.no_grad():
@@ -52,43 +55,51 @@ def denoise(pipe, text, sample, *, negative=None, apart=False, steps=2):
         if negative is None:
             noise = predict(sample, t, text)
         else:
-            if apart:
-                one, other = predict(sample, t, negative), predict(sample, t, text)
+            if apart is not None:
+                with contextlib.ExitStack() as stack:
+                    for loop in apart:
+                        stack.enter_context(loop.pause())
+                    one = predict(sample, t, negative)
+                other = predict(sample, t, text)
             else:
                 one, other = predict(torch.cat([sample] * 2), t, torch.cat([negative, text])).chunk(2)
             noise = one + 5 * (other - one)
         sample = pipe.scheduler.step(noise, t, sample).prev_sample
 
 
-def own_loop(pipe, prompt="a car", images=1, *, guided=True, **options):
+def custom_loop(pipe, *traces, prompt="a car", images=1, guided=True, apart=False, **options):
     prompts = [prompt] if isinstance(prompt, str) else prompt
     text, negative, *_ = pipe.encode_prompt(
         prompts, device=pipe.device, num_images_per_prompt=images, do_classifier_free_guidance=guided
     )
-    denoise(pipe, text, latents(pipe, len(text)), negative=negative if guided else None, **options)
+    with contextlib.ExitStack() as stack:
+        loops = [stack.enter_context(each.loop(prompts, num_images_per_prompt=images)) for each in traces]
+        options["negative"] = negative if guided else None
+        denoise(pipe, text, latents(pipe, len(text)), apart=loops if apart else None, **options)
 
 
-def after_a_pipeline_call(pipe):
+def after_a_pipeline_call(pipe, trace):
     generate(pipe, "a tree", **GUIDED)
-    own_loop(pipe)
+    custom_loop(pipe, trace)
 
 
-def after_an_aborted_call(pipe):
+def after_an_aborted_call(pipe, trace):
     def stop(*_):
         raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError, match="stop"):
         generate(pipe, "a tree", callback_on_step_end=stop, num_inference_steps=4)
-    own_loop(pipe)
+    custom_loop(pipe, trace)
 
 
-def a_real_image_after_a_guided_call(pipe):
+def a_real_image_after_a_guided_call(pipe, trace):
+    """It has a record of its own; a trace around it is of what is generated."""
     generate(pipe, "a tree", **GUIDED)
     image = np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8)
     daamlib.trace_image(pipe, image, prompt="a car", timesteps=(20, 300, 500))
 
 
-def a_text_read_in_a_callback(pipe):
+def a_text_read_in_a_callback(pipe, trace):
     with daamlib.trace(pipe) as earlier:
         generate(pipe, "a tree")
 
@@ -99,40 +110,24 @@ def a_text_read_in_a_callback(pipe):
     generate(pipe, ["a car", "a tree"], callback_on_step_end=read)
 
 
-def another_prompt_in_a_callback(pipe):
-    """As people who mix prompts do; the record keeps the text of the first pass."""
-
-    def swap(pipe, number, timestep, tensors):
-        return {"prompt_embeds": tensors["prompt_embeds"].flip(0)}
-
-    generate(pipe, "a car", callback_on_step_end=swap, callback_on_step_end_tensor_inputs=["prompt_embeds"])
-
-
-def apart_encodings(pipe):
-    """Both texts by calls of their own, side by side in one pass."""
-    text, negative = (pipe.encode_prompt(prompt, pipe.device, 1, False)[0] for prompt in ("a car", ""))
-    denoise(pipe, text, latents(pipe), negative=negative)
-
-
 BATCH = [("a car", 2), ("a car", 2), ("a tree", 2), ("a tree", 2)]
 # situation -> (what is done, the (prompt, passes) of every record)
 ANY_PIPELINE = {
-    "one image": (lambda pipe: generate(pipe, "a car"), [("a car", 2)]),
-    "no guidance": (lambda pipe: generate(pipe, "a car", **UNGUIDED), [("a car", 2)]),
-    "a batch": (lambda pipe: generate(pipe, ["a car", "a tree"]), [("a car", 2), ("a tree", 2)]),
-    "several images of a prompt": (lambda pipe: generate(pipe, "a car", num_images_per_prompt=2), [("a car", 2)] * 2),
-    "an empty prompt": (lambda pipe: generate(pipe, ""), [("", 2)]),
-    "a negative prompt": (lambda pipe: generate(pipe, "a car", negative_prompt="a tree"), [("a car", 2)]),
-    "own loop": (own_loop, [("a car", 2)]),
-    "own loop, no guidance": (lambda pipe: own_loop(pipe, guided=False), [("a car", 2)]),
-    "own loop, halves apart": (lambda pipe: own_loop(pipe, apart=True), [("a car", 2)]),
-    "own loop, a batch": (lambda pipe: own_loop(pipe, ["a car", "a tree"], images=2), BATCH),
-    "own loop, empty prompt": (lambda pipe: own_loop(pipe, ""), [("", 2)]),
-    "own loops": (lambda pipe: (own_loop(pipe), own_loop(pipe, steps=3)), [("a car", 2), ("a car", 3)]),
-    "own loop after a call": (after_a_pipeline_call, [("a tree", 2), ("a car", 2)]),
-    "a real image": (a_real_image_after_a_guided_call, [("a tree", 2), ("a car", 3)]),
+    "one image": (lambda pipe, _: generate(pipe, "a car"), [("a car", 2)]),
+    "no guidance": (lambda pipe, _: generate(pipe, "a car", **UNGUIDED), [("a car", 2)]),
+    "a batch": (lambda pipe, _: generate(pipe, ["a car", "a tree"]), [("a car", 2), ("a tree", 2)]),
+    "several of a prompt": (lambda pipe, _: generate(pipe, "a car", num_images_per_prompt=2), [("a car", 2)] * 2),
+    "an empty prompt": (lambda pipe, _: generate(pipe, ""), [("", 2)]),
+    "a negative prompt": (lambda pipe, _: generate(pipe, "a car", negative_prompt="a tree"), [("a car", 2)]),
+    "custom loop": (custom_loop, [("a car", 2)]),
+    "custom loop, no guidance": (lambda *to: custom_loop(*to, guided=False), [("a car", 2)]),
+    "custom loop, halves apart": (lambda *to: custom_loop(*to, apart=True), [("a car", 2)]),
+    "custom loop, a batch": (lambda *to: custom_loop(*to, prompt=["a car", "a tree"], images=2), BATCH),
+    "custom loop, empty prompt": (lambda *to: custom_loop(*to, prompt=""), [("", 2)]),
+    "custom loops": (lambda *to: (custom_loop(*to), custom_loop(*to, steps=3)), [("a car", 2), ("a car", 3)]),
+    "custom loop after a call": (after_a_pipeline_call, [("a tree", 2), ("a car", 2)]),
+    "a real image": (a_real_image_after_a_guided_call, [("a tree", 2)]),
     "a text read in a callback": (a_text_read_in_a_callback, [("a tree", 2), ("a car", 2), ("a tree", 2)]),
-    "another prompt in a callback": (another_prompt_in_a_callback, [("a car", 2)]),
 }  # fmt: skip
 
 
@@ -145,64 +140,40 @@ def expected_of(trace):
     return [(record.prompt, len(record.timesteps)) for record in trace]
 
 
-@pytest.mark.parametrize("store", ["queries", "linear", "maps"])
 @pytest.mark.parametrize("situation", ANY_PIPELINE)
-def test_any_pipeline(pipe, situation, store):
+def test_any_pipeline(pipe, situation):
     act, expected = ANY_PIPELINE[situation]
-    with daamlib.trace(pipe, store=store) as trace:
-        act(pipe)
+    with daamlib.trace(pipe) as trace:
+        act(pipe, trace)
     assert expected_of(trace) == expected
     assert all(record.branch == "conditional" for record in trace)
 
 
-@pytest.mark.parametrize("situation", ["own loop", "own loop, halves apart", "own loop, a batch"])
-def test_the_conditional_half_of_own_loops(sd1_pipe, situation):
+@pytest.mark.parametrize("store", ["linear", "maps"])
+@pytest.mark.parametrize("situation", ["a batch", "custom loops", "custom loop, halves apart"])
+def test_any_store(sd1_pipe, situation, store):
+    act, expected = ANY_PIPELINE[situation]
+    with daamlib.trace(sd1_pipe, store=store) as trace:
+        act(sd1_pipe, trace)
+    assert expected_of(trace) == expected
+
+
+@pytest.mark.parametrize("options", [{}, {"apart": True}, {"prompt": ["a car", "a tree"], "images": 2}])
+def test_the_conditional_half_of_custom_loops(sd1_pipe, options):
     """The maps are those of the rows whose text is the prompt's."""
-    with daamlib.trace(sd1_pipe) as trace, daamlib.trace(sd1_pipe, branch="unconditional") as other:
-        with capture(sd1_pipe.unet) as captures:
-            ANY_PIPELINE[situation][0](sd1_pipe)
-    apart = situation.endswith("apart")
-    for number, (record, negative) in enumerate(zip(trace, other, strict=True)):
+    apart = options.get("apart", False)
+    with daamlib.trace(sd1_pipe) as trace, capture(sd1_pipe.unet) as captures:
+        custom_loop(sd1_pipe, trace, **options)
+    for number, record in enumerate(trace):
         row, passes = (number, slice(1, None, 2)) if apart else (number + len(trace), slice(None))
         expected = naive_maps(of_passes(captures, passes), GRIDS, image=row)
         assert_close(record.daam().values, expected[: len(record.daam())])
-        assert (negative.prompt, negative.daam().tokens) == ("", ("<|startoftext|>", "<|endoftext|>"))
-        assert not torch.equal(negative.layers[-1].queries, record.layers[-1].queries)
 
 
-def test_both_texts_embedded_apart_in_one_pass(sd1_pipe):
-    with daamlib.trace(sd1_pipe) as trace, capture(sd1_pipe.unet) as captures:
-        apart_encodings(sd1_pipe)
-    assert expected_of(trace) == [("a car", 2)]
-    assert_close(trace[0].daam().values, naive_maps(captures, GRIDS, image=1)[:4])
-
-
-def test_texts_that_nothing_tells_apart(sd1_pipe):
-    """Embedded before the trace, denoised apart: which of them is the prompt?"""
-    text, negative = (sd1_pipe.encode_prompt(prompt, sd1_pipe.device, 1, False)[0] for prompt in ("a car", ""))
-    with daamlib.trace(sd1_pipe) as trace, pytest.raises(ValueError, match="two texts"):
-        denoise(sd1_pipe, text, latents(sd1_pipe), apart=True, negative=negative)
-    assert len(trace) == 0
-
-
-def test_texts_embedded_before_the_trace(sd1_pipe):
-    text, negative = (sd1_pipe.encode_prompt(prompt, sd1_pipe.device, 1, False)[0] for prompt in ("a car", ""))
-    with daamlib.trace(sd1_pipe) as trace, capture(sd1_pipe.unet) as captures:
-        denoise(sd1_pipe, text, latents(sd1_pipe), negative=negative)
-    assert expected_of(trace) == [(None, 2)]
-    assert_close(trace[0].daam().values, naive_maps(captures, GRIDS, image=1))
-
-
-def test_an_own_loop_that_ignores_the_scheduler(sd1_pipe):
-    """Its end is the end of the `with`, or where the noise levels begin again."""
-    sd1_pipe.scheduler.set_timesteps(7)
-    with daamlib.trace(sd1_pipe) as trace:
-        text = sd1_pipe.encode_prompt("a car", sd1_pipe.device, 1, False)[0]
-        for t in (800, 500, 100, 700, 300):
-            with torch.no_grad():
-                sd1_pipe.unet(latents(sd1_pipe, seed=t), t, encoder_hidden_states=text)
-    assert [record.timesteps for record in trace] == [[800, 500, 100], [700, 300]]
-    assert all(len(layer.queries) == 3 for layer in trace[0].layers)
+def test_the_unconditional_half_of_a_custom_loop(sd1_pipe):
+    with daamlib.trace(sd1_pipe, branch="unconditional") as trace, capture(sd1_pipe.unet) as captures:
+        custom_loop(sd1_pipe, trace)
+    assert_close(trace[0].daam().values, naive_maps(captures, GRIDS, image=0)[: len(trace[0].daam())])
 
 
 def test_a_scheduler_without_a_plan(fresh):
@@ -215,9 +186,9 @@ def test_a_scheduler_without_a_plan(fresh):
 
 def test_an_aborted_call_is_told_of(sd1_pipe):
     with daamlib.trace(sd1_pipe) as trace, pytest.warns(UserWarning, match="did not end"):
-        after_an_aborted_call(sd1_pipe)
+        after_an_aborted_call(sd1_pipe, trace)
     assert expected_of(trace) == [("a car", 2)]
-    with pytest.raises(IndexError, match="1 calls did not end"):
+    with pytest.raises(IndexError, match="1 calls left no record: .* did not end"):
         trace[1]
 
 
@@ -228,7 +199,7 @@ def test_a_with_that_ends_on_an_unfinished_call(sd1_pipe):
     with pytest.warns(UserWarning, match="did not end"), daamlib.trace(sd1_pipe) as trace:
         with contextlib.suppress(RuntimeError):
             generate(sd1_pipe, callback_on_step_end=stop)
-    with pytest.raises(IndexError, match="1 calls did not end"):
+    with pytest.raises(IndexError, match="1 calls left no record: .* did not end"):
         trace[0]
 
 
@@ -238,16 +209,17 @@ IMAGE = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(0))
 
 
 def test_another_pipeline_on_the_traced_unet(sd1_pipe):
-    """The trace is that of one pipeline; of another one on its U-Net it knows the passes, not the prompt."""
+    """The trace is that of one pipeline; the first pass of another on its U-Net says so, before work is lost."""
     other = of_components(StableDiffusionImg2ImgPipeline, sd1_pipe)
+    options = {"image": IMAGE, "strength": 0.5, "num_inference_steps": 4}
     with daamlib.trace(sd1_pipe) as trace, capture(sd1_pipe.unet) as captures:
-        for _ in range(2):
-            generate(other, "a car", image=IMAGE, strength=0.5, num_inference_steps=4)
+        with pytest.raises(ValueError, match=r"by itself, outside of a call .* trace\.loop\(prompts\)"):
+            generate(other, "a car", **options)
+        with trace.loop(["a car"]):
+            generate(other, "a car", **options)
         generate(sd1_pipe, "a tree")
-    assert expected_of(trace) == [(None, 2), (None, 2), ("a tree", 2)]
-    first = of_passes(captures, slice(2))
-    assert_close(trace[0].daam().values, naive_maps(first, GRIDS, image=1))
-    assert_close(trace[0].daam("a car").values, trace[0].daam().values[:4])
+    assert expected_of(trace) == [("a car", 2), ("a tree", 2)]
+    assert_close(trace[0].daam().values, naive_maps(of_passes(captures, slice(2)), GRIDS, image=1)[:4])
 
 
 def test_sdxls_refiner(sdxl_pipe):
@@ -272,13 +244,13 @@ def refiner_unet():
     ).eval()
 
 
-@pytest.mark.parametrize("situation", ["one image", "a batch", "own loop, halves apart", "own loop after a call"])
+@pytest.mark.parametrize("situation", ["a batch", "custom loop, halves apart", "custom loop after a call"])
 def test_compiled_unets(fresh, situation):
     act, expected = ANY_PIPELINE[situation]
     pipe = fresh("sd1")
     pipe.unet = torch.compile(pipe.unet, backend="eager")
     with daamlib.trace(pipe) as trace:
-        act(pipe)
+        act(pipe, trace)
     assert expected_of(trace) == expected
 
 
@@ -295,7 +267,7 @@ def test_videos_are_refused():
         up_block_types=("CrossAttnUpBlockMotion", "CrossAttnUpBlockMotion"),
     )
     pipe = types.SimpleNamespace(unet=unet, scheduler=types.SimpleNamespace(timesteps=torch.arange(3)))
-    with daamlib.trace(pipe) as trace, pytest.raises(ValueError, match="videos"), torch.no_grad():
+    with daamlib.trace(pipe) as trace, pytest.raises(ValueError, match="videos"), torch.no_grad(), trace.loop("a car"):
         unet(torch.zeros(1, 4, 3, 16, 16), 1, encoder_hidden_states=torch.zeros(1, 77, 24))
     assert len(trace) == 0
 

@@ -3,7 +3,6 @@
 import dataclasses
 import gc
 import logging
-import sys
 import types
 import weakref
 from contextlib import nullcontext
@@ -19,9 +18,9 @@ from peft import LoraConfig
 from tiny import BLOCKS
 
 import daamlib
+from daamlib.attention.calls import EmptyTraceError
 from daamlib.attention.layers import KeyProjection
 from daamlib.attention.readers.unet import UNetReader
-from daamlib.attention.calls import EmptyTraceError
 
 GRIDS = [(16, 24), (8, 12)]
 
@@ -158,9 +157,8 @@ def test_guidance_that_a_callback_ends(sd1_pipe):
     expected = sum(scores[-1].sum(dim=0) for scores in first.scores).T.unflatten(1, (16, 24))
     assert_close(trace[1].select(layers=lambda a: a.name == trace[1].layers[0].name).ldaam().values, expected[:4], 1e-4)
     with daamlib.trace(sd1_pipe, branch="unconditional") as trace:
-        with pytest.raises(ValueError, match="needs classifier-free guidance"):
-            generate(sd1_pipe, **options)
-    assert len(trace) == 0
+        generate(sd1_pipe, num_inference_steps=3, **options)
+    assert len(trace[0].timesteps) == 1  # the pass that had this half
 
 
 # -- which images --------------------------------------------------------------------------------------------------
@@ -458,34 +456,36 @@ def test_records_of_earlier_calls_survive_an_exception(sd1_pipe):
     assert trace[0].daam()["car"].max() > 0
 
 
-def own_loop(pipe, text, fails=()):
+def custom_loop(pipe, trace, text, fails=()):
     """Denoising without the pipeline's call, two steps without guidance; the passes of the numbers `fails` fail."""
     latents = torch.ones(1, 4, 16, 24, device=pipe.device)
     to_k = pipe.unet.up_blocks[1].attentions[0].transformer_blocks[0].attn2.to_k
-    for number, t in enumerate(pipe.scheduler.timesteps):
-        if number in fails:
-            handle = to_k.register_forward_pre_hook(raising_hook)
-            with pytest.raises(RuntimeError, match="stop"), torch.no_grad():
-                pipe.unet(latents, t, encoder_hidden_states=text)
-            handle.remove()
-        with torch.no_grad():
-            noise = pipe.unet(latents, t, encoder_hidden_states=text).sample
-        latents = pipe.scheduler.step(noise, t, latents).prev_sample
+    with trace.loop("a tree"):
+        for number, t in enumerate(pipe.scheduler.timesteps):
+            if number in fails:
+                handle = to_k.register_forward_pre_hook(raising_hook)
+                with pytest.raises(RuntimeError, match="stop"), torch.no_grad():
+                    pipe.unet(latents, t, encoder_hidden_states=text)
+                handle.remove()
+            with torch.no_grad():
+                noise = pipe.unet(latents, t, encoder_hidden_states=text).sample
+            latents = pipe.scheduler.step(noise, t, latents).prev_sample
 
 
 def raising_hook(module, args):
     raise RuntimeError("stop")
 
 
-def test_loops_of_ones_own(fresh):
+def test_custom_loops(fresh):
     pipe = fresh("sd1")
     pipe.scheduler.set_timesteps(2)
     text = pipe.encode_prompt("a tree", pipe.device, 1, False)[0]
     with daamlib.trace(pipe) as trace:
-        own_loop(pipe, text)
-        own_loop(pipe, text)  # of the same timesteps object
+        custom_loop(pipe, trace, text)
+        custom_loop(pipe, trace, text)  # of the same timesteps object
     assert len(trace) == 2
     assert_same_records(*trace)
+    assert trace[0].prompt == "a tree"  # embedded before the trace
     assert trace[0].timesteps == pipe.scheduler.timesteps.tolist()
 
 
@@ -496,8 +496,8 @@ def test_a_pass_that_fails_ends_the_call(fresh, store):
     pipe.scheduler.set_timesteps(2)
     text = pipe.encode_prompt("a tree", pipe.device, 1, False)[0]
     with daamlib.trace(pipe, store=store) as trace:
-        with pytest.warns(UserWarning, match="did not end"):
-            own_loop(pipe, text, fails=[1])
+        with pytest.warns(UserWarning, match="a pass of the denoiser failed"):
+            custom_loop(pipe, trace, text, fails=[1])
     assert len(trace) == 0
 
 
@@ -569,14 +569,13 @@ def test_nothing_keeps_activations_alive(sd1_pipe, fails):
     assert trace.bytes_needed == (0 if fails else trace[0].nbytes)  # no half-made call
 
 
-def test_the_other_half_of_the_batch_is_not_held(sd1_pipe):
-    with daamlib.trace(sd1_pipe) as trace:
+def test_a_record_holds_nothing_of_the_rest_of_its_batch(sd1_pipe):
+    """So the other records of a call, and the half of the negative text, can be freed."""
+    with daamlib.trace(sd1_pipe, self_attention=True) as trace, daamlib.trace(sd1_pipe, store="linear") as sums:
         generate(sd1_pipe, ["a car", "a tree"])
-    for layer in trace[0].layers:
-        held = layer.queries.untyped_storage().nbytes()
-        assert held == 2 * layer.queries.numel() * layer.queries.element_size()  # of both images, conditional half
-    embeddings = trace[0].prompt_embeddings.values
-    assert embeddings.untyped_storage().nbytes() == 2 * 77 * 24 * 4
+    tensors = [layer.queries for layer in trace[0].layers] + [layer.query_sum for layer in sums[0].layers]
+    for tensor in [*tensors, trace[0].prompt_embeddings.values]:
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
 def test_traces_nest(sd1_pipe):
@@ -655,7 +654,7 @@ def test_queries_state_what_they_need_from_the_first_step(sd1_pipe, caplog):
 
 def test_a_pipeline_without_a_unet():
     pipe = types.SimpleNamespace(transformer=torch.nn.Linear(1, 1))
-    with pytest.raises(TypeError, match="got SimpleNamespace with a transformer .* Linear"):
+    with pytest.raises(TypeError, match="got SimpleNamespace with a Linear, which no reader knows"):
         with daamlib.trace(pipe):
             pass
     with pytest.raises(TypeError, match="got str: DAAM reads"), daamlib.trace("a model"):
@@ -711,9 +710,3 @@ def test_a_record_that_is_not_there(sd1_pipe):
     for number in (1, -2):
         with pytest.raises(EmptyTraceError, match=f"no record {number}: the trace holds 1"):
             trace[number]
-
-
-def test_trap_spacy_download_at_run_time():
-    """Words are found with the pipeline's own tokenizer."""
-    assert daamlib.attention.text.__name__ in sys.modules
-    assert not {"spacy", "nltk"} & set(sys.modules)

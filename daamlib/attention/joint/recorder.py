@@ -134,7 +134,11 @@ class JointRecorder(Recorder):
     def begin_pass(self, call: Call, told: Pass, rows: Rows) -> None:
         kept, reads = call.kept, call.plan is not None
         if call.timesteps:
-            check_arguments(self._family, self.denoiser, told.arguments)
+            try:
+                check_arguments(self._family, self.denoiser, told.arguments)
+            except ValueError as error:
+                self.break_off(call, str(error))
+                return
         if reads and len(call.timesteps) not in passes_to_keep(call.planned or len(self.pipe.scheduler.timesteps)):
             return
         kept.timesteps.append(told.level)
