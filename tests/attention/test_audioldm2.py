@@ -190,15 +190,16 @@ def test_embeddings_instead_of_a_prompt(pipe):
 
 
 @pytest.mark.parametrize("guided", [True, False])
-def test_a_loop_of_ones_own(pipe, guided):
+def test_a_custom_loop(pipe, guided):
     with daamlib.trace(pipe) as trace, captured(pipe) as captures, torch.no_grad():
         values, mask, generated = pipe.encode_prompt([PROMPT, SHORT], pipe.device, 1, guided)
         sample = torch.randn(2, 4, TIME, MEL, generator=torch.Generator().manual_seed(0)).to(pipe.device)
         pipe.scheduler.set_timesteps(2)
-        for t in pipe.scheduler.timesteps:
-            batch = torch.cat([sample] * 2) if guided else sample
-            texts = {"encoder_hidden_states_1": values, "encoder_attention_mask_1": mask}
-            pipe.unet(batch, t, generated, **texts)
+        with trace.loop([PROMPT, SHORT]):
+            for t in pipe.scheduler.timesteps:
+                batch = torch.cat([sample] * 2) if guided else sample
+                texts = {"encoder_hidden_states_1": values, "encoder_attention_mask_1": mask}
+                pipe.unet(batch, t, generated, **texts)
     assert [record.prompt for record in trace] == [PROMPT, SHORT]
     expected = naive_maps(captures, GRIDS, image=3 if guided else 1)
     assert_close(trace[1].daam().values, expected[:3])
@@ -281,7 +282,8 @@ def test_a_stream_that_there_is_not(pipe, sd1_pipe):
 
 def test_a_call_without_the_words(pipe):
     """The U-Net would read the GPT-2 vectors in their place."""
-    with daamlib.trace(pipe) as trace, pytest.raises(ValueError, match="encoder_hidden_states_1"), torch.no_grad():
+    refused = pytest.raises(ValueError, match="encoder_hidden_states_1")
+    with daamlib.trace(pipe) as trace, refused, torch.no_grad(), trace.loop("rain"):
         pipe.unet(torch.zeros(1, 4, TIME, MEL, device=pipe.device), 1, torch.zeros(1, 8, T5, device=pipe.device))
     assert len(trace) == 0
 

@@ -227,7 +227,7 @@ CHANGES = {
     "no words": (lambda header, tensors: header.pop("words"), "words"),
     "words of another kind": (set_header(words=[[1]]), "argument"),
     "layers of another kind": (set_header(layers=3), "int"),
-    "endless timesteps": (set_header(timesteps=[float("inf")] * 2), "infinity"),
+    "endless timesteps": (set_header(timesteps=[float("inf")] * 2), "its timesteps are"),
     "fewer steps": (set_header(timesteps=[1]), r"have shape \(2, 384, 8\), expected \(1, 384, 8\)"),
     "another grid": (set_layer(grid=[16, 16]), r"expected \(2, 256, 8\)"),
     "a grid in words": (set_layer(grid=["a", "b"]), "multiply"),
