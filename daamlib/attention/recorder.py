@@ -15,6 +15,7 @@ from .collectors import Collector, OnlineMaps, Queries, QuerySum
 from .layers import KeyProjection, Layer
 from .readers import reader_of
 from .readers.sites import Pass, Site
+from .readers.words import check_text
 from .record import AttentionRecord
 from .self_attention import LARGEST, LATE, SelfAttention, SelfAttentionCollector, together
 from .text import TokenEmbeddings, options_of_images, texts_of_images
@@ -398,6 +399,11 @@ class Recorder:
         device = self._keep.device or call.embeddings[0].values.device
         texts = {text: embeddings.to(device) for text, embeddings in call.texts.items()}
         by_image = options_of_images(options, len(call.prompts))
+        check = None
+        if None in call.prompts and self._reader.stream != "gpt2":  # whose vectors are not of a text alone
+            self._embedding = True
+            check = check_text(self._reader, options)
+            self._embedding = False
         for image, (prompt, own) in enumerate(zip(call.prompts, call.embeddings, strict=True)):
             layers = []
             for site in self._sites:
@@ -414,6 +420,7 @@ class Recorder:
                 texts=texts,
                 self_attention=self._self_attention(call, image),
                 embedded_with=by_image[image],
+                encoder_check=check if prompt is None else None,
                 pipe=self._pipe,
             )
             self.trace.records.append(record)

@@ -74,6 +74,28 @@ def test_an_encoder_that_computes_something_else_is_refused(fresh, change):
     assert record.daam()["<toy>"].isfinite().all()  # the prompt's own maps need no encoder
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")  # of a second adapter
+@pytest.mark.parametrize("change", [CHANGES[name] for name in ("adapters off", "another scale", "copied averages")])
+@pytest.mark.parametrize("weight", [1.0, 1.3])
+def test_a_prompt_given_as_embeddings_is_read_with_the_encoder_of_then(fresh, tmp_path, change, weight):
+    """Weighted ones, too: they are no encoder's, but later texts' keys are."""
+    pipe = fresh("sd1")
+    add_text_lora(pipe)
+    values = weight * pipe.encode_prompt(PROMPT, pipe.device, 1, False)[0]
+    negative = pipe.encode_prompt("", pipe.device, 1, False)[0]
+    with daamlib.trace(pipe) as trace, capture(pipe.unet) as captures:
+        generate(pipe, None, prompt_embeds=values, negative_prompt_embeds=negative)
+    record, later = trace[0], pipe.encode_prompt(TEXT, pipe.device, 1, False)[0][0]
+    expected = naive_maps(with_text(pipe.unet, captures, later), GRIDS, image=1)
+    maps = record.daam(TEXT)
+    assert_close(maps.values, expected[: len(maps)], 1e-4)
+    record.save(tmp_path / "a.safetensors")
+    change(pipe)
+    for each in (record, AttentionRecord.load(tmp_path / "a.safetensors", pipe=pipe)):
+        with pytest.raises(ValueError, match="text encoder is not the one"):
+            each.daam(TEXT)
+
+
 def test_what_leaves_the_embeddings_as_they_are_is_allowed(fresh):
     pipe = fresh("sd1")
     with daamlib.trace(pipe) as trace:
