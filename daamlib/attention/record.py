@@ -173,8 +173,8 @@ class AttentionRecord:
         if not error <= (ROUGH_TOLERANCE if rough else ENCODER_TOLERANCE):
             raise ValueError(
                 "the pipeline's text encoder is not the one that embedded this record's prompt, whose embeddings "
-                f"differ by {error:.1%} now: a new text would not fit the record's keys. Was a LoRA loaded, unloaded or "
-                "scaled since, were its weights averaged, a textual inversion replaced, or the prompt's embeddings "
+                f"differ by {error:.1%} now: a new text would not fit the record's keys. Was a LoRA loaded, unloaded "
+                "or scaled since, were weights averaged, a textual inversion replaced, or the prompt's embeddings "
                 "weighted? Bring the pipeline back to what it was, or give embeddings to daam_from / ldaam_from"
             )
 
