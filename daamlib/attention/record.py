@@ -17,6 +17,7 @@ from .heatmaps import HeatMaps, upsample
 from .layers import KeyProjection, Layer
 from .ldaam import LinearMap, NormedLinearMap, collapse
 from .readers import fingerprint_of, reader_of
+from .readers.words import CHECK_TEXT
 from .self_attention import SelfAttention
 from .softmax import MAX_BYTES
 from .text import TokenEmbeddings, check_embeddings
@@ -45,6 +46,8 @@ class AttentionRecord:
         kept_map: what a record that was `collapsed` reads LDAAM from; else None.
         embedded_with: the arguments of `encode_prompt` that the prompt was embedded with, such as `clip_skip`.
         masked: whether a mask left padding out of the passes' softmax; then it is left out of later texts', too.
+        encoder_check: of a prompt that was given as embeddings, those of `readers.words.CHECK_TEXT` by the text encoder
+            as it was while generating; None where it could not be asked.
         pipe: embeds further texts. A record does not keep its pipeline alive, and copies and pickles are without it:
             None once nothing else holds it, and of a record that was loaded without one. See `with_pipe`.
     """
@@ -60,6 +63,7 @@ class AttentionRecord:
     kept_map: LinearMap | None = None
     embedded_with: Mapping[str, Any] = field(default_factory=dict)
     masked: bool = False
+    encoder_check: torch.Tensor | None = None
     pipe: Any = Weakly()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -136,8 +140,7 @@ class AttentionRecord:
         Raises:
             TypeError: `text` is no string.
             ValueError: it is too long, the record has no pipeline (any more), or the pipeline embeds the prompt in
-                another way than while generating, as after a LoRA was unloaded. Of a prompt that was given as
-                embeddings this cannot be told.
+                another way than while generating, as after a LoRA was unloaded.
         """
         pipe = self.pipe
         if pipe is None:
@@ -152,15 +155,18 @@ class AttentionRecord:
         return replace(embeddings, values=embeddings.values.to(self.device))
 
     def _require_text_encoder(self, reader: Any) -> None:
-        """ValueError if the prompt, embedded again, has other embeddings than the passes read.
+        """ValueError if the prompt, or the check text, embedded again has other embeddings than while generating.
 
         What the encoder computes is compared, not its weights: a LoRA, its scale, a copied average of weights or a
         textual inversion may change it without a trace in them.
         """
-        if self.prompt is None:
+        text, given = self.prompt, self.prompt_embeddings
+        if self.encoder_check is not None:
+            text, given = CHECK_TEXT, TokenEmbeddings.unnamed(self.encoder_check)
+        if text is None:
             return
-        rows, count = self.prompt_embeddings.rows, len(self.prompt_embeddings.tokens)
-        own, now = self.prompt_embeddings.values[rows], reader.embed(self.prompt, self.embedded_with)
+        rows, count = given.rows, len(given.tokens)
+        own, now = given.values[rows], reader.embed(text, self.embedded_with)
         # a reader's embeddings end with the text or with its padding; a mask may have left out rows of the record's
         places = [now[rows]] if len(now) == count else [now[: len(rows)], now[-len(rows) :]]
         errors = [(found.to(own.device).float() - own.float()).norm() for found in places if len(found) == len(own)]
@@ -169,9 +175,9 @@ class AttentionRecord:
         if not error <= (ROUGH_TOLERANCE if rough else ENCODER_TOLERANCE):
             raise ValueError(
                 "the pipeline's text encoder is not the one that embedded this record's prompt, whose embeddings "
-                f"differ by {error:.1%} now (was a LoRA loaded, unloaded or scaled since, were weights averaged, or a "
-                "textual inversion replaced?): a new text would not fit the record's keys. Bring the pipeline back "
-                "to what it was, or give embeddings to daam_from / ldaam_from"
+                f"differ by {error:.1%} now: a new text would not fit the record's keys. Was a LoRA loaded, unloaded "
+                "or scaled since, were weights averaged, a textual inversion replaced, or the prompt's embeddings "
+                "weighted? Bring the pipeline back to what it was, or give embeddings to daam_from / ldaam_from"
             )
 
     def daam(self, text: str | None = None, *, padding: bool = True) -> HeatMaps:
@@ -375,6 +381,7 @@ class AttentionRecord:
         return replace(
             self,
             prompt_embeddings=self.prompt_embeddings.to(device),
+            encoder_check=None if self.encoder_check is None else self.encoder_check.to(device),
             layers=tuple(layer.to(device) for layer in self.layers),
             texts={text: embeddings.to(device) for text, embeddings in self.texts.items()},
             self_attention=None if self.self_attention is None else self.self_attention.to(device),
@@ -390,7 +397,7 @@ class AttentionRecord:
 
     def save(self, path: str | Path) -> None:
         """Write the record to one `.safetensors` file; a file of that name is replaced only when all is written."""
-        tensors = {"prompt_embeddings": self.prompt_embeddings.values}
+        tensors = {"prompt_embeddings": self.prompt_embeddings.values, "encoder_check": self.encoder_check}
         for number, layer in enumerate(self.layers):
             tensors |= {f"{number}.key_{name}": tensor for name, tensor in layer.to_k.tensors.items()}
             tensors |= {f"{number}.{name}": getattr(layer, name) for name in TENSORS}
@@ -475,6 +482,7 @@ class AttentionRecord:
                 texts=texts,
                 embedded_with=header["embedded_with"],
                 masked=bool(header.get("masked", False)),
+                encoder_check=tensors.get("encoder_check"),
             )
             _check(record)
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:

@@ -19,6 +19,7 @@ from .collectors import Collector, OnlineMaps, Queries, QuerySum
 from .layers import KeyProjection, Layer
 from .readers import Reader
 from .readers.sites import Site, refuse_caches
+from .readers.words import check_text
 from .real_images import add_noise, check_levels, latents_of, noise_levels
 from .record import AttentionRecord
 from .self_attention import LARGEST, LATE, SelfAttention, SelfAttentionCollector, together
@@ -357,6 +358,9 @@ class AttentionRecorder(Recorder):
             )
         texts = {text: embeddings.to(device) for text, embeddings in kept.texts.items()}
         timesteps = [int(level) if level == int(level) else level for level in call.timesteps]
+        check = None
+        if None in call.prompts and self._reader.embeds:
+            check = check_text(self._reader, call.options[0])
         records = []
         for image, (prompt, own) in enumerate(zip(call.prompts, kept.embeddings, strict=True)):
             layers = []
@@ -374,6 +378,7 @@ class AttentionRecorder(Recorder):
                 self_attention=self._self_attention(kept, image),
                 embedded_with=call.options[image],
                 masked=kept.masked,
+                encoder_check=check if prompt is None else None,
                 pipe=self.pipe,
             )
             records.append(record)

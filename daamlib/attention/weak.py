@@ -7,13 +7,10 @@ from typing import Any
 
 
 class Weakly:
-    """Descriptor of a field that holds a weak reference: it reads None once nothing else holds the value.
+    """Descriptor of a dataclass field that holds a weak reference: it reads None once nothing else holds the value.
 
-        @dataclass(frozen=True)
-        class Record:
-            pipe: Any = Weakly()  # the default is None
-
-    The class decides what its pickles and copies hold: a weak reference cannot be pickled.
+    Written as `pipe: Any = Weakly()` in the class, the field's default is None. The class decides what its pickles and
+    copies hold: a weak reference cannot be pickled.
     """
 
     def __set_name__(self, owner: type, name: str) -> None:

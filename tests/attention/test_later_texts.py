@@ -74,6 +74,28 @@ def test_an_encoder_that_computes_something_else_is_refused(fresh, change):
     assert record.daam()["<toy>"].isfinite().all()  # the prompt's own maps need no encoder
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")  # of a second adapter
+@pytest.mark.parametrize("change", [CHANGES[name] for name in ("adapters off", "another scale", "copied averages")])
+@pytest.mark.parametrize("weight", [1.0, 1.3])
+def test_a_prompt_given_as_embeddings_is_read_with_the_encoder_of_then(fresh, tmp_path, change, weight):
+    """Weighted ones, too: they are no encoder's, but later texts' keys are."""
+    pipe = fresh("sd1")
+    add_text_lora(pipe)
+    values = weight * pipe.encode_prompt(PROMPT, pipe.device, 1, False)[0]
+    negative = pipe.encode_prompt("", pipe.device, 1, False)[0]
+    with daamlib.trace(pipe) as trace, capture(pipe.unet) as captures:
+        generate(pipe, None, prompt_embeds=values, negative_prompt_embeds=negative)
+    record, later = trace[0], pipe.encode_prompt(TEXT, pipe.device, 1, False)[0][0]
+    expected = naive_maps(with_text(pipe.unet, captures, later), GRIDS, image=1)
+    maps = record.daam(TEXT)
+    assert_close(maps.values, expected[: len(maps)], 1e-4)
+    record.save(tmp_path / "a.safetensors")
+    change(pipe)
+    for each in (record, AttentionRecord.load(tmp_path / "a.safetensors", pipe=pipe)):
+        with pytest.raises(ValueError, match="text encoder is not the one"):
+            each.daam(TEXT)
+
+
 def test_what_leaves_the_embeddings_as_they_are_is_allowed(fresh):
     pipe = fresh("sd1")
     with daamlib.trace(pipe) as trace:
@@ -320,3 +342,40 @@ def test_maps_stored_inside_autocast_are_summed_in_float32(sd1_pipe):
             generate(sd1_pipe, PROMPT)
     assert online[0].daam().values.dtype == torch.float32
     assert_close(online[0].daam().values, trace[0].daam().values, 1e-5)
+
+
+# -- names -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("store", ["queries", "maps"])
+def test_maps_of_a_text_that_is_padded_on_the_left(fresh, store):
+    pipe = fresh("sd1")
+    pipe.tokenizer.padding_side = "left"
+    texts = {"texts": ["a car"]} if store == "maps" else {}
+    with daamlib.trace(pipe, store=store, **texts) as trace, capture(pipe.unet) as captures:
+        generate(pipe, PROMPT)
+    full = naive_maps(captures, GRIDS, image=1)
+    ids = pipe.tokenizer(PROMPT, padding="max_length", max_length=77).input_ids
+    raw = pipe.tokenizer.convert_ids_to_tokens(ids)
+    maps = trace[0].daam()
+    assert maps.tokens[0] == "<|startoftext|>" and "<pad>" not in maps.tokens
+    assert_close(maps.values, full[raw.index("<|startoftext|>") :])
+    assert_close(maps["car"], full[raw.index("car</w>")])
+    values = pipe.encode_prompt("a car", pipe.device, 1, False)[0][0]
+    later, expected = trace[0].daam("a car"), naive_maps(with_text(pipe.unet, captures, values), GRIDS, image=1)
+    assert_close(later.values, expected[-4:])
+
+
+def test_maps_of_a_textual_inversion_and_of_both_cars(fresh):
+    pipe = fresh("sd1")
+    vectors = torch.randn(3, 24, generator=torch.Generator().manual_seed(3))
+    pipe.load_textual_inversion({"<toy>": vectors}, token="<toy>")
+    with daamlib.trace(pipe) as trace, capture(pipe.unet) as captures:
+        generate(pipe, "a <toy> car and a car")
+    full, maps = naive_maps(captures, GRIDS, image=1), trace[0].daam()
+    assert_close(maps["<toy>"], full[2:5].mean(dim=0))
+    cars = [row for row, token in enumerate(maps.tokens) if token == "car"]
+    assert cars[0] == 5 and len(cars) == 2
+    assert_close(maps["car"], full[cars].mean(dim=0))
+    assert_close(maps["car", 1], full[cars[1]])
+    assert_close(maps["<toy> car"], full[2:6].mean(dim=0))

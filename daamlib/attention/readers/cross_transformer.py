@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ...pipeline import denoiser_of, uncompiled
-from ..calls import Pass
+from ..calls import EMBED, Pass
 from ..fingerprint import Fingerprint
 from ..text import PAD, TextTooLongError, TokenEmbeddings, require_text
 from .sites import Site, embedder_of, fingerprint_of_sites, place_of, refuse_caches
@@ -142,6 +142,11 @@ class CrossTransformerReader:
                 f"{positions} positions are not the {h} x {w} patches of a {latent[0]} x {latent[1]} latent"
             )
         return h, w
+
+    @property
+    def embeds(self) -> bool:
+        """Whether the pipeline embeds texts by a method of its own."""
+        return any(hasattr(self.pipe, name) for name in EMBED)
 
     @property
     def rough(self) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ...pipeline import denoiser_of
-from ..calls import Pass
+from ..calls import EMBED, Pass
 from ..fingerprint import Fingerprint
 from ..text import TextTooLongError, TokenEmbeddings, require_text
 from .sites import Site, embedder_of, fingerprint_of_sites, place_of
@@ -37,6 +37,11 @@ class UNetReader:
         self.pipe = pipe
         self.denoiser: Any = denoiser_of(pipe)
         self.middle = middle
+
+    @property
+    def embeds(self) -> bool:
+        """Whether the pipeline embeds texts by a method of its own."""
+        return any(hasattr(self.pipe, name) for name in EMBED)
 
     @property
     def rough(self) -> bool:

@@ -1,7 +1,9 @@
 """Tokens of texts, and which of them make which word: by where a tokenizer marks the words."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+import torch
 
 from ..text import Word, without_spaces
 
@@ -9,6 +11,7 @@ SPACE = "\u2581"  # sentencepiece's mark of a space
 BYTE_SPACE = "\u0120"  # that of byte-level BPE
 PART = "\ufffd"  # what a piece decodes to that is a part of a character's bytes
 
+CHECK_TEXT = "a photo of a street with a car, a person and a tree"  # shows whether a text encoder is as it was
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")  # of a pipeline
 
 Names = tuple[tuple[str, ...], tuple[Word, ...]]  # readable tokens, and the words they make
@@ -26,6 +29,19 @@ def require_text_encoder(pipe: Any) -> None:
             "the pipeline has no text encoder (was it deleted after the prompt was embedded?): a text cannot be "
             "embedded. Give embeddings to daam_from / ldaam_from"
         )
+
+
+def check_text(reader: Any, options: Mapping[str, Any]) -> torch.Tensor | None:
+    """Return the (m, d_text) embeddings of `CHECK_TEXT`, None where a text encoder is not where the pipeline computes.
+
+    It is then not moved, which would cost memory while an image is made.
+    """
+    encoders = [encoder for name in ENCODERS if (encoder := getattr(reader.pipe, name, None)) is not None]
+    device = reader.pipe._execution_device
+    if not encoders or any(weight.device != device for encoder in encoders for weight in encoder.parameters()):
+        return None
+    options = {name: value for name, value in options.items() if name != "prompt_2"}
+    return reader.embed(CHECK_TEXT, options)
 
 
 def is_rough(pipe: Any, *, projected: bool) -> bool:
