@@ -164,6 +164,7 @@ class JointRecorder:
         """The pipeline's last act: turn the call into records; an interrupted one has made fewer passes."""
         call, self._call = self._call, None
         if call is None or call.sums is None:
+            self.trace.unfinished += call is not None  # interrupted before the first pass that is read
             return
         encoding = call.encodings[0]
         for image, calls in enumerate(call.kept):
