@@ -3,8 +3,10 @@
 The expected values are computed here, by an attention processor with explicit probabilities or from the projections.
 """
 
+import copy
 import functools
 import math
+import pickle
 import threading
 
 import diffusers
@@ -630,6 +632,28 @@ def test_what_a_joint_record_cannot_do_says_what_to_use():
     car = scores[0] > scores[1]
     assert car.any() and not car.all()
     assert torch.equal(torch.as_tensor(labels == daamlib.cityscapes.label_id("car")), car)
+
+
+def test_a_copy_has_no_pipeline_until_it_is_given():
+    record = shared_record("SD 3")
+    for again in (pickle.loads(pickle.dumps(record)), copy.deepcopy(record)):
+        assert again.pipe is None and torch.equal(again.daam(WORDS).values, record.daam(WORDS).values)
+        with pytest.raises(ValueError, match="with_pipe"):
+            again.daam("sky")
+        assert torch.equal(again.with_pipe(shared("SD 3")).daam("sky").values, record.daam("sky").values)
+        with pytest.raises(ValueError, match="this record and the pipeline"):
+            again.with_pipe(shared("SD 3.5"))
+
+
+def test_what_records_share_is_there():
+    record = shared_record("Flux.1")
+    assert record.d_text == 32 and [layer.name for layer in record.layers] == record.layer_names()
+    assert {(layer.grid, layer.heads) for layer in record.layers} == {(record.grid, 2)}
+    assert record.text_embeddings() is record.prompt_embeddings
+    assert record.text_embeddings(PROMPT, padding=False).tokens == record.daam().tokens
+    assert torch.equal(record.text_embeddings("sky").values, record.encode("sky").values)
+    with pytest.raises(TypeError, match="AttentionRecord"):
+        daamlib.choose_settings([record], [torch.zeros(8, 12, dtype=torch.bool)])
 
 
 def test_maps_are_not_the_records_own_memory():

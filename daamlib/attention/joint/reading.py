@@ -79,7 +79,10 @@ def check_arguments(family: Family, denoiser: Any, arguments: Mapping[str, Any])
             "pipeline reads a second image, too. Trace the pipeline's own call"
         )
     if len(sample) != len(text):
-        raise ValueError(f"the transformer is called with {len(text)} texts for {len(sample)} latents: one text each")
+        raise ValueError(
+            f"the transformer is called with {len(text)} texts for {len(sample)} latents: expected one text each. "
+            "Repeat the prompt's embeddings for every image"
+        )
     return grid
 
 
