@@ -175,7 +175,7 @@ TRANSFORMERS = {
     ("PixArt-Sigma", "05"): "one token of 24 numbers, fitted to 5 masks of (16, 16)",
     ("Sana 1.5", "04"): "A has the shape (3, 16, 16, 24)",
     ("SD 3", "00"): "grid (8, 8), 2 steps, 4 cross-attention layers",
-    ("SD 3", "03"): "X' = X gives DAAM: False",
+    ("SD 3", "03"): "X' = X gives DAAM: True",
     ("SD 3", "04"): NO_MAP,
     ("SD 3", "05"): NO_TOKEN,
 }

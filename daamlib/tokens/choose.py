@@ -54,6 +54,11 @@ def choose_settings(
     if not weight_decays or not all(0 <= decay < float("inf") for decay in weight_decays):
         raise ValueError(f"weight_decays must be 0 or positive numbers, one or more, got {list(weight_decays)}")
     records, masks = list(records), list(masks)
+    if not all(isinstance(record, AttentionRecord) for record in records):
+        raise TypeError(
+            f"settings are chosen for AttentionRecords, got {[type(record).__name__ for record in records]}: for "
+            "images of joint models give `layers` and `weight_decay` to optimize_probe"
+        )
     tried = [
         {"layers": layers, "max_timestep": timestep} for layers in _layers(records) for timestep in _timesteps(records)
     ]

@@ -411,7 +411,7 @@ def test_an_aborted_call_leaves_no_record():
             generate(pipe, callback_on_step_end=stop)
         with pytest.warns(UserWarning, match="did not end"):
             generate(pipe)
-    assert len(trace) == 1 and trace.unfinished == 1
+    assert len(trace) == 1 and len(trace.problems) == 1
     assert torch.equal(trace[0].daam().values, shared_record("SD 3").daam().values)
 
 

@@ -3,8 +3,10 @@
 The expected values are computed here, by an attention processor with explicit probabilities or from the projections.
 """
 
+import copy
 import functools
 import math
+import pickle
 import threading
 
 import diffusers
@@ -327,6 +329,31 @@ def test_edits_that_read_another_image_are_refused_in_the_first_pass(pipeline, o
     assert not passes
 
 
+def test_other_images_in_qwens_sequence_are_refused_in_the_first_pass():
+    pipe, passes = tiny_joint.build("Qwen-Image"), []
+
+    def edit(module, args, kwargs):  # as QwenImageEditPipeline, whose prompt is embedded with the image
+        shapes = [[*kwargs["img_shapes"][0], (1, 4, 6)]]
+        states = torch.cat([kwargs["hidden_states"]] * 2, dim=1)
+        return args, {**kwargs, "hidden_states": states, "img_shapes": shapes}
+
+    pipe.transformer.register_forward_pre_hook(edit, with_kwargs=True)
+    pipe.transformer.register_forward_hook(lambda *_: passes.append(1))
+    with pytest.raises(ValueError, match="other images"):
+        traced(pipe)
+    encode = pipe.encode_prompt
+
+    def encode_prompt(prompt=None, image=None, **options):
+        assert prompt == PROMPT
+        return encode(prompt, **options)
+
+    pipe.encode_prompt = encode_prompt
+    for read in (lambda: traced(pipe, words=WORDS), lambda: daamlib.trace_image(pipe, torch.rand(3, 32, 48))):
+        with pytest.raises(ValueError, match="other images"):
+            read()
+    assert not passes
+
+
 def fill_transformer(channels):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
@@ -438,6 +465,18 @@ def test_of_a_controlnet_the_prompts_maps_and_the_words_are_read(family, tmp_pat
             read(loaded)
     pipe.controlnet = random_weights(pipe.controlnet, scale=1.0)
     assert not torch.equal(call(), plain)  # the control does something
+
+
+def test_a_call_stopped_before_the_first_pass_that_is_read_is_told_of():
+    def interrupt(pipe, step, *_):
+        pipe._interrupt = True
+        return {}
+
+    with daamlib.trace(shared("SD 3")) as trace:
+        generate(shared("SD 3"), num_inference_steps=20, callback_on_step_end=interrupt)  # reads the third pass first
+    assert len(trace) == 0 and len(trace.problems) == 1
+    with pytest.raises(IndexError, match="1 calls did not end"):
+        trace[0]
 
 
 # -- devices, threads, hooks -----------------------------------------------------------------------------------------
@@ -593,6 +632,28 @@ def test_what_a_joint_record_cannot_do_says_what_to_use():
     car = scores[0] > scores[1]
     assert car.any() and not car.all()
     assert torch.equal(torch.as_tensor(labels == daamlib.cityscapes.label_id("car")), car)
+
+
+def test_a_copy_has_no_pipeline_until_it_is_given():
+    record = shared_record("SD 3")
+    for again in (pickle.loads(pickle.dumps(record)), copy.deepcopy(record)):
+        assert again.pipe is None and torch.equal(again.daam(WORDS).values, record.daam(WORDS).values)
+        with pytest.raises(ValueError, match="with_pipe"):
+            again.daam("sky")
+        assert torch.equal(again.with_pipe(shared("SD 3")).daam("sky").values, record.daam("sky").values)
+        with pytest.raises(ValueError, match="this record and the pipeline"):
+            again.with_pipe(shared("SD 3.5"))
+
+
+def test_what_records_share_is_there():
+    record = shared_record("Flux.1")
+    assert record.d_text == 32 and [layer.name for layer in record.layers] == record.layer_names()
+    assert {(layer.grid, layer.heads) for layer in record.layers} == {(record.grid, 2)}
+    assert record.text_embeddings() is record.prompt_embeddings
+    assert record.text_embeddings(PROMPT, padding=False).tokens == record.daam().tokens
+    assert torch.equal(record.text_embeddings("sky").values, record.encode("sky").values)
+    with pytest.raises(TypeError, match="AttentionRecord"):
+        daamlib.choose_settings([record], [torch.zeros(8, 12, dtype=torch.bool)])
 
 
 def test_maps_are_not_the_records_own_memory():

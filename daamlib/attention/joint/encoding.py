@@ -1,5 +1,6 @@
 """Texts as a joint model's pipeline embeds them."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,8 +30,13 @@ def embed_prompt(pipe: Any, family: Family, prompts: Mapping[str, str], options:
         The embeddings, and what else the method returns.
 
     Raises:
-        ValueError: the pipeline has no text encoder.
+        ValueError: the pipeline has no text encoder, or it embeds a text together with an image.
     """
+    if "image" in inspect.signature(pipe.encode_prompt).parameters:
+        raise ValueError(
+            f"{type(pipe).__name__} embeds a prompt together with other images, as when editing: not supported. Use "
+            "the text-to-image pipeline of the model"
+        )
     lacking = [name for name in family.encoders if getattr(pipe, name, None) is None]
     if lacking:
         raise ValueError(

@@ -72,6 +72,20 @@ class JointRecord:
     pipe: Any = field(default=None, repr=False)
     self_attention: ClassVar[None] = None  # is not kept of a joint model
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles are without the pipeline; see `with_pipe`."""
+        return {name: value for name, value in vars(self).items() if name != "pipe"}
+
+    @property
+    def d_text(self) -> int:
+        """The width of the text embeddings."""
+        return self.prompt_embeddings.values.shape[1]
+
+    @property
+    def layers(self) -> tuple[Block, ...]:
+        """The attentions that are read, one a block. ValueError for a record without a pipeline."""
+        return tuple(self._blocks())
+
     @property
     def device(self) -> torch.device:
         """Where the record's tensors lie; passes are made again where the pipeline computes."""
@@ -106,6 +120,12 @@ class JointRecord:
         """
         self._require_text_encoders()
         return encode_text(self.pipe, self._family(), text, self.embedded_with)
+
+    def text_embeddings(self, text: str | None = None, *, padding: bool = True) -> TokenEmbeddings:
+        """Return the embeddings of the prompt (None, or its words), which need no pipeline, or of any other text."""
+        if text is None or text == self.prompt:
+            return self.prompt_embeddings if padding else without_padding(self.prompt_embeddings)
+        return self.encode(text, padding=padding)
 
     def daam(self, text: str | Sequence[str] | None = None, *, padding: bool = True) -> HeatMaps:
         """DAAM of the prompt, or open-vocabulary DAAM of a text or of words (`joint.maps`).
@@ -183,7 +203,7 @@ class JointRecord:
             TypeError: `word` is no string.
             ValueError: see `encode`.
         """
-        return self.ldaam_from(without_padding(self.prompt_embeddings) if word is None else self.encode(word))
+        return self.ldaam_from(self.text_embeddings(word, padding=False))
 
     def ldaam_from(self, embeddings: torch.Tensor | TokenEmbeddings) -> HeatMaps:
         """`ldaam` of a text's embeddings; see `daam_from`."""
@@ -269,6 +289,20 @@ class JointRecord:
     def layer_names(self) -> list[str]:
         """The names of the attentions that are read. ValueError for a record without a pipeline."""
         return [block.name for block in self._blocks()]
+
+    def with_pipe(self, pipe: Any) -> "JointRecord":
+        """Return the record with the pipeline that made it, which reads further texts.
+
+        Args:
+            pipe: that pipeline, or another of the same model.
+
+        Returns:
+            A new record, whose tensors lie where they are.
+
+        Raises:
+            ValueError: the pipeline's model is another one.
+        """
+        return replace(placed(self, "this record", pipe, self.device, fingerprint_of_joint), pipe=pipe)
 
     def to(self, device: str | torch.device) -> "JointRecord":
         """A record with all its tensors on `device`; the pipeline stays."""
@@ -379,7 +413,8 @@ class JointRecord:
         if family is None:
             raise ValueError(
                 "this record has no model: a text of a joint model has keys only where it runs along with the image. "
-                f"Load it with JointRecord.load(path, pipe=pipe); without, it knows the prompt and {list(self.words)}"
+                f"Load it with JointRecord.load(path, pipe=pipe), or use record.with_pipe(pipe); without, it knows the "
+                f"prompt and {list(self.words)}"
             )
         return family
 
@@ -397,8 +432,9 @@ class JointRecord:
             return
         then, now = self.prompt_embeddings, embed_prompt(self.pipe, family, self.prompts, self.embedded_with)[0][0]
         rows = [row for row in rows_of_text(then) if row < len(now)]
-        own, tolerance = then.values[rows].float(), max(TOLERANCE[values.dtype] for values in (then.values, now))
-        if len(rows) < len(rows_of_text(then)) or not (now[rows].to(own) - own).norm() <= tolerance * own.norm():
+        own, tolerance = then.values[rows].float(), max(TOLERANCE[values.dtype] for values in (then.values, now)) / 2
+        same = (now[rows].to(own) - own).norm(dim=1) <= tolerance * own.norm(dim=1)  # of each token: of each encoder
+        if len(rows) < len(rows_of_text(then)) or not same.all():
             raise ValueError(
                 "the pipeline's text encoders do not embed this record's prompt as they did (was a LoRA loaded or "
                 "unloaded since, or is it another model?): a new text would not fit the image. Bring the pipeline back "
@@ -426,7 +462,7 @@ class JointRecord:
 
     def _of_tokens(self, embeddings: torch.Tensor | TokenEmbeddings, formula: Callable) -> HeatMaps:
         """The maps that a formula makes of each token of a text."""
-        values = check_embeddings(embeddings, self.prompt_embeddings.values.shape[1], self.device)
+        values = check_embeddings(embeddings, self.d_text, self.device)
         if values.requires_grad:
             raise ValueError("maps of a joint model are not differentiable in the embeddings: give them detached")
         text = embeddings if isinstance(embeddings, TokenEmbeddings) else TokenEmbeddings.unnamed(values)

@@ -157,6 +157,8 @@ class JointRecorder(Recorder):
     @override
     def make_records(self, call: Call) -> list[JointRecord]:
         kept = call.kept
+        if not kept.timesteps:
+            raise ValueError("it ended before the first pass that is read")
         if call.plan is None:
             chosen = sorted(passes_to_keep(len(kept.timesteps)))
             kept.timesteps = [kept.timesteps[number] for number in chosen]
