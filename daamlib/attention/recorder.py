@@ -144,7 +144,9 @@ class AttentionRecorder(Recorder):
         embed = self._reader.encode
         return Kept(
             embeddings=[
-                self._reader.named([prompt], text[i : i + 1].clone(), None if mask is None else mask[i : i + 1], options)[0]
+                self._reader.named(
+                    [prompt], text[i : i + 1].clone(), None if mask is None else mask[i : i + 1], options
+                )[0]
                 for i, (prompt, options) in enumerate(zip(call.prompts, call.options, strict=True))
             ],
             text=self._reader.project(text),

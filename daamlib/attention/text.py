@@ -208,14 +208,17 @@ def rows_of(word: str | tuple[str, int], words: Sequence[Word], tokens: Sequence
 def find_phrases(phrases: Sequence[str], words: Sequence[Word], tokens: Sequence[str]) -> list[list[int]]:
     """Return the rows of each phrase of a text that lists them in this order, whatever other phrases they occur in.
 
-    Raises ValueError for a phrase that does not come after the one before it.
+    A text that several encoders embed is listed several times (SD 3: CLIP's tokens, then T5's); a phrase has the rows
+    of all. Raises ValueError for a phrase that does not come after the one before it.
     """
-    found, rest = [], list(words)
-    for phrase in phrases:
-        rows = find_word(phrase, rest, tokens, 0)
-        found.append(rows)
-        rest = [word for word in rest if word.start > rows[-1]]
-    return found
+    found: list[list[int]] = [[] for _ in phrases]
+    rest = list(words)
+    while True:
+        for rows, phrase in zip(found, phrases, strict=True):
+            rows += find_word(phrase, rest, tokens, 0)
+            rest = [word for word in rest if word.start > rows[-1]]
+        if not all(occurrences(phrase, rest) for phrase in phrases):
+            return found
 
 
 def texts_of_images(texts: str | Sequence[str | None] | None, images: int) -> tuple[str | None, ...]:

@@ -218,13 +218,6 @@ class JointRecorder(Recorder):
         for noisy, level in zip(add_noise(latents, [(1 - s, s) for s in levels], seed), levels, strict=True):
             arguments = family.arguments(self.pipe, noisy.to(self.denoiser.dtype), level, encoded)
             calls.append(keep_arguments(arguments, 0, calls[-1] if calls else {}))
-        sample, expected = calls[0]["hidden_states"], self.denoiser.config.in_channels
-        channels = sample.shape[1 if sample.ndim == 4 else 2]
-        if channels != expected:
-            raise ValueError(
-                f"this transformer takes {expected} channels, an image's latents have {channels}: it is given another "
-                "image beside the noisy one, as for filling or control. A real image is read by a text-to-image model"
-            )
         grid = check_arguments(family, self.denoiser, calls[0])
         maps = make_again(self.pipe, family, calls, [], while_generating(None))
         return JointRecord(
