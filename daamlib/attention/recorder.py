@@ -400,7 +400,7 @@ class Recorder:
         texts = {text: embeddings.to(device) for text, embeddings in call.texts.items()}
         by_image = options_of_images(options, len(call.prompts))
         check = None
-        if None in call.prompts and self._reader.stream != "gpt2":  # whose vectors are not of a text alone
+        if None in call.prompts:
             self._embedding = True
             check = check_text(self._reader, options)
             self._embedding = False
