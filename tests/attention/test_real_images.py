@@ -127,7 +127,9 @@ def test_a_vae_that_overflows_in_half_precision(fresh, array, monkeypatch, fails
         assert record.layers[0].queries.dtype == torch.float16
         assert_close(record.daam().values, expected.daam().values, 0.05)
         pipe.vae.register_to_config(force_upcast=False)
-        with pytest.raises(ValueError, match="attn2 computes NaN or infinite values: the model overflows in torch.float16"):
+        with pytest.raises(
+            ValueError, match="attn2 computes NaN or infinite values: the model overflows in torch.float16"
+        ):
             daamlib.trace_image(pipe, array).daam()
 
 
