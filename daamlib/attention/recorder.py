@@ -41,6 +41,7 @@ class Kept:
         latent: (h, w) of the latents.
         texts: further texts to make maps of.
         masked: whether a mask leaves padding out.
+        check: of embeddings that `encode_prompt` did not return, what shows the text encoder as it is (`check_text`).
         collectors: by the site's name; likewise `keys`, what makes the keys, and `made`, the keys of the first pass.
         moved: how far later passes' keys were from those, largest absolute difference.
         seen: how many queries each site made in the pass under way.
@@ -54,6 +55,7 @@ class Kept:
     latent: tuple[int, int]
     texts: Mapping[str, TokenEmbeddings]
     masked: bool = False
+    check: torch.Tensor | None = None
     collectors: dict[str, Collector] = field(default_factory=dict)
     keys: dict[str, KeyProjection] = field(default_factory=dict)
     made: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -142,6 +144,7 @@ class AttentionRecorder(Recorder):
             raise ValueError("layers of the denoiser were replaced inside the `with`, as a LoRA does: load it before")
         text, mask = told.text[rows].detach().clone(), None if told.mask is None else told.mask[rows].clone()
         embed = self._reader.encode
+        given = any(all(encoding.text_of(row) is None for encoding in self.encodings) for row in text)
         return Kept(
             embeddings=[
                 self._reader.named(
@@ -153,6 +156,7 @@ class AttentionRecorder(Recorder):
             latent=(told.sample.shape[-2], told.sample.shape[-1]),
             texts={text: embed(text, padding=mask is None, options=call.options[0]) for text in self.options.texts},
             masked=mask is not None,
+            check=check_text(self._reader, call.options[0]) if given and self._reader.embeds else None,
         )
 
     @override
@@ -360,9 +364,6 @@ class AttentionRecorder(Recorder):
             )
         texts = {text: embeddings.to(device) for text, embeddings in kept.texts.items()}
         timesteps = [int(level) if level == int(level) else level for level in call.timesteps]
-        check = None
-        if None in call.prompts and self._reader.embeds:
-            check = check_text(self._reader, call.options[0])
         records = []
         for image, (prompt, own) in enumerate(zip(call.prompts, kept.embeddings, strict=True)):
             layers = []
@@ -380,7 +381,7 @@ class AttentionRecorder(Recorder):
                 self_attention=self._self_attention(kept, image),
                 embedded_with=call.options[image],
                 masked=kept.masked,
-                encoder_check=check if prompt is None else None,
+                encoder_check=None if kept.check is None else kept.check.to(device),
                 pipe=self.pipe,
             )
             records.append(record)

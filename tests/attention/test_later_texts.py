@@ -96,6 +96,27 @@ def test_a_prompt_given_as_embeddings_is_read_with_the_encoder_of_then(fresh, tm
             each.daam(TEXT)
 
 
+@torch.no_grad()
+def test_weighted_embeddings_of_a_named_text(fresh):
+    """A custom loop says which text its embeddings stand for: later texts are read by the encoder, not refused."""
+    pipe = fresh("sd1")
+    add_text_lora(pipe)
+    text = pipe.encode_prompt(PROMPT, pipe.device, 1, False)[0]
+    text[:, 2] *= 1.5
+    latents = torch.randn(1, 4, 16, 24, generator=torch.Generator().manual_seed(0)).to(pipe.device)
+    pipe.scheduler.set_timesteps(2)
+    with daamlib.trace(pipe) as trace, capture(pipe.unet) as captures, trace.loop(PROMPT, prompt_embeds=text):
+        for t in pipe.scheduler.timesteps:
+            pipe.unet(latents, t, encoder_hidden_states=text)
+    assert_close(trace[0].daam()["car"], naive_maps(captures, GRIDS, image=0)[trace[0].daam().tokens.index("car")])
+    later = pipe.encode_prompt(TEXT, pipe.device, 1, False)[0][0]
+    maps = trace[0].daam(TEXT)
+    assert_close(maps.values, naive_maps(with_text(pipe.unet, captures, later), GRIDS, image=0)[: len(maps)], 1e-4)
+    pipe.text_encoder.disable_adapters()
+    with pytest.raises(ValueError, match="text encoder is not the one"):
+        trace[0].daam(TEXT)
+
+
 def test_what_leaves_the_embeddings_as_they_are_is_allowed(fresh):
     pipe = fresh("sd1")
     with daamlib.trace(pipe) as trace:

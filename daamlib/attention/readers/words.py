@@ -41,7 +41,10 @@ def check_text(reader: Any, options: Mapping[str, Any]) -> torch.Tensor | None:
     if not encoders or any(weight.device != device for encoder in encoders for weight in encoder.parameters()):
         return None
     options = {name: value for name, value in options.items() if name != "prompt_2"}
-    return reader.embed(CHECK_TEXT, options)
+    try:
+        return reader.embed(CHECK_TEXT, options)
+    except ValueError:  # of a reader that embeds no later text, nothing is to be checked
+        return None
 
 
 def is_rough(pipe: Any, *, projected: bool) -> bool:
