@@ -11,7 +11,6 @@ What takes `classes` or `ids` takes any of these. In every list 0 is none of its
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -166,7 +165,7 @@ def _own(entries: Mapping[Any, Any]) -> ClassList:
         if not isinstance(name, str) or not name.strip() or len(entry) != 2:
             raise TypeError(f"a class is a name and its id, or a name and (id, colour), got {name!r}: {entry!r}")
         number, colour = entry
-        if not isinstance(number, Integral) or isinstance(number, bool):
+        if not isinstance(number, int | np.integer) or isinstance(number, bool):
             raise TypeError(f"the id of {name!r} must be a whole number, got {number!r}")
         if not 0 <= number < IGNORED or number in ids.values():
             raise ValueError(
@@ -189,7 +188,7 @@ def _colour(colour: Any, number: int) -> RGB:
         bits = [sum((number >> (3 * place + channel) & 1) << (7 - place) for place in range(3)) for channel in range(3)]
         return bits[0], bits[1], bits[2]
     values = ImageColor.getrgb(colour)[:3] if isinstance(colour, str) else tuple(colour)
-    if len(values) != 3 or not all(isinstance(value, Integral) and 0 <= value <= 255 for value in values):
+    if len(values) != 3 or not all(isinstance(value, int | np.integer) and 0 <= value <= 255 for value in values):
         raise ValueError(f"a colour is (red, green, blue), each 0 ... 255, or '#ff8000', got {colour!r}")
     return int(values[0]), int(values[1]), int(values[2])
 

@@ -91,7 +91,7 @@ def generate(
         self_attention: keep with each record what `record.refine` needs: of all late steps the mean, in float16, 2.1 MB
             an image at 32 x 32 positions.
         classes: those of the label maps (`daamlib.classes.class_list`); None: the labeller's, without any Cityscapes.
-        options: of the pipeline's own call, the same for every image, such as negative_prompt="blurry".
+        **options: of the pipeline's own call, the same for every image, such as negative_prompt="blurry".
 
     Returns:
         The dataset, or the shard's part of it; `load` returns all.
@@ -106,7 +106,7 @@ def generate(
     k, n = shard
     if not 0 <= k < n:
         raise ValueError(f"shard is (k, n) with 0 <= k < n, got {shard}")
-    ours = {"seed": seed, "steps": steps, "guidance": guidance, "size": size, "batch_size": batch_size}
+    ours: dict[str, Any] = {"seed": seed, "steps": steps, "guidance": guidance, "size": size, "batch_size": batch_size}
     ours |= {"keep_steps": keep_steps, "self_attention": self_attention, "options": options}
     generator = Generator.open(pipe, prompts, folder, labeller, shard=shard, classes=classes, **ours)
     mine = generator.indices(shard)
@@ -388,7 +388,10 @@ def check_numbers(
             raise ValueError(f"size={sides} is more than the {Image.MAX_IMAGE_PIXELS} pixels that Pillow reads back")
     if isinstance(guidance, bool | str) or not math.isfinite(guidance):
         raise ValueError(f"guidance must be a finite number, got {guidance!r}")
-    numbers = {"seed": files.whole_number("seed", seed, 0), "steps": files.whole_number("steps", steps, 1)}
+    numbers: dict[str, Any] = {
+        "seed": files.whole_number("seed", seed, 0),
+        "steps": files.whole_number("steps", steps, 1),
+    }
     limits = {"batch_size": batch_size, "threads": threads}
     some = {name: None if n is None else files.whole_number(name, n, 1, MOST[name]) for name, n in limits.items()}
     numbers |= {"guidance": float(guidance), "size": sides, "batch_size": some["batch_size"]}
