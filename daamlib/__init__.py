@@ -1,5 +1,8 @@
 """Cross-attention of latent diffusion models, read as segmentation masks."""
 
+import importlib
+from typing import Any
+
 from . import metrics as metrics
 from .attention.calls import Trace as Trace
 from .attention.heatmaps import HeatMaps as HeatMaps
@@ -19,3 +22,12 @@ from .tracing import trace as trace
 from .tracing import trace_image as trace_image
 
 __version__ = "0.2.0"
+
+_ROOMS = ("cityscapes", "classes", "datasets", "diagrams", "experiments", "plots", "urban", "widgets")
+
+
+def __getattr__(name: str) -> Any:
+    """Import a room when it is asked for, as in `daamlib.plots.show_maps`: they take long, and need extras."""
+    if name in _ROOMS:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

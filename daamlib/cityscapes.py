@@ -147,15 +147,18 @@ def to_train_ids(ids: ArrayLike) -> np.ndarray:
     return _TRAIN_IDS[ids.astype(np.int16) + 1]
 
 
-def overlay(image: Image.Image, labels: np.ndarray, *, opacity: float = 0.55) -> np.ndarray:
+def overlay(
+    image: Image.Image, labels: np.ndarray, *, opacity: float = 0.55, colours: np.ndarray = COLOURS
+) -> np.ndarray:
     """Paint a label map over its image.
 
     Args:
         image: of the size (W, H).
-        labels: (H, W) uint8 Cityscapes ids.
+        labels: (H, W) uint8 ids.
         opacity: of the colours, in [0, 1].
+        colours: (256, 3) uint8 RGB by id, such as a `ClassList.palette`; by default those of Cityscapes.
 
     Returns:
         (H, W, 3) uint8 pixels.
     """
-    return ((1 - opacity) * np.asarray(image) + opacity * COLOURS[labels] + 0.5).astype(np.uint8)
+    return ((1 - opacity) * np.asarray(image) + opacity * colours[labels] + 0.5).astype(np.uint8)

@@ -9,6 +9,8 @@ lie on a shared file system. daamlib is installed on all of them.
 """
 
 import argparse
+import json
+import re
 import sys
 import tempfile
 import time
@@ -17,11 +19,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .classes import ADE20K, CITYSCAPES, COCO, VOC, Classes
+from .datasets.folder import MOST_IMAGES
 from .datasets.generation import GPU_BATCH
 from .datasets.urban import urban_prompts
 from .datasets.workers import SHARD, Job, WorkerError, run_shards
 from .pipeline import cpu_threads
 from .tokens.label_maps import Threshold
+
+TABLES = {"cityscapes": CITYSCAPES, "voc": VOC, "coco": COCO, "ade20k": ADE20K}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,12 +45,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         before, start = len(job.missing()), time.perf_counter()
         dataset = run_shards(job, **kind)
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except WorkerError as error:
-        print(f"error: {error}\nThe same command goes on from here.", file=sys.stderr)
-        return 1
+    except RuntimeError as error:  # of PyTorch: no such device, or too little memory
+        if isinstance(error, WorkerError):
+            print(f"error: {error}\nThe same command goes on from here.", file=sys.stderr)
+            return 1
+        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 2
     seconds = time.perf_counter() - start
     print(f"{before} images in {seconds:.1f} s, {before / seconds:.3g} images/s; {len(dataset)} in {dataset.folder}")
     return 0
@@ -58,13 +67,15 @@ def _job(
     threshold: list[str],
     ignore_from: list[str],
     all_classes: bool,
+    classes: list[str] | None,
+    option: list[str],
     **same: Any,
 ) -> Job:
     """The job of the parsed arguments; `same` are those that have its own names."""
     if n is None and prompts is None:
         raise ValueError("say how many images: --n, or --prompts with one prompt for each")
-    if n is not None and n < 1:
-        raise ValueError(f"expected one image or more, got --n {n}")
+    if n is not None and not 1 <= n <= MOST_IMAGES:
+        raise ValueError(f"expected one image or more, at most {MOST_IMAGES:,}, got --n {n}")
     if size is not None and len(size) > 2:
         raise ValueError(f"--size is a side, or height and width, got {size}")
     return Job(
@@ -73,13 +84,20 @@ def _job(
         threshold=_threshold(threshold),
         ignore_from=_threshold(ignore_from),
         named_only=not all_classes,
+        ids=_classes(classes),
+        options=_options(option),
         **same,
     )
 
 
 def _read_prompts(path: Path, n: int | None) -> list[str]:
     """`n` prompts of a text file, one a line, from the first again where it has fewer; None: all."""
-    prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8 ({error}): save it as that") from error
+    # not `splitlines`, for which a form feed or U+2028 inside of a prompt ends a line
+    prompts = [line.strip() for line in re.split("\r\n|\r|\n", text) if line.strip()]
     if not prompts:
         raise ValueError(f"{path} has no prompts: expected one a line")
     return [prompts[i % len(prompts)] for i in range(len(prompts) if n is None else n)]
@@ -107,6 +125,32 @@ def _threshold(texts: Sequence[str]) -> Threshold:
         raise ValueError(f"a threshold is a number, or CLASS=NUMBER for every class, got {' '.join(texts)}") from error
 
 
+def _classes(texts: Sequence[str] | None) -> Classes | None:
+    """The name of a table, or cat=1 dog=2. Raises ValueError for anything else."""
+    if not texts:
+        return None
+    if len(texts) == 1 and texts[0].lower() in TABLES:
+        return TABLES[texts[0].lower()]
+    try:
+        return {name: int(number) for name, number in (text.rsplit("=", 1) for text in texts)}
+    except ValueError as error:
+        raise ValueError(f"classes are one of {', '.join(TABLES)}, or NAME=ID each, got {' '.join(texts)}") from error
+
+
+def _options(texts: Sequence[str]) -> dict[str, Any]:
+    """Of NAME=VALUE, the value in JSON or else a text as it is."""
+    options = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"an option is NAME=VALUE, got {text}")
+        try:
+            options[name] = json.loads(value)
+        except ValueError:
+            options[name] = value
+    return options
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m daamlib.generate", description="Generate images with the label maps of optimised tokens."
@@ -127,6 +171,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--ignore-from", nargs="+", default=["0.4"], metavar="P", help="255 from this one on, 0 below (default: 0.4)")
     add("--iterations", type=int, default=1, help="of refining along the self-attention (default: 1; 0: none)")
     add("--edge-aware", action="store_true", help="let label maps follow the edges of their image")
+    add("--classes", nargs="+", metavar="NAME=ID", help=f"ids of the tokens' classes, or one of {', '.join(TABLES)}")
+    add("--option", nargs="+", default=[], metavar="NAME=VALUE", help="of the pipeline, as negative_prompt=blurry")
     add("--all-classes", action="store_true", help="label also the classes that an image's prompt does not name")
     add("--workers", type=int, help="processes or Ray actors (default: 1; with Ray as many as there is room for)")
     add("--threads", type=int, default=1, help="of each worker on a CPU; the bytes depend on it (default: 1)")

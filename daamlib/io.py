@@ -26,7 +26,11 @@ def temporary_name(path: Path) -> Iterator[Path]:
 def atomic_write(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to; it becomes `path` on leaving, and is removed after an error."""
     with temporary_name(path) as temporary:
+        temporary.touch()  # with the permissions of the umask; safetensors makes files that only their owner can read
+        mode = temporary.stat().st_mode
         yield temporary
+        if temporary.stat().st_mode != mode:
+            temporary.chmod(mode)
         temporary.replace(path)
 
 
@@ -65,11 +69,62 @@ def load_tensors(path: str | Path, format: str) -> tuple[dict[str, torch.Tensor]
         raise FileNotFoundError(f"no file at {path}, expected one of the format {format}")
     try:
         with safe_open(path, "pt") as file:
-            found = json.loads((file.metadata() or {})["daamlib"])
+            found = _header(file, format)
             # clone: what lies in the mapped file is not aligned, and products of it may round otherwise
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
-        if found["format"] != format:
-            raise ValueError(f"its format is {found['format']}: make it anew with this version")
-        return tensors, dict(found["header"])
+            return {name: file.get_tensor(name).clone() for name in file.keys()}, dict(found["header"])
     except (SafetensorError, LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no readable file of the format {format}: {error}") from error
+        raise _unreadable(path, format, error) from error
+
+
+def check_file(path: Path) -> None:
+    """Read the header of what `save_tensors` wrote.
+
+    Args:
+        path: Of the file.
+
+    Raises:
+        ValueError: The file is cut, or of another program.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            _header(file)
+    except (SafetensorError, LookupError, TypeError, ValueError) as error:
+        raise _unreadable(path, "daamlib", error) from error
+
+
+def _header(file: Any, format: str | None = None) -> dict[str, Any]:
+    """What `save_tensors` wrote of the format and the header. Raises ValueError that says what the file is."""
+    metadata = file.metadata() or {}
+    if "daamlib" not in metadata:
+        names = ", ".join(list(file.keys())[:2])
+        raise ValueError(f"it is a safetensors file of another program, with tensors such as {names}")
+    found = json.loads(metadata["daamlib"])
+    if format is not None and found["format"] != format:
+        kind, read = _KINDS.get(found["format"].rpartition("-")[0], ("a file", "")), format.rpartition("-")[0]
+        if found["format"].startswith(read + "-") or not kind[1]:
+            raise ValueError(f"its format is {found['format']}: make it anew with this version")
+        raise ValueError(f"it is {kind[0]} ({found['format']}), which {kind[1]} reads")
+    return found
+
+
+# what `save_tensors` is used for, by the format's name, and what reads it
+_KINDS = {
+    "daamlib-token": ("an optimised token", "daamlib.OptimizedToken.load"),
+    "daamlib-record": ("an attention record", "daamlib.AttentionRecord.load"),
+    "daamlib-joint-record": ("a record of a joint model", "daamlib.JointRecord.load"),
+}
+_BEGINNINGS = {
+    b"\x89PNG": "a PNG picture",
+    b"\xff\xd8\xff": "a JPEG picture",
+    b"PK\x03\x04": "a zip or PyTorch file",
+    b"{": "JSON",
+}
+
+
+def _unreadable(path: Path, format: str, error: Exception) -> ValueError:
+    """The error of a file that is not of the format; it names what the file is, where its first bytes tell."""
+    with path.open("rb") as file:
+        begins = file.read(8)
+    kind = next((kind for start, kind in _BEGINNINGS.items() if begins.startswith(start)), None)
+    reason = "it is empty" if not begins else f"it is {kind}" if kind else error
+    return ValueError(f"{path} is no readable file of the format {format}: {reason}")

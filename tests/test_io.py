@@ -1,12 +1,13 @@
 """Files are complete or not there, and tensors come back as they were saved."""
 
 import json
+import os
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from daamlib.io import atomic_write, load_tensors, save_tensors
+from daamlib.io import atomic_write, check_file, load_tensors, save_tensors
 
 FORMAT = "test-2"
 
@@ -42,6 +43,54 @@ def test_what_cannot_be_saved_leaves_the_old_file(tmp_path):
     with pytest.raises(TypeError):
         save_tensors(path, {"a": torch.zeros(2)}, {"a": torch.zeros(2)}, FORMAT)
     assert torch.equal(load_tensors(path, FORMAT)[0]["a"], torch.ones(2))
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o007])
+def test_files_have_the_permissions_of_the_umask(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        save_tensors(tmp_path / "a.safetensors", {"a": torch.ones(2)}, {}, FORMAT)
+        with atomic_write(tmp_path / "a.txt") as temporary:
+            temporary.write_text("a")
+    finally:
+        os.umask(before)
+    for name in ("a.safetensors", "a.txt"):
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"\x89PNG\r\n\x1a\n....", "a PNG picture"),
+        (b"PK\x03\x04....", "a zip or PyTorch file"),
+        (b'{"prompt": 1}', "JSON"),
+        (b"", "it is empty"),
+    ],
+)
+def test_a_file_of_another_kind_is_named(tmp_path, content, what):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(content)
+    for read in (load_tensors, lambda path, _: check_file(path)):
+        with pytest.raises(ValueError, match=f"a.safetensors .*{what}"):
+            read(path, FORMAT)
+
+
+def test_a_token_is_no_record_nor_the_reverse(tmp_path):
+    path = tmp_path / "a.safetensors"
+    for kind, other, expected in (
+        ("daamlib-token-2", "daamlib-record-2", "an optimised token .*OptimizedToken.load"),
+        ("daamlib-record-2", "daamlib-token-2", "an attention record .*AttentionRecord.load"),
+        ("daamlib-joint-record-1", "daamlib-record-2", "a record of a joint model .*JointRecord.load"),
+        ("daamlib-record-2", "daamlib-joint-record-1", "an attention record .*AttentionRecord.load"),
+        ("daamlib-token-1", "daamlib-token-2", "make it anew"),
+    ):
+        save_tensors(path, {"a": torch.ones(2)}, {}, kind)
+        check_file(path)
+        with pytest.raises(ValueError, match=expected):
+            load_tensors(path, other)
+    save_file({"lora.down": torch.ones(2)}, path)
+    with pytest.raises(ValueError, match="another program.*lora.down"):
+        load_tensors(path, FORMAT)
 
 
 def test_files_that_are_not_of_the_format_are_refused(tmp_path):

@@ -10,6 +10,9 @@ Any of it can be killed at any moment and is finished by the same call again. `r
 ``python -m daamlib.generate`` do the same with many workers.
 """
 
+import importlib
+from typing import Any
+
 from ..cityscapes import MIN_AREA as MIN_AREA
 from .dataset import CLASSES as CLASSES
 from .dataset import Dataset as Dataset
@@ -28,3 +31,10 @@ from .urban import urban_prompts as urban_prompts
 from .workers import Job as Job
 from .workers import WorkerError as WorkerError
 from .workers import run_shards as run_shards
+
+
+def __getattr__(name: str) -> Any:
+    """Import `export` when it is asked for: it takes long."""
+    if name == "export":
+        return importlib.import_module(".export", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,15 +1,18 @@
 """One dataset of images with label maps, as it lies in its folder."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from ..attention.record import AttentionRecord
-from ..cityscapes import MIN_AREA, label_id
+from ..cityscapes import MIN_AREA
+from ..classes import ClassList
 from ..extras import needs
 from . import folder as files
 
@@ -20,22 +23,47 @@ CLASSES = ("car", "person", "traffic light", "rider")  # the thesis' four
 IRREGULAR = {"person": "people"}  # plurals that no rule makes
 
 
+Transform = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
 @dataclass(frozen=True, eq=False)
-class Dataset:
+class Dataset(torch.utils.data.Dataset):
     """Images of a folder, by their index in the manifest; each is read when asked for.
+
+    PyTorch's data loaders take it as it is, if every image has a label map: `dataset[k]` is the k-th row's image,
+    (3, H, W) float32 in [0, 1], and its label map, (H, W) int64.
+
+        dataset = dataclasses.replace(dataset, transform=lambda image, labels: (image[:, ::-1], labels[:, ::-1]))
+        loader = torch.utils.data.DataLoader(dataset, batch_size=8, shuffle=True)
 
     Attributes:
         folder: where the files are.
         manifest: one row an image: index (also the row's name), file, prompt, seed, model, weights, scheduler, steps,
             guidance, and the versions of torch, diffusers, transformers and daamlib. That of one shard has its images
             alone.
+        transform: changes image and label map together before `dataset[k]` makes tensors of them, (H, W, 3) and (H, W)
+            uint8.
     """
 
     folder: Path
     manifest: pd.DataFrame
+    transform: Transform | None = None
 
     def __len__(self) -> int:
         return len(self.manifest)
+
+    def __getitem__(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
+        i = self.indices[row]
+        image, labels = np.array(self.image(i)), self.labels(i)
+        if self.transform is not None:
+            image, labels = self.transform(image, labels)
+        pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+        return pixels.contiguous() / 255, torch.from_numpy(np.ascontiguousarray(labels)).long()
+
+    @property
+    def classes(self) -> ClassList:
+        """The classes of the label maps."""
+        return files.classes_of(self.folder)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -59,27 +87,30 @@ class Dataset:
         return self.folder / files.file_name(part, i)
 
     def image(self, i: int) -> Image.Image:
-        """Image `i`, RGB. Raises IndexError for an index that is not in the manifest."""
-        return Image.fromarray(files.read_png(self.path("images", i)))
+        """Image `i`, RGB. Raises IndexError for an index that is not in the manifest, ValueError for a damaged file."""
+        return Image.fromarray(files.read_image(self.path("images", i)))
 
     def labels(self, i: int) -> np.ndarray:
-        """(H, W) uint8 Cityscapes ids of image `i`. Raises IndexError, or ValueError where it has no label map."""
+        """(H, W) uint8 ids of image `i`. Raises IndexError, or ValueError without a label map or with a damaged one."""
         path = self.path("labels", i)
         if not path.is_file():
             raise ValueError(f"image {i} of {self.folder} has no label map: {_HOW_TO_LABEL}")
-        return files.read_png(path)
+        return files.read_labels(path, self.classes)
 
     def mask(self, i: int, name: str) -> np.ndarray:
-        """(H, W) bool: where image `i` shows the class. Raises ValueError for a name that is no Cityscapes label."""
-        return self.labels(i) == label_id(name)
+        """(H, W) bool: where image `i` shows the class. Raises ValueError for a name that is none of `classes`."""
+        return self.labels(i) == self.classes.id(name)
 
     def require_labels(self) -> None:
-        """ValueError if an image has no label map."""
+        """ValueError if an image has no label map, a file is damaged (all are read once), or there is no image."""
+        if not self.indices:
+            raise ValueError(f"there is no image: none of {self.folder} is selected")
         without = files.missing(self.folder, ["labels"], self.indices)
         if without:
             raise ValueError(
                 f"{len(without)} images of {self.folder} have no label map, such as {without[0]}: {_HOW_TO_LABEL}"
             )
+        files.verify(self.folder, self.settings, self.indices)
 
     def with_class(self, name: str, min_area: float = MIN_AREA, *, in_prompt: bool = True) -> list[int]:
         """The images that show a class; those without a label map are left out.
@@ -93,9 +124,9 @@ class Dataset:
             The images' indices.
 
         Raises:
-            ValueError: if no image has a label map, for a share that is none, or a name that is no Cityscapes label.
+            ValueError: if no image has a label map, for a share that is none, or a name that is none of `classes`.
         """
-        found, labelled = label_id(name), self.labelled
+        found, labelled = self.classes.id(name), self.labelled
         if not 0 < min_area <= 1:
             raise ValueError(f"min_area is a share of the image, above 0 and at most 1, got {min_area}")
         if not labelled:
@@ -127,20 +158,26 @@ class Dataset:
 _HOW_TO_LABEL = "generate again with a labeller, or use import_masks"
 
 
-def load(folder: str | Path) -> Dataset:
-    """A complete dataset of `generate` or `render`.
+def load(folder: str | Path, *, verify: bool = True) -> Dataset:
+    """Open a complete dataset of `generate` or `render`.
 
     Args:
         folder: where it is.
+        verify: whether to read all files once, so that a damaged one is found here (0.5 s for 1,000 images of 128
+            pixels); False: only that all are there.
 
     Returns:
         All its images.
 
     Raises:
         FileNotFoundError: where there is no dataset, or a file is missing.
-        ValueError: where dataset.json is damaged, or the manifest is not the one that follows from it.
+        ValueError: where dataset.json is damaged, the manifest is not the one that follows from it, or an image, label
+            map or record is damaged or of another size.
     """
-    return Dataset(Path(folder), files.read_manifest(Path(folder)))
+    manifest, settings = files.read_manifest(Path(folder))
+    if verify:
+        files.verify(Path(folder), settings, range(len(manifest)))
+    return Dataset(Path(folder), manifest)
 
 
 def names(class_name: str, prompt: str) -> bool:

@@ -6,23 +6,25 @@
     export.hugging_face(dataset)  # a datasets.Dataset, which has a push_to_hub of its own
 
 Every file is written whole or not at all, and an export that was stopped is finished by the same call. Calling one
-again writes the files anew, as after `datasets.import_masks`; files of another dataset in its folders are an error.
+again writes the files anew, as after `datasets.import_masks`; files of another dataset in its folders are an error, and
+so is a damaged image or label map. `classes` are names of the dataset's own classes (`Dataset.classes`).
 """
 
+import filecmp
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..cityscapes import BY_ID, IGNORED, label_id, overlay, to_train_ids
+from ..cityscapes import BY_NAME, IGNORED, overlay, to_train_ids
+from ..classes import CITYSCAPES, ClassList, class_list
 from ..extras import needs
 from . import folder as files
 from .dataset import Dataset
-from .masks import check_ids
 from .progress import bar
 
 with needs("datasets"):
@@ -45,43 +47,44 @@ def cityscapes(
     """Write the folders of Cityscapes, index i of the dataset as frame i.
 
         leftImg8bit/<split>/<city>/<city>_000000_000007_leftImg8bit.png         the image
-        gtFine/<split>/<city>/<city>_000000_000007_gtFine_labelIds.png          Cityscapes ids
+        gtFine/<split>/<city>/<city>_000000_000007_gtFine_labelIds.png          ids
         gtFine/<split>/<city>/<city>_000000_000007_gtFine_labelTrainIds.png     what a network is trained on
         classes.json                                                            {train id: class}
 
-    labelIds has the ids of Cityscapes alone: ignored pixels (255) become 0, unlabeled, which its tools ignore.
+    labelIds has the ids of the classes alone: ignored pixels (255) become 0, unlabeled, which its tools ignore.
 
-    labelTrainIds, classes=None: Cityscapes' own 19 train ids, 255 elsewhere. There 0, unlabeled, is 255 as well: right
-    where every pixel has a class, as in rendered scenes, but a dataset labelled by tokens of a few classes says by 0
-    "none of these", and a network never shown that finds them everywhere. For such a dataset name its `classes`: the
-    train ids are then 0 for the background (every other id), 1 ... K for the classes in this order, 255 for what is
-    to be ignored. Splits of one folder have one classes.json; one with others is refused.
+    labelTrainIds, classes=None: Cityscapes' own 19 train ids, 255 elsewhere; of a dataset of other classes all of them,
+    as if they were named. With Cityscapes' own, 0, unlabeled, is 255 as well: right where every pixel has a class, as
+    in rendered scenes, but a dataset labelled by tokens of a few classes says by 0 "none of these", and a network never
+    shown that finds them everywhere. For such a dataset name its `classes`: the train ids are then 0 for the background
+    (every other id), 1 ... K for the classes in this order, 255 for what is to be ignored. Splits of one folder have
+    one classes.json; one with others is refused.
 
     Args:
         dataset: all its images have a label map.
         folder: to write to.
         split: name of the split.
         city: name of the city.
-        classes: names of the classes to train on; None: those of Cityscapes.
+        classes: names of the classes to train on; None: all.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: for an image without a label map, a class that is no Cityscapes label or comes twice, names that
-            cannot be in a file's name, and where the folders hold files of another export or other classes.
+        ValueError: for no image, one without a label map, a class that the dataset has not or that comes twice, names
+            that cannot be in a file's name, and where the folders hold files of another export or other classes.
     """
-    folder, (table, names) = Path(folder), _train_ids(classes)
+    folder, (table, names) = Path(folder), _train_ids(classes, dataset.classes)
     _check_names("_", split=split, city=city)  # "_" parts a file's name
     dataset.require_labels()
     stems = {i: f"{city}_000000_{i:06d}_" for i in dataset.indices}
     pictures, maps = (folder / part / split / city for part in ("leftImg8bit", "gtFine"))
     endings = ("gtFine_labelIds.png", "gtFine_labelTrainIds.png")
-    _require_own(pictures, {stem + "leftImg8bit.png" for stem in stems.values()})
-    _require_own(maps, {stem + ending for stem in stems.values() for ending in endings})
+    _require_own(pictures, {stem + "leftImg8bit.png": dataset.path("images", i) for i, stem in stems.items()})
+    _require_own(maps, {stem + ending: None for stem in stems.values() for ending in endings})
     _write_classes(folder / CLASSES, names)
     for i in bar(dataset.indices, "Cityscapes"):
-        ids = _checked(dataset, i)
+        ids = dataset.labels(i)
         files.write_png(maps / (stems[i] + endings[0]), np.where(ids == IGNORED, np.uint8(0), ids))
         files.write_png(maps / (stems[i] + endings[1]), table[ids])
         _copy(dataset.path("images", i), pictures / (stems[i] + "leftImg8bit.png"))
@@ -100,11 +103,12 @@ def coco(
 
     An annotation is a connected piece (8 neighbours) of a class: two cars that touch are one, one behind a pole is two.
     Its mask is given by compressed run lengths in `segmentation`; its bbox is [x, y, width, height]. Its point, unknown
-    to COCO, is the [x, y] of the pixel farthest inside. Category ids are those of Cityscapes. The file is read back by
-    `datasets.import_masks`.
+    to COCO, is the [x, y] of the pixel farthest inside. Category ids are those of the dataset's classes. The file is
+    read back by `datasets.import_masks`, pixel by pixel if all classes and pieces were written.
 
     COCO has no word for pixels to ignore (255): they are annotated by nothing, so most tools take them for background;
-    each image's entry has their run lengths, where there are any, under "ignored".
+    each image's entry has their run lengths, where there are any, under "ignored". Nor has it one for images on which
+    there is nothing: "complete" under "info" says that all images are labelled.
 
     Args:
         dataset: all its images have a label map.
@@ -117,14 +121,19 @@ def coco(
         The JSON file.
 
     Raises:
-        ValueError: for an image without a label map, a class that is no Cityscapes label, a split that is no file
+        ValueError: for no image, one without a label map, a class that the dataset has not, a split that is no file
             name, and where `<split>` holds files of another export.
     """
-    folder, wanted = Path(folder), _wanted(classes, min_pixels)
+    folder, table, wanted = Path(folder), dataset.classes, _wanted(classes, min_pixels, dataset.classes)
     _check_names("", split=split)
     dataset.require_labels()
-    _require_own(folder / split, {f"{i:05d}.png" for i in dataset.indices})
+    _require_own(folder / split, {f"{i:05d}.png": dataset.path("images", i) for i in dataset.indices})
     images, found, path = [], set(wanted or ()), folder / "annotations" / f"instances_{split}.json"
+    info: dict[str, Any] = {
+        "description": f"label maps of {table.name} classes",
+        "complete": wanted is None and min_pixels == 1,
+    }
+    info |= {} if table.stored() is None else {"classes": table.stored()}
 
     def save(temporary: Path) -> None:
         """One annotation a line, as it is found: those of 100,000 images would fill the memory."""
@@ -132,7 +141,7 @@ def coco(
             file.write('{"annotations": [')
             number = 0
             for i in bar(dataset.indices, "COCO"):
-                ids, name = _checked(dataset, i), f"{i:05d}.png"
+                ids, name = dataset.labels(i), f"{i:05d}.png"
                 _copy(dataset.path("images", i), folder / split / name)
                 images.append({"id": i, "file_name": name, "height": ids.shape[0], "width": ids.shape[1]})
                 if (ids == IGNORED).any():
@@ -142,8 +151,12 @@ def coco(
                     entry = {"id": number + 1, "image_id": i, **annotation}
                     file.write(",\n" * bool(number) + json.dumps(entry))
                     number += 1
-            categories = [{"id": i, "name": BY_ID[i].name, "supercategory": BY_ID[i].category} for i in sorted(found)]
-            file.write(f'],\n"categories": {json.dumps(categories)},\n"images": {json.dumps(images)}}}\n')
+            categories = [
+                {"id": i, "name": table.names[i], "supercategory": _category(table, table.names[i])}
+                for i in sorted(found)
+            ]
+            rest = {"categories": categories, "images": images, "info": info}
+            file.write("],\n" + ",\n".join(f'"{name}": {json.dumps(part)}' for name, part in rest.items()) + "}\n")
 
     files.write(path, save)
     return path
@@ -152,8 +165,9 @@ def coco(
 def hugging_face(dataset: Dataset) -> Any:
     """The dataset as a `datasets.Dataset` of Hugging Face, with the extra `daamlib[datasets]`.
 
-    Columns: image (RGB) and label (Cityscapes ids, 255 ignored), both decoded to PIL images when they are looked at;
-    index, prompt, seed. It refers to the files of this dataset's folder; `save_to_disk` and `push_to_hub` copy them.
+    Columns: image (RGB) and label (ids, 255 ignored), both decoded to PIL images when they are looked at; index,
+    prompt, seed. `info.description` names the classes. It refers to the files of this dataset's folder, which are read
+    once here; `save_to_disk` and `push_to_hub` copy them.
 
     Args:
         dataset: all its images have a label map.
@@ -163,7 +177,7 @@ def hugging_face(dataset: Dataset) -> Any:
 
     Raises:
         ImportError: without the package.
-        ValueError: for an image without a label map.
+        ValueError: for no image, one without a label map, and a damaged file.
     """
     with needs("datasets"):
         import datasets  # Hugging Face's: imports of this package's own are relative
@@ -183,31 +197,41 @@ def hugging_face(dataset: Dataset) -> Any:
     # and of the pictures it would see the paths alone. This one changes with the rows and with the pictures' times.
     times = [os.stat(path).st_mtime_ns for part in paths.values() for path in part]
     fingerprint = files.short_hash([json.dumps([columns, times]).encode()])
-    return datasets.Dataset(table, info=datasets.DatasetInfo(features=features), fingerprint=fingerprint)
+    names = ", ".join(f"{number} {name}" for number, name in sorted(dataset.classes.names.items()))
+    info = datasets.DatasetInfo(features=features, description=f"label: {names}, {IGNORED} ignored")
+    return datasets.Dataset(table, info=info, fingerprint=fingerprint)
 
 
-def prompts(labels: np.ndarray, *, classes: Sequence[str] | None = None, min_pixels: int = 1) -> list[dict[str, Any]]:
+def prompts(
+    labels: np.ndarray,
+    *,
+    classes: Sequence[str] | None = None,
+    min_pixels: int = 1,
+    table: ClassList | Mapping[str, Any] = CITYSCAPES,
+) -> list[dict[str, Any]]:
     """Boxes and points for a promptable segmenter (such as SAM), of each connected piece of a label map.
 
     Args:
-        labels: (H, W) uint8 Cityscapes ids, 255 to be ignored.
+        labels: (H, W) uint8 ids, 255 to be ignored.
         classes: names of the classes; None: all that occur but "unlabeled" (0).
         min_pixels: smaller pieces are left out.
+        table: the classes of the label map, such as `Dataset.classes` or {name: id}.
 
     Returns:
         One a piece: {"class": name, "box": [x0, y0, x1, y1], "points": [[x, y]], "point_labels": [1]} in pixels, the
         lower right corner included, the point the pixel farthest inside.
 
     Raises:
-        ValueError: for a class or an id that is no Cityscapes label, or min_pixels below 1.
+        ValueError: for a class or an id that is not in the table, or min_pixels below 1.
     """
-    wanted = _wanted(classes, min_pixels)
-    check_ids(labels[labels != IGNORED], "the label map")
+    table = class_list(table)
+    wanted = _wanted(classes, min_pixels, table)
+    table.check(labels, "the label map")
     found = []
     for piece in _instances(labels, wanted, min_pixels):
         x, y, width, height = piece["bbox"]
         box = [x, y, x + width - 1, y + height - 1]
-        name = BY_ID[piece["category_id"]].name
+        name = table.names[piece["category_id"]]
         found.append({"class": name, "box": box, "points": [piece["point"]], "point_labels": [1]})
     return found
 
@@ -224,16 +248,18 @@ def overlays(dataset: Dataset, folder: str | Path, *, opacity: float = 0.55) -> 
         The folder of the pictures.
 
     Raises:
-        ValueError: for an image without a label map, another opacity, and where `overlays` holds files of another
+        ValueError: for no image, one without a label map, another opacity, and where `overlays` holds files of another
             export.
     """
     if not 0 <= opacity <= 1:
         raise ValueError(f"opacity must be in [0, 1], got {opacity}")
     dataset.require_labels()
     pictures = Path(folder) / "overlays"
-    _require_own(pictures, {f"{i:05d}.png" for i in dataset.indices})
+    _require_own(pictures, {f"{i:05d}.png": None for i in dataset.indices})
+    colours = dataset.classes.palette
     for i in bar(dataset.indices, "overlays"):
-        files.write_png(pictures / f"{i:05d}.png", overlay(dataset.image(i), _checked(dataset, i), opacity=opacity))
+        painted = overlay(dataset.image(i), dataset.labels(i), opacity=opacity, colours=colours)
+        files.write_png(pictures / f"{i:05d}.png", painted)
     return pictures
 
 
@@ -243,11 +269,18 @@ def run_lengths(mask: np.ndarray) -> dict[str, Any]:
     return {"size": list(encoded["size"]), "counts": encoded["counts"].decode("ascii")}
 
 
-def _wanted(classes: Sequence[str] | None, min_pixels: int) -> set[int] | None:
+def _category(table: ClassList, name: str) -> str:
+    """COCO's supercategory of a class; only Cityscapes has some."""
+    return BY_NAME[name].category if table.name == CITYSCAPES.name else table.name
+
+
+def _wanted(classes: Sequence[str] | None, min_pixels: int, table: ClassList) -> set[int] | None:
     """The ids of some classes, None for all."""
+    if isinstance(classes, str) or (classes is not None and not classes):
+        raise ValueError(f"classes are names, one or more, got {classes!r}")
     if min_pixels < 1:
         raise ValueError(f"min_pixels must be 1 or more, got {min_pixels}")
-    return None if classes is None else {label_id(name) for name in classes}
+    return None if classes is None else {table.id(name) for name in classes}
 
 
 def _instances(ids: np.ndarray, wanted: set[int] | None, min_pixels: int) -> Iterator[dict[str, Any]]:
@@ -272,19 +305,20 @@ def _farthest_inside(mask: np.ndarray) -> tuple[int, int]:
     return int(x), int(y)
 
 
-def _train_ids(classes: Sequence[str] | None) -> tuple[np.ndarray, dict[str, str]]:
+def _train_ids(classes: Sequence[str] | None, known_as: ClassList) -> tuple[np.ndarray, dict[str, str]]:
     """(256,) uint8, the train id of each value of a label map; and {train id: class} as JSON has it."""
-    table, known = np.full(256, IGNORED, np.uint8), np.array([i for i in BY_ID if i >= 0])
-    if classes is None:
+    table, known = np.full(256, IGNORED, np.uint8), np.array(list(known_as.names))
+    if classes is None and known_as.stored() is None:
         table[known] = to_train_ids(known)
-        names = {label.train_id: label.name for label in BY_ID.values() if 0 <= label.train_id < IGNORED}
+        names = {label.train_id: label.name for label in BY_NAME.values() if 0 <= label.train_id < IGNORED}
     else:
+        classes = [name for name, number in known_as.ids.items() if number] if classes is None else classes
         if isinstance(classes, str) or not classes or len(set(classes)) < len(classes):
             raise ValueError(f"classes are names, one or more, each once, got {classes!r}")
         table[known] = BACKGROUND
         names = {BACKGROUND: "background"} | dict(enumerate(classes, start=1))
         for number, name in enumerate(classes, start=1):
-            table[label_id(name)] = number
+            table[known_as.id(name)] = number
     return table, {str(i): names[i] for i in sorted(names)} | {str(IGNORED): "ignored"}
 
 
@@ -301,19 +335,20 @@ def _check_names(separators: str, **names: str) -> None:
             raise ValueError(f"{name} is part of the files' names, without {'/' + separators!r}, got {text!r}")
 
 
-def _require_own(folder: Path, names: set[str]) -> None:
-    """ValueError if the folder holds files that this export does not write; half-written ones of it go."""
+def _require_own(folder: Path, sources: Mapping[str, Path | None]) -> None:
+    """ValueError if the folder holds files that this export does not write; half-written ones of it go.
+
+    sources: by the names of the files, what they are copies of, if of anything.
+    """
     there = {path.name for path in folder.glob("*") if not path.match(".*.part")}
-    if there - names:
-        raise ValueError(f"{folder} holds {min(there - names)}, which is not of this dataset: name another folder")
+    other = there - set(sources)
+    if not other:
+        copies = {name: sources[name] for name in sorted(there)}
+        other = {name for name, path in copies.items() if path and not filecmp.cmp(folder / name, path, shallow=False)}
+    if other:
+        raise ValueError(f"{folder} holds {min(other)}, which is not of this dataset: name another folder")
     for path in folder.glob(".*.part"):
         path.unlink()
-
-
-def _checked(dataset: Dataset, i: int) -> np.ndarray:
-    ids = dataset.labels(i)
-    check_ids(ids[ids != IGNORED], f"the label map of image {i}")
-    return ids
 
 
 def _copy(source: Path, target: Path) -> None:

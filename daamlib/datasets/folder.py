@@ -2,17 +2,22 @@
 
     images/00000.png  labels/00000.png  records/00000.safetensors  manifest.csv  dataset.json
 
-An image is done when its file is there; what cannot be made from it later is written before. `dataset.json` is
-written first and `manifest.csv` last, so a folder with a manifest is a complete dataset.
+The image file is written last: where it is, its record and label map are. `dataset.json` is written once the first
+image could be made, before any other file, and `manifest.csv` last, so a folder with a manifest is a complete dataset.
 """
 
+import csv
+import functools
 import hashlib
 import importlib.metadata
 import json
+import operator
 import os
+import struct
 import time
-from collections.abc import Callable, Container, Iterable
-from contextlib import suppress
+import zlib
+from collections.abc import Callable, Container, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -20,8 +25,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..classes import ClassList, class_list
 from ..extras import needs
-from ..io import atomic_write, temporary_name
+from ..io import atomic_write, check_file, temporary_name
 
 with needs("datasets"):
     import pandas as pd
@@ -32,7 +38,23 @@ SUFFIX = {"images": "png", "labels": "png", "records": "safetensors"}
 # what changes how an image is rounded, besides what was asked for
 ROUNDING = ("batch_size", "device", "threads", "versions")
 COLUMNS = ("model", "weights", "scheduler", "steps", "guidance")  # of the manifest, as in the settings
+MOST_IMAGES = 10**7  # of a folder; more is a mistake
 STALE = 3600  # s after which a temporary file is nobody's
+PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
+REPAIR = "Remove it and make the dataset again as before, or put the right file there"
+# dataset.json's keys that everything relies on, and their types
+TYPES = {
+    "kind": str,
+    "images": int,
+    "seed": int,
+    "size": list | None,
+    "keep_steps": int | None,
+    "labels": list,
+    "versions": dict,
+    **dict.fromkeys(("model", "weights", "scheduler"), str | None),
+    "steps": int | None,
+    "guidance": float | int | None,
+}
 
 
 def file_name(part: str, index: int) -> str:
@@ -66,10 +88,103 @@ def write_png(path: Path, image: np.ndarray) -> None:
     write(path, lambda temporary: Image.fromarray(image).save(temporary, format="PNG"))
 
 
+@contextmanager
+def opened(path: Path) -> Iterator[Image.Image]:
+    """A picture. Raises ValueError, naming the file, where it is cut or no picture."""
+    try:
+        with Image.open(path) as image:
+            if image.format == "PNG":
+                _require_end(path)
+            yield image
+    except (OSError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the file system, which names the file
+            raise
+        raise ValueError(f"{path} is damaged or no picture: {error}. {REPAIR}") from error
+
+
+def _require_end(path: Path) -> None:
+    """OSError for a PNG without its end, a few bytes of which Pillow does not miss."""
+    with path.open("rb") as file:
+        file.seek(-min(path.stat().st_size, 1024), os.SEEK_END)
+        if PNG_END not in file.read():
+            raise OSError("it is cut")
+
+
 def read_png(path: Path) -> np.ndarray:
-    """(H, W, 3) uint8 pixels or (H, W) uint8 ids, a new array."""
-    with Image.open(path) as image:
+    """(H, W, 3) uint8 pixels or (H, W) uint8 ids, a new array. Raises ValueError, naming the file, where it is none."""
+    with opened(path) as image:
         return np.array(image)
+
+
+def read_image(path: Path) -> np.ndarray:
+    """(H, W, 3) uint8 pixels. Raises ValueError, naming the file, for anything else."""
+    with opened(path) as image:
+        _require_mode(path, image, ("RGB",), "RGB pixels")
+        return np.array(image)
+
+
+def read_labels(path: Path, classes: ClassList, size: tuple[int, int] | None = None) -> np.ndarray:
+    """(H, W) uint8 ids.
+
+    Args:
+        path: of a PNG.
+        classes: whose ids they are, besides 255.
+        size: (W, H) of the image, None: any.
+
+    Returns:
+        The ids, a new array.
+
+    Raises:
+        ValueError: naming the file, where it is damaged, no label map, of another size, or has other ids.
+    """
+    with opened(path) as image:
+        _require_mode(path, image, ("L", "P"), f"the {classes.name} id of each pixel")
+        _require_size(path, image.size, size)
+        ids = np.array(image)
+    classes.check(ids, str(path))
+    return ids
+
+
+def _require_mode(path: Path, image: Image.Image, modes: tuple[str, ...], what: str) -> None:
+    if image.mode not in modes:
+        raise ValueError(f"{path} is a picture of mode {image.mode}: expected {what}, mode {' or '.join(modes)}")
+
+
+def _require_size(path: Path, found: tuple[int, int], size: tuple[int, int] | None) -> None:
+    if size is not None and found != size:
+        raise ValueError(
+            f"{path} is {found[0]} px wide and {found[1]} high: expected {size[0]} and {size[1]}. {REPAIR}"
+        )
+
+
+def verify(folder: Path, settings: dict[str, Any], indices: Iterable[int]) -> None:
+    """Read the images' files that are there.
+
+    An image's checksums are compared without decoding it; of a record only the header is read.
+
+    Args:
+        folder: of the dataset.
+        settings: of dataset.json.
+        indices: of the images.
+
+    Raises:
+        ValueError: naming the first file that is cut, no picture, of another size than the images of this dataset, or
+            has other ids than its classes.
+    """
+    size = (settings["size"][1], settings["size"][0]) if settings["size"] else None
+    classes = class_list(settings.get("classes"))
+    for i in indices:
+        paths = {part: folder / file_name(part, i) for part in SUFFIX}
+        if paths["images"].is_file():
+            with opened(paths["images"]) as image:
+                _require_mode(paths["images"], image, ("RGB",), "RGB pixels")
+                _require_size(paths["images"], image.size, size)
+                size = image.size  # without one in the settings that of the first
+                image.verify()
+        if paths["labels"].is_file():
+            read_labels(paths["labels"], classes, size)
+        if settings["keep_steps"] and paths["records"].is_file():
+            check_file(paths["records"])
 
 
 def clean(folder: Path, mine: Container[int]) -> None:
@@ -84,16 +199,26 @@ def clean(folder: Path, mine: Container[int]) -> None:
 # -- settings ----------------------------------------------------------------------------------------------------
 
 
+def whole_number(name: str, value: Any, lowest: int, highest: float = float("inf")) -> int:
+    """The value as an int. Raises TypeError unless it is a whole number, ValueError below or above the limits."""
+    try:
+        number = operator.index(value)
+    except TypeError as error:
+        raise TypeError(f"{name} must be a whole number, got {value!r}") from error
+    if not lowest <= number <= highest:
+        most = "" if highest == float("inf") else f" and at most {highest:,}"
+        raise ValueError(f"{name} must be {lowest} or more{most}, got {number}")
+    return number
+
+
 def common_settings(kind: str, n: int, seed: int, size: tuple[int, int] | None) -> dict[str, Any]:
-    """What generated and rendered datasets both have, None for what a rendered one has not."""
-    if seed < 0:
-        raise ValueError(f"a seed is 0 or more, got {seed}")
+    """Settings of both kinds of dataset; fields that do not apply are None."""
     packages = ("torch", "diffusers", "transformers", "daamlib")
     return {
         "format": FORMAT,
         "kind": kind,
         "images": n,
-        "seed": seed,
+        "seed": whole_number("seed", seed, 0),
         "size": size,
         **dict.fromkeys(("weights", "scheduler", "steps", "guidance", "keep_steps")),
         "batch_size": 1,
@@ -108,30 +233,91 @@ def required_parts(settings: dict[str, Any]) -> list[str]:
     return ["images"] + ["records"] * bool(settings["keep_steps"]) + ["labels"] * labels
 
 
-def start(folder: Path, settings: dict[str, Any], drawn: Iterable[str], indices: Iterable[int]) -> dict[str, Any]:
-    """Make the folder, or go on in one with the same settings, and return those of dataset.json.
+def compare(
+    folder: Path,
+    settings: dict[str, Any],
+    drawn: Iterable[str],
+    indices: Iterable[int],
+    classes: ClassList | None = None,
+) -> dict[str, Any]:
+    """The settings that a folder goes on with; nothing is written.
 
-    drawn: the parts that are made by drawing the images `indices`. How an image is rounded matters only where one is
-    still to be drawn: a finished dataset opens under other versions too. Raises ValueError, naming the differences, for
-    other settings, and for a folder of files that is no dataset.
+    How an image is rounded matters only where one is still to be drawn: a finished dataset opens under other versions
+    too. A dataset may grow: its first images stay.
+
+    Args:
+        folder: of the dataset, which may not be there.
+        settings: asked for now; `labels` is where label maps come from, if any are made.
+        drawn: the parts that are made by drawing an image.
+        indices: of the images that this process makes.
+        classes: of the label maps to be made, None: those of the dataset.
+
+    Returns:
+        Those of dataset.json, with the further images, and the source and classes of label maps.
+
+    Raises:
+        ValueError: naming the differences, for other settings, and for a folder of files that is no dataset.
     """
     # in this order: where another process has written an image, its settings were there before
     foreign = any(any((folder / part).glob("*")) for part in SUFFIX)
+    here = json.loads(json.dumps(settings))  # as they are read: tuples become lists
+    if classes is not None and classes.stored() is not None:
+        here["classes"] = classes.stored()
     if not (folder / SETTINGS).is_file():
         if foreign:
             raise ValueError(f"{folder} holds files but no {SETTINGS}: it is no dataset to go on with, name another")
-        _create(folder / SETTINGS, settings)
+        return here
     there = read_settings(folder)
-    here = json.loads(json.dumps(settings))  # as they are read: tuples become lists
-    ignored = {"labels"} if missing(folder, drawn, indices) else {"labels", *ROUNDING}
-    names = [name for name in {**there, **here} if name not in ignored]
-    differences = [_difference(name, there.get(name), here.get(name)) for name in names]
+    merged = _merged(there, here)
+    _require_none_beyond(folder, there["images"])
+    ignored = {"labels", "classes"} | (set() if missing(folder, drawn, indices) else set(ROUNDING))
+    names = [name for name in {**merged, **here} if name not in ignored]
+    differences = [_difference(name, merged.get(name), here.get(name)) for name in names]
+    if classes is not None and (there["labels"] or "classes" in there):
+        differences.append(class_list(there.get("classes")).difference(classes))
     if any(differences):
         raise ValueError(
             f"{folder} was made with other settings ({'; '.join(filter(None, differences))}): use those, or name "
             "another folder"
         )
-    return there
+    return merged
+
+
+def begin(folder: Path, settings: dict[str, Any]) -> None:
+    """Write dataset.json, or bring it up to date with more images and with where label maps come from.
+
+    Args:
+        folder: of the dataset.
+        settings: of `compare`.
+
+    Raises:
+        ValueError: as `compare`, where another process has been faster.
+    """
+    if not (folder / SETTINGS).is_file():
+        _create(folder / SETTINGS, settings)
+    there, merged = read_settings(folder), compare(folder, settings, ["images"], range(settings["images"]))
+    if merged != there:
+        if merged["images"] > there["images"]:
+            (folder / MANIFEST).unlink(missing_ok=True)
+        write(folder / SETTINGS, lambda temporary: _write_json(temporary, merged))
+
+
+def _merged(there: dict[str, Any], here: dict[str, Any]) -> dict[str, Any]:
+    """`there` with the further images of `here`, if it begins as `there` does, and with its source of label maps."""
+    n, merged = there["images"], dict(there)
+    if here["images"] > n and there.get("prompts") == (here["prompts"][:n] if "prompts" in here else None):
+        merged |= {name: here[name] for name in ("images", "prompts") if name in here}
+    merged["labels"] = list(dict.fromkeys([*there["labels"], *here["labels"]]))
+    if "classes" in here:
+        merged["classes"] = here["classes"]
+    return merged
+
+
+def _require_none_beyond(folder: Path, n: int) -> None:
+    """ValueError for numbered files of images that the dataset has not."""
+    for path in [path for part in SUFFIX for path in (folder / part).glob(f"[0-9]*.{SUFFIX[part]}")]:
+        if path.stem.isdigit() and int(path.stem) >= n:
+            raise ValueError(f"{path} is not of this dataset, which has {n} images: remove it")
 
 
 def _create(path: Path, settings: dict[str, Any]) -> None:
@@ -164,20 +350,38 @@ def read_settings(folder: Path) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
         found = settings["format"]
-        settings.setdefault("batch_size", 1)  # which it was where it is not said
     except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{path} is damaged, or of something else: {error!r}") from error
     if found != FORMAT:
         raise ValueError(f"{path} has the format {found!r}, this version reads {FORMAT!r}")
+    settings.setdefault("batch_size", 1)  # which it was where it is not said
+    odd = [name for name, kind in TYPES.items() if name not in settings or not isinstance(settings[name], kind)]
+    if not odd and settings["kind"] == "generated":
+        prompts = settings.get("prompts")
+        odd = [] if isinstance(prompts, list) and len(prompts) == settings["images"] else ["prompts"]
+    if odd:
+        raise ValueError(f"{path} is damaged or was edited: {odd[0]} is {settings.get(odd[0], 'missing')!r}"[:400])
     return settings
 
 
-def add_label_source(folder: Path, source: str, *, only: bool = False) -> None:
-    """Note in dataset.json where label maps come from; `only`: all of them."""
+def classes_of(folder: Path) -> ClassList:
+    """The classes of a dataset's label maps, read anew where dataset.json has changed."""
+    return _classes(folder, (folder / SETTINGS).stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=8)
+def _classes(folder: Path, time: int) -> ClassList:
+    return class_list(read_settings(folder).get("classes"))
+
+
+def add_label_source(folder: Path, source: str, classes: ClassList, *, only: bool = False) -> None:
+    """Note in dataset.json where label maps come from, and their classes; `only`: all of them."""
     settings = read_settings(folder)
     sources = [source] if only else list(dict.fromkeys([*settings["labels"], source]))
-    if sources != settings["labels"]:
-        write(folder / SETTINGS, lambda temporary: _write_json(temporary, {**settings, "labels": sources}))
+    stored = classes.stored()
+    noted = {**settings, "labels": sources} | ({} if stored is None else {"classes": stored})
+    if noted != settings:
+        write(folder / SETTINGS, lambda temporary: _write_json(temporary, noted))
 
 
 # -- manifest ----------------------------------------------------------------------------------------------------
@@ -209,13 +413,15 @@ def image_seed(settings: dict[str, Any], index: int) -> int:
 
 
 def write_manifest(folder: Path, settings: dict[str, Any], prompts: list[str]) -> None:
-    """Write manifest.csv unless it is there."""
-    if not (folder / MANIFEST).is_file():
+    """Write manifest.csv; one that is there must be the same."""
+    if (folder / MANIFEST).is_file():
+        _require_manifest(folder, manifest(settings, prompts))
+    else:
         write(folder / MANIFEST, lambda temporary: manifest(settings, prompts).to_csv(temporary, index=False))
 
 
-def read_manifest(folder: Path) -> pd.DataFrame:
-    """The manifest of a complete dataset.
+def read_manifest(folder: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """The manifest of a complete dataset, and its settings.
 
     Raises FileNotFoundError for a missing file, ValueError where the manifest is not that of the settings.
     """
@@ -229,12 +435,31 @@ def read_manifest(folder: Path) -> pd.DataFrame:
             f"{folder} lacks {len(lost)} files ({', '.join(lost[:3])}{', ...' * (len(lost) > 3)}): call "
             f"{'render' if settings['kind'] == 'rendered' else 'generate'} again as before, it makes what is missing"
         )
-    found = pd.read_csv(folder / MANIFEST, dtype=str, keep_default_na=False)
-    if "prompt" in found and len(found) == settings["images"]:
-        expected = manifest(settings, settings.get("prompts") or list(found["prompt"]))
-        if found.equals(expected.astype(str)):
-            return expected
-    raise ValueError(
+    prompts = settings.get("prompts")
+    if prompts is None:  # a rendered scene's prompt stands in the manifest alone
+        try:
+            with (folder / MANIFEST).open(encoding="utf-8-sig", newline="") as file:
+                prompts = [row["prompt"] for row in csv.DictReader(file)]
+        except (LookupError, ValueError, csv.Error) as error:
+            raise _edited(folder) from error
+    expected = manifest(settings, prompts) if len(prompts) == settings["images"] else None
+    _require_manifest(folder, expected)
+    _require_none_beyond(folder, settings["images"])
+    return expected, settings
+
+
+def _require_manifest(folder: Path, expected: pd.DataFrame | None) -> None:
+    """ValueError unless the file says the same; line ends and a byte order mark do not count."""
+    try:
+        text = (folder / MANIFEST).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise _edited(folder) from error
+    if expected is None or text.replace("\r\n", "\n") != expected.to_csv(index=False).replace("\r\n", "\n"):
+        raise _edited(folder)
+
+
+def _edited(folder: Path) -> ValueError:
+    return ValueError(
         f"{folder / MANIFEST} is not the one that follows from {SETTINGS}: was it edited? Remove it and call generate "
         "or render again as before"
     )

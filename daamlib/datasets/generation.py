@@ -1,19 +1,28 @@
 """The one generator of datasets: images, and with a labeller their label maps, whole or not at all."""
 
+import functools
+import inspect
 import json
-from collections.abc import Iterator, Sequence
+import logging
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from ..attention.calls import Store
+from ..attention.joint.families import family_of
 from ..attention.layers import Layer
 from ..attention.record import AttentionRecord
 from ..attention.self_attention import SelfAttention
+from ..classes import Classes, ClassList, class_list
 from ..pipeline import DENOISERS, denoiser_of, generators
 from ..tracing import trace
 from . import folder as files
@@ -21,7 +30,22 @@ from .dataset import Dataset
 from .labelling import Labeller, label_image
 from .progress import bar
 
+log = logging.getLogger("daamlib")
+
 GPU_BATCH = 4  # images; what fits beside their attention at 1024 px
+MOST = {"batch_size": 1024, "threads": 1024}  # more is a mistake
+# what `generate` itself passes to a pipeline, and its own name for it
+OURS = {
+    "prompt": "prompts",
+    "num_inference_steps": "steps",
+    "guidance_scale": "guidance",
+    "height": "size",
+    "width": "size",
+    "generator": "seed",
+    "latents": "seed",
+    "num_images_per_prompt": "prompts",
+    **dict.fromkeys(("output_type", "return_dict", "callback", "callback_on_step_end"), ""),
+}
 
 
 def generate(
@@ -38,6 +62,8 @@ def generate(
     shard: tuple[int, int] = (0, 1),
     keep_steps: int = 0,
     self_attention: bool = False,
+    classes: Classes | None = None,
+    **options: Any,
 ) -> Dataset:
     """Generate one image a prompt into a folder; what is there already, made the same way, is kept.
 
@@ -51,10 +77,11 @@ def generate(
     Args:
         pipe: a Stable Diffusion pipeline.
         prompts: one for each image.
-        folder: a new one, or one to go on in. It can be killed at any moment, and the same call goes on.
+        folder: a new one, or one to go on in. It can be killed at any moment, and the same call goes on. With more
+            prompts than before the dataset grows, if its own are the first of them.
         labeller: makes the label map of each image, see `daamlib.datasets.labelling`; None: images alone. With a
-            labeller that reads no record, images that are there are labelled as they are. A label map that is there
-            stays, as one that a person corrected (`import_masks`).
+            labeller that reads no record (its attribute `store` is None), images that are there are labelled as they
+            are. A label map that is there stays, as one that a person corrected (`import_masks`).
         seed: of the noise.
         steps: denoising steps.
         guidance: scale of classifier-free guidance.
@@ -64,28 +91,32 @@ def generate(
         keep_steps: keep so many steps, evenly spaced, of each image's attention record, queries in float16.
         self_attention: keep with each record what `record.refine` needs: of all late steps the mean, in float16, 2.1 MB
             an image at 32 x 32 positions.
+        classes: those of the label maps (`daamlib.classes.class_list`); None: the labeller's, without any Cityscapes.
+        **options: of the pipeline's own call, the same for every image, such as negative_prompt="blurry".
 
     Returns:
         The dataset, or the shard's part of it; `load` returns all.
 
     Raises:
-        TypeError: for prompts that are no list of strings.
-        ValueError: for other arguments that do not fit, a labeller of another model, a label map that is none, and,
-            naming the differences, a folder that was begun with other prompts, settings or weights.
+        TypeError: for prompts that are no list of strings, numbers of other types, and options that the pipeline does
+            not take or dataset.json cannot hold.
+        ValueError: for other arguments that do not fit, a labeller of another model, a label map that is none, pixels
+            that are no numbers, a damaged file in the folder, and, naming the differences, a folder that was begun with
+            other prompts, settings or weights.
     """
     k, n = shard
     if not 0 <= k < n:
         raise ValueError(f"shard is (k, n) with 0 <= k < n, got {shard}")
-    options = {"seed": seed, "steps": steps, "guidance": guidance, "size": size, "batch_size": batch_size}
-    kept = {"keep_steps": keep_steps, "self_attention": self_attention}
-    generator = Generator.open(pipe, prompts, folder, labeller, shard=shard, **kept, **options)
+    ours: dict[str, Any] = {"seed": seed, "steps": steps, "guidance": guidance, "size": size, "batch_size": batch_size}
+    ours |= {"keep_steps": keep_steps, "self_attention": self_attention, "options": options}
+    generator = Generator.open(pipe, prompts, folder, labeller, shard=shard, classes=classes, **ours)
     mine = generator.indices(shard)
     files.clean(generator.folder, set(mine))
     with bar(None, "images", total=len(mine), initial=len(mine) - len(generator.missing(mine))) as progress:
         for _ in generator.make(shard):
             progress.update()
     settings = generator.settings
-    if not generator.missing(range(len(prompts))):
+    if not generator.missing(range(len(prompts))) and files.read_settings(generator.folder)["images"] == len(prompts):
         files.write_manifest(generator.folder, settings, settings["prompts"])
     return Dataset(generator.folder, files.manifest(settings, settings["prompts"]).loc[mine])
 
@@ -97,7 +128,7 @@ class Generator:
     Attributes:
         pipe: the pipeline.
         folder: of the dataset.
-        settings: what dataset.json says.
+        settings: what dataset.json says, or will once the first image is made.
         labeller: as of `generate`.
         parts: what is made of every image.
         drawn: those of them that only a pass of the pipeline can make.
@@ -119,11 +150,14 @@ class Generator:
         labeller: Labeller | None = None,
         *,
         shard: tuple[int, int] = (0, 1),
+        classes: Classes | None = None,
         **options,
     ) -> "Generator":
-        """Begin a dataset or go on with it; arguments and errors are those of `generate`, nothing is drawn yet."""
+        """Compare a dataset with its folder; arguments and errors are those of `generate`, nothing is written yet."""
         settings = generation_settings(pipe, prompts, **options)
         drawn = parts = ("images", "records") if settings["keep_steps"] else ("images",)
+        given = getattr(labeller, "class_list", None) if classes is None else classes
+        table = None if given is None else class_list(given)
         if labeller is not None:
             if hasattr(labeller, "require_model"):
                 labeller.require_model(pipe)
@@ -131,13 +165,23 @@ class Generator:
                 settings["label_maps"] = labeller.settings
             settings["labels"] = [_source(labeller)]
             parts = (*drawn, "labels")
-            drawn = parts if getattr(labeller, "store", None) else drawn
-        begun = cls(pipe, Path(folder), settings, labeller, parts, drawn)
-        mine = begun.indices(shard)
-        there = files.start(begun.folder, settings, drawn, mine)
-        if labeller is not None and begun.missing(mine):  # noted first: who is killed while labelling comes back here
-            files.add_label_source(begun.folder, *settings["labels"])
-        return replace(begun, settings=there)
+            drawn = parts if store_of(labeller) else drawn
+        opened = cls(pipe, Path(folder), settings, labeller, parts, drawn)
+        return replace(opened, settings=files.compare(opened.folder, settings, drawn, opened.indices(shard), table))
+
+    @functools.cached_property
+    def classes(self) -> ClassList:
+        """The classes of the label maps."""
+        return class_list(self.settings.get("classes"))
+
+    @functools.cached_property
+    def _begun(self) -> Path:
+        """The folder, where dataset.json has been written: so late, as a call that no pipeline can draw leaves nothing.
+
+        It is there before any other file, with the source of label maps, and what is killed in between goes on.
+        """
+        files.begin(self.folder, self.settings)
+        return self.folder
 
     def indices(self, shard: tuple[int, int] = (0, 1)) -> list[int]:
         """The indices of a shard's images, see `generate`."""
@@ -148,7 +192,8 @@ class Generator:
         return files.missing(self.folder, self.parts, indices)
 
     def make(self, shard: tuple[int, int] = (0, 1)) -> Iterator[int]:
-        """Make what is not there of a shard; yields an image's index when all its files are."""
+        """Make what is not there of a shard; yields an image's index when all its files are. What is there is read."""
+        files.verify(self.folder, self.settings, self.indices(shard))
         for batch in self._batches(shard):
             if self.missing(batch):
                 yield from self._make(batch)
@@ -161,29 +206,36 @@ class Generator:
         """An image is done when its file is there, so that is written last; files that are there stay as they are."""
         prompts, keep_steps = [self.settings["prompts"][i] for i in batch], self.settings["keep_steps"]
         keep_self = self.settings.get("self_attention", False)
-        store = getattr(self.labeller, "store", None)
+        store = store_of(self.labeller)
         keep: dict[str, Any] = {"store": "queries" if keep_steps else store}
-        keep["self_attention"] = keep_self or getattr(self.labeller, "self_attention", False)
+        # a plain function may read anything of its record; of joint models there is no self-attention
+        reads_all = self.labeller is not None and not hasattr(self.labeller, "store") and family_of(self.pipe) is None
+        keep["self_attention"] = keep_self or getattr(self.labeller, "self_attention", reads_all)
         if keep["store"] == "maps":
             keep["texts"] = getattr(self.labeller, "texts", ())
         if files.missing(self.folder, self.drawn, batch):
             seeds = [files.image_seed(self.settings, i) for i in batch]
             images, records = draw(self.pipe, prompts, seeds, self.settings, **keep)
         else:
-            images = [files.read_png(self.folder / files.file_name("images", i)) for i in batch]
+            images = [files.read_image(self.folder / files.file_name("images", i)) for i in batch]
             records = [None] * len(images)
         for i, prompt, image, record in zip(batch, prompts, images, records, strict=True):
             lacking = [part for part in self.parts if files.missing(self.folder, [part], [i])]
-            paths = {part: self.folder / files.file_name(part, i) for part in self.parts}
-            if "records" in lacking and record is not None:
-                paths["records"].parent.mkdir(exist_ok=True)
-                _thinned(record, keep_steps, keep_self).save(paths["records"])  # whole or not at all, too
+            if not lacking:
+                continue
+            kept = _thinned(record, keep_steps, keep_self) if "records" in lacking and record is not None else None
+            labels = None
             if "labels" in lacking and self.labeller is not None:
-                files.write_png(paths["labels"], label_image(self.labeller, image, record if store else None, prompt))
+                labels = label_image(self.labeller, image, record if store else None, prompt, self.classes)
+            paths = {part: self._begun / files.file_name(part, i) for part in self.parts}
+            if kept is not None:
+                paths["records"].parent.mkdir(exist_ok=True)
+                kept.save(paths["records"])  # whole or not at all, too
+            if labels is not None:
+                files.write_png(paths["labels"], labels)
             if "images" in lacking:
                 files.write_png(paths["images"], image)
-            if lacking:
-                yield i
+            yield i
 
 
 def draw(
@@ -196,16 +248,44 @@ def draw(
 ) -> tuple[list[np.ndarray], list[AttentionRecord] | list[None]]:
     """One batch of images, (H, W, 3) uint8, and with `store` their records; `keep` are more arguments of `trace`."""
     height, width = settings["size"] or (None, None)
-    with trace(pipe, store=store, **keep) if store else nullcontext() as traced:
-        images = pipe(
-            list(prompts),
-            num_inference_steps=settings["steps"],
-            guidance_scale=settings["guidance"],
-            height=height,
-            width=width,
-            generator=generators(seeds),
-        ).images
-    return [np.array(image) for image in images], [None] * len(images) if traced is None else list(traced)
+    with trace(pipe, store=store, **keep) if store else nullcontext() as traced, warnings.catch_warnings():
+        # numpy's, of an image of NaN, which would be black
+        warnings.filterwarnings("error", "invalid value encountered in cast", RuntimeWarning)
+        try:
+            made = pipe(
+                list(prompts),
+                num_inference_steps=settings["steps"],
+                guidance_scale=settings["guidance"],
+                height=height,
+                width=width,
+                generator=generators(seeds),
+                **_of_batch(settings.get("options", {}), len(prompts)),
+            )
+        except RuntimeWarning as warning:
+            raise ValueError(
+                f"the image of {prompts[0]!r} has pixels that are no numbers (NaN): look at the guidance "
+                f"({settings['guidance']}) and at the model's dtype ({settings.get('dtype')}), which may overflow"
+            ) from warning
+    if any(getattr(made, "nsfw_content_detected", None) or ()):
+        log.warning("the safety checker has made an image black, of one of %s", list(prompts))
+    images = [np.array(image.convert("RGB")) for image in made.images]
+    shape = images[0].shape[:2]
+    if height is not None and shape != (height, width):
+        raise ValueError(
+            f"{type(pipe).__name__} made an image of {shape} pixels for size={(height, width)}: ask for that"
+        )
+    return images, [None] * len(images) if traced is None else list(traced)
+
+
+def _of_batch(options: Mapping[str, Any], n: int) -> dict[str, Any]:
+    """The pipeline's own options for n prompts: texts in a list, as the prompts are."""
+    texts = ("negative_prompt", "prompt_")
+    return {name: [value] * n if name.startswith(texts) else value for name, value in options.items()}
+
+
+def store_of(labeller: Labeller | None) -> Any:
+    """What `trace` has to keep for a labeller, None where it reads no record; a plain function may read anything."""
+    return None if labeller is None else getattr(labeller, "store", "queries")
 
 
 def _source(labeller: Labeller) -> str:
@@ -253,22 +333,25 @@ def generation_settings(
     batch_size: int | None = None,
     keep_steps: int = 0,
     self_attention: bool = False,
+    options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The settings of a generated dataset, by `generate`'s arguments; its errors."""
     check_prompts(prompts)
-    if not 0 <= keep_steps <= steps:
+    numbers = check_numbers(seed=seed, steps=steps, guidance=guidance, size=size, batch_size=batch_size)
+    seed, steps, guidance, sides, batch_size = numbers.values()
+    _require_drawable(pipe, steps, sides)
+    options = _checked_options(pipe, {name: value for name, value in (options or {}).items() if value is not None})
+    keep_steps = files.whole_number("keep_steps", keep_steps, 0)
+    if keep_steps > steps:
         raise ValueError(f"keep_steps must be 0 ... {steps}, the number of steps, got {keep_steps}")
     if self_attention and not keep_steps:
         raise ValueError("self_attention is kept with records, of which there are none: it needs keep_steps > 0")
     device = pipe._execution_device
     batch_size = (1 if device.type == "cpu" else GPU_BATCH) if batch_size is None else batch_size
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
     config = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
     model = str(pipe.config.get("_name_or_path") or type(pipe).__name__)
-    size = (size, size) if isinstance(size, int) else size
     return (
-        files.common_settings("generated", len(prompts), seed, size)
+        files.common_settings("generated", len(prompts), seed, sides)
         | {
             "prompts": list(prompts),
             "steps": steps,
@@ -283,8 +366,74 @@ def generation_settings(
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "threads": torch.get_num_threads() if device.type == "cpu" else None,
         }
-        | ({"self_attention": True} if self_attention else {})  # folders that were begun without it go on
+        # folders that were begun without them go on
+        | ({"self_attention": True} if self_attention else {})
+        | ({"options": options} if options else {})
     )
+
+
+def check_numbers(
+    *, seed: Any, steps: Any, guidance: Any, size: Any = None, batch_size: Any = None, threads: Any = None
+) -> dict[str, Any]:
+    """The numbers of `generate` and `Job` as plain ints and floats, size as (height, width).
+
+    Raises TypeError or ValueError, naming the one that cannot be.
+    """
+    sides: Any = None
+    if size is not None:
+        sides = tuple(size) if isinstance(size, list | tuple) else (size, size)
+        if len(sides) != 2:
+            raise ValueError(f"size is a side, or height and width, got {size}")
+        sides = tuple(files.whole_number("each side of size", side, 1) for side in sides)
+        if sides[0] * sides[1] > (Image.MAX_IMAGE_PIXELS or math.inf):
+            raise ValueError(f"size={sides} is more than the {Image.MAX_IMAGE_PIXELS} pixels that Pillow reads back")
+    if isinstance(guidance, bool | str) or not math.isfinite(guidance):
+        raise ValueError(f"guidance must be a finite number, got {guidance!r}")
+    numbers: dict[str, Any] = {
+        "seed": files.whole_number("seed", seed, 0),
+        "steps": files.whole_number("steps", steps, 1),
+    }
+    limits = {"batch_size": batch_size, "threads": threads}
+    some = {name: None if n is None else files.whole_number(name, n, 1, MOST[name]) for name, n in limits.items()}
+    numbers |= {"guidance": float(guidance), "size": sides, "batch_size": some["batch_size"]}
+    return numbers if threads is None else numbers | {"threads": some["threads"]}
+
+
+def _require_drawable(pipe: Any, steps: int, size: tuple[int, int] | None) -> None:
+    """ValueError for steps and a size that the pipeline cannot draw."""
+    most = getattr(pipe.scheduler.config, "num_train_timesteps", None)
+    if most is not None and steps > most:
+        raise ValueError(f"steps must be at most {most}, the timesteps that the model was trained with, got {steps}")
+    cell = getattr(pipe, "vae_scale_factor", None)
+    if size is not None and cell and (size[0] % cell or size[1] % cell):
+        near = tuple(max(1, round(side / cell)) * cell for side in size)
+        raise ValueError(f"the sides of size must be multiples of {cell} pixels, got {size}: the next is {near}")
+
+
+def _checked_options(pipe: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The pipeline's own options as dataset.json holds them. Raises TypeError or ValueError for what cannot be."""
+    known = inspect.signature(type(pipe).__call__).parameters
+    for name, value in options.items():
+        if name in OURS:
+            instead = f"use {OURS[name]}=" if OURS[name] else "a dataset needs the pipeline's own"
+            raise TypeError(f"{name} is not an option of generate: {instead}")
+        if name not in known:
+            close = get_close_matches(name, list(known), 3)
+            raise TypeError(
+                f"{type(pipe).__name__} takes no option {name!r}"
+                + (f": did you mean {' or '.join(close)}?" if close else "")
+            )
+        if name.startswith(("negative_prompt", "prompt_")) and not isinstance(value, str):
+            raise TypeError(f"{name} is one text for all images, got {value!r}")
+        try:
+            same = json.loads(json.dumps(value, allow_nan=False)) == (
+                list(value) if isinstance(value, tuple) else value
+            )
+        except (TypeError, ValueError):
+            same = False
+        if not same:
+            raise TypeError(f"dataset.json cannot hold {name}={value!r}: expected a text, numbers, or a list of them")
+    return dict(options)
 
 
 def check_prompts(prompts: Sequence[str]) -> None:
@@ -293,6 +442,8 @@ def check_prompts(prompts: Sequence[str]) -> None:
         raise TypeError("prompts must be a list of strings, one for each image: [prompt] * 4 makes four of one")
     if not prompts:
         raise ValueError("there are no prompts: expected one or more")
+    if len(prompts) > files.MOST_IMAGES:
+        raise ValueError(f"{len(prompts):,} prompts are too many for a folder: at most {files.MOST_IMAGES:,}")
 
 
 def weight_hash(pipe) -> str:

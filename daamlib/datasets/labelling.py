@@ -1,19 +1,21 @@
 """Labellers: what makes the label map of an image while it is generated.
 
 A labeller is a callable (image, record, prompt) -> ids: of an (H, W, 3) uint8 image, its `AttentionRecord` and its
-prompt the (H, W) uint8 Cityscapes ids, 255 where they are to be ignored. It may have attributes:
+prompt the (H, W) uint8 ids, 255 where they are to be ignored. A plain function's record has all that any map needs. A
+labeller may have attributes:
 
-    store       what its record has to keep (see `daamlib.trace`); without it, record is None
+    store       what its record has to keep (see `daamlib.trace`); None: it reads no record and is given None
     texts       with the store "maps": the texts whose maps are kept
     self_attention    whether the record has to keep the image's self-attention, for `record.refine`
     settings    JSON's own types: what its label maps depend on, which a dataset is resumed with alone
     source      its name in dataset.json; without it, its module and name
+    class_list  the classes of its ids (`daamlib.classes`); without it Cityscapes, or `generate`'s `classes`
     require_model(pipe)   raises ValueError for a pipeline whose images it cannot label
 """
 
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -22,13 +24,14 @@ import torch
 
 from ..attention.readers import fingerprint_of
 from ..attention.record import AttentionRecord
-from ..cityscapes import BY_NAME, IGNORED, label_id
+from ..cityscapes import BY_NAME
+from ..classes import Classes, ClassList, class_list
 from ..tokens.label_maps import STREET_WORDS, Threshold, assign_labels, check_tokens, label_map, of_each, text_of
 from ..tokens.token import OptimizedToken
 from .dataset import names
-from .folder import short_hash
-from .masks import check_ids
+from .folder import short_hash, whole_number
 
+MOST_ITERATIONS = 100  # of `record.refine`; long before, every map is flat
 THINGS = ("object", "human", "vehicle")  # categories of Cityscapes; the others are surroundings
 
 Labeller = Callable[[np.ndarray, AttentionRecord | None, str], np.ndarray]
@@ -44,6 +47,7 @@ class AnnotatorLabeller:
 
     annotate: Callable[[np.ndarray], np.ndarray]
     source: ClassVar[str] = "daamlib.urban.annotator.annotate"
+    store: ClassVar[None] = None
 
     def __call__(self, image: np.ndarray, record: AttentionRecord | None, prompt: str) -> np.ndarray:
         """The network's (H, W) uint8 ids of one image."""
@@ -57,17 +61,18 @@ class TokenLabeller:
     LDAAM tokens need memory that does not grow with the steps, DAAM tokens the queries of every step.
 
     Attributes:
-        tokens: of one model; their words name the classes, each once, as in `daamlib.cityscapes`. A word "background"
-            (of a token fitted with `background=True`) takes part as what is none of them.
+        tokens: of one model; their words name the classes, each once. A word "background" (of a token fitted with
+            `background=True`) competes in the softmax but is never written.
         threshold: probability from which on a pixel is of a class; one number, or {name: number} of every class.
         ignore_from: probability from which on, up to `threshold`, it is ignored.
         named_only: a pixel is only of a class that the image's prompt names (`names`); where another may be, it is
             ignored.
         iterations: of `record.refine` on the probabilities, 0: none.
         edge_aware: whether they are up-sampled along the image's edges.
+        ids: {class: id} or another class list (`daamlib.classes.class_list`); None: that of the words.
 
     Raises:
-        ValueError: for words that are no Cityscapes labels or come twice, thresholds that do not fit, and tokens
+        ValueError: for words that are not in the class list or come twice, thresholds that do not fit, and tokens
             without calibrated probabilities.
     """
 
@@ -77,6 +82,7 @@ class TokenLabeller:
     named_only: bool = True
     iterations: int = 1
     edge_aware: bool = False
+    ids: Classes | None = None
     source: ClassVar[str] = "daamlib.datasets.TokenLabeller"
 
     def __post_init__(self) -> None:
@@ -84,13 +90,19 @@ class TokenLabeller:
             known = getattr(self, name)
             if isinstance(known, Mapping) and set(known) != set(self.classes):
                 raise ValueError(f"{name} has numbers for {sorted(known)}, the tokens read {sorted(self.classes)}")
+        whole_number("iterations", self.iterations, 0, MOST_ITERATIONS)
         limits = [of_each(t, self.classes) for t in (self.threshold, self.ignore_from)]
-        assign_labels(np.zeros((len(self.classes), 1, 1)), [label_id(name) for name in self.classes], *limits)
+        assign_labels(np.zeros((len(self.classes), 1, 1)), _ids(self.class_list, self.classes), *limits)
 
     @functools.cached_property
     def classes(self) -> tuple[str, ...]:
         """The names of the classes, in the tokens' order."""
         return check_tokens(self.tokens)
+
+    @functools.cached_property
+    def class_list(self) -> ClassList:
+        """The classes of its label maps."""
+        return class_list(self.classes if self.ids is None else self.ids)
 
     @property
     def store(self) -> str:
@@ -129,6 +141,7 @@ class TokenLabeller:
             threshold=self.threshold,
             ignore_from=self.ignore_from,
             names=[name for name in self.classes if names(name, prompt)] if self.named_only else None,
+            ids=self.class_list.ids,
         )
 
 
@@ -137,15 +150,16 @@ class WordLabeller:
     """The zero-shot labeller: words compete for each pixel, see `daamlib.tokens.label_maps.word_probabilities`.
 
     Attributes:
-        words: {class: word}, the classes named as in `daamlib.cityscapes`.
+        words: {class: word}.
         margin: a pixel whose best two probabilities differ by less is ignored.
-        named_only: of the things (cars, persons, traffic lights ...) only those take part that the image's prompt names
-            (`names`), by class or by word; the surroundings always do.
+        named_only: only the classes take part that the image's prompt names (`names`), by class or by word, and the
+            surroundings of Cityscapes (road, sky, vegetation ...) always.
         iterations: of `record.refine`, 0: none.
         edge_aware: whether the probabilities are up-sampled along the image's edges.
+        ids: {class: id} or another class list (`daamlib.classes.class_list`); None: that of the classes' names.
 
     Raises:
-        ValueError: for classes that are no Cityscapes labels, less than two words, and another margin than 0 ... 1.
+        ValueError: for classes that are not in the class list, less than two words, and another margin than 0 ... 1.
     """
 
     words: Mapping[str, str] = field(default_factory=lambda: dict(STREET_WORDS))
@@ -153,14 +167,21 @@ class WordLabeller:
     named_only: bool = True
     iterations: int = 1
     edge_aware: bool = False
+    ids: Classes | None = None
     source: ClassVar[str] = "daamlib.datasets.WordLabeller"
     store: ClassVar[str] = "maps"
 
     def __post_init__(self) -> None:
         if len(self.words) < 2:
             raise ValueError(f"words compete with each other: expected two or more, got {list(self.words)}")
-        ids = [label_id(name) for name in self.words]
+        whole_number("iterations", self.iterations, 0, MOST_ITERATIONS)
+        ids = _ids(self.class_list, self.words)
         assign_labels(np.zeros((len(ids), 1, 1)), ids, margin=self.margin)  # checks the margin
+
+    @functools.cached_property
+    def class_list(self) -> ClassList:
+        """The classes of its label maps."""
+        return class_list(self.words.keys() if self.ids is None else self.ids)
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -187,15 +208,20 @@ class WordLabeller:
             iterations=self.iterations,
             margin=self.margin,
             names=[name for name in self.words if self._takes_part(name, prompt)] if self.named_only else None,
+            ids=self.class_list.ids,
         )
 
     def _takes_part(self, name: str, prompt: str) -> bool:
-        surroundings = BY_NAME[name].category not in THINGS
+        surroundings = name in BY_NAME and BY_NAME[name].category not in THINGS
         return surroundings or names(name, prompt) or names(self.words[name], prompt)
 
 
 def _common_settings(labeller: TokenLabeller | WordLabeller) -> dict[str, Any]:
     return {name: getattr(labeller, name) for name in ("named_only", "iterations", "edge_aware")}
+
+
+def _ids(classes: ClassList, names: Iterable[str]) -> list[int]:
+    return [classes.id(name) for name in names]
 
 
 def _required(record: AttentionRecord | None) -> AttentionRecord:
@@ -204,14 +230,16 @@ def _required(record: AttentionRecord | None) -> AttentionRecord:
     return record
 
 
-def label_image(labeller: Labeller, image: np.ndarray, record: AttentionRecord | None, prompt: str) -> np.ndarray:
+def label_image(
+    labeller: Labeller, image: np.ndarray, record: AttentionRecord | None, prompt: str, classes: ClassList
+) -> np.ndarray:
     """The label map of one image. Raises ValueError for a result of another shape, type or values."""
     with torch.no_grad():
         ids = labeller(image, record, prompt)
     if not isinstance(ids, np.ndarray) or ids.dtype != np.uint8 or ids.shape != image.shape[:2]:
         got = f"{ids.shape} {ids.dtype}" if isinstance(ids, np.ndarray) else type(ids).__name__
-        raise ValueError(f"a labeller must return an array of {image.shape[:2]} uint8 Cityscapes ids, got {got}")
-    check_ids(ids[ids != IGNORED], "the result of the labeller")
+        raise ValueError(f"a labeller must return an array of {image.shape[:2]} uint8 {classes.name} ids, got {got}")
+    classes.check(ids, "the result of the labeller")
     return ids
 
 

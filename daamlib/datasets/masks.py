@@ -1,72 +1,152 @@
 """Masks that a person drew, as label maps: a folder of PNGs, or a COCO JSON file."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from ..cityscapes import BY_ID, BY_NAME, label_id
+from ..cityscapes import IGNORED
+from ..classes import Classes, ClassList, class_list
 from ..extras import needs
 from . import folder as files
 from .dataset import Dataset
 
+PROGRESS = "annotation.json"  # of the annotator, in the folder beside its labels
+SAME = 8  # levels by which a resized copy of an image may differ from it on average
 
-def import_masks(dataset: Dataset, source: str | Path) -> Dataset:
+
+def import_masks(dataset: Dataset, source: str | Path, *, classes: Classes | None = None) -> Dataset:
     """Take masks that a person drew as the label maps of their images; other images keep what they have.
 
-    All is read before anything is written. A mask of another size than its image is resized by nearest neighbour.
+    All is read before anything is written. A mask of another size than its image, but of its shape, is resized by
+    nearest neighbour. Where the image that was drawn on lies beside its mask, as the annotator puts it, it must be the
+    image of the dataset.
 
     Args:
         dataset: the images.
-        source: a folder of PNGs named as the images, mode L or P with Cityscapes ids; or a COCO JSON file with polygons
-            or run lengths, categories named as in `daamlib.cityscapes`, images named as in the manifest. Later
-            annotations cover earlier ones.
+        source: a folder of the annotator, or of PNGs named as the images, mode L or P with ids, 255 to be ignored; or a
+            COCO JSON file with polygons or run lengths, categories named as the classes, images named as in the
+            manifest. Later annotations cover earlier ones, an image's "ignored" run lengths cover all.
+        classes: those of the masks (`daamlib.classes.class_list`); None: those that the annotator or `export.coco` has
+            noted, else the dataset's. They become the dataset's if it has no label maps.
 
     Returns:
         The dataset.
 
     Raises:
         FileNotFoundError: without a source.
-        ValueError: for an image, category or id that is unknown, and for what is no mask.
+        ValueError: for an image, category or id that is unknown, for what is no mask, a mask of another shape or of
+            another image, and classes that are not those of the dataset's label maps.
     """
-    source = Path(source)
-    masks = _read(source, {dataset.path("images", i).name: i for i in dataset.indices})
+    source, coco = _opened(Path(source))
+    table = _classes_of(dataset, source, _noted(source, coco), classes)
+    masks = _read(source, coco, {dataset.path("images", i).name: i for i in dataset.indices}, table)
     for i, ids in masks.items():
-        masks[i] = np.array(Image.fromarray(ids).resize(dataset.image(i).size, Image.Resampling.NEAREST))
-    files.add_label_source(dataset.folder, f"masks of {source.name}")
+        image, name = dataset.image(i), dataset.path("images", i).name
+        _require_same_image(source, name, image)
+        masks[i] = _resized(ids, image.size, f"the mask of {name} in {source}")
+    files.add_label_source(dataset.folder, f"masks of {source.name}", table)
     for i, ids in masks.items():
         files.write_png(dataset.path("labels", i), ids)
     if len(masks) == dataset.settings["images"]:
-        files.add_label_source(dataset.folder, f"masks of {source.name}", only=True)
+        files.add_label_source(dataset.folder, f"masks of {source.name}", table, only=True)
     return dataset
 
 
-def check_masks(source: str | Path, n: int) -> None:
+def check_masks(source: str | Path, n: int, *, classes: Classes | None = None) -> None:
     """Raise what `import_masks` would for a dataset of `n` images, before hours go into generating them."""
-    _read(Path(source), {Path(files.file_name("images", i)).name: i for i in range(n)})
+    source, coco = _opened(Path(source))
+    noted = _noted(source, coco)
+    table = noted[0] if classes is None and noted is not None else class_list(classes)
+    _read(source, coco, {Path(files.file_name("images", i)).name: i for i in range(n)}, table)
 
 
-def check_ids(ids: np.ndarray, what: str) -> None:
-    """ValueError where an id is not in the table of Cityscapes."""
-    strange = [i for i in np.unique(ids).tolist() if i not in BY_ID]
-    if strange:
-        raise ValueError(
-            f"{what} has the values {strange[:5]}, which are no Cityscapes ids: expected those of "
-            "daamlib.cityscapes, such as car 26 or 0 for unlabeled"
-        )
-
-
-def _read(source: Path, numbers: Mapping[str, int]) -> dict[int, np.ndarray]:
-    """{image number: (H, W) uint8 ids}, each in the source's own size; numbers: of the images by file name."""
+def _opened(source: Path) -> tuple[Path, Any]:
+    """The folder of masks, that of the annotator's folder, and None; or the JSON file and its content."""
     if source.is_dir():
-        return _from_folder(source, numbers)
+        return (source / "labels" if (source / PROGRESS).is_file() else source), None
     if not source.is_file():
         raise FileNotFoundError(f"no masks at {source}: expected a folder of PNG files or a COCO JSON file")
     try:
-        return _from_coco(json.loads(source.read_text(encoding="utf-8")), numbers)
+        return source, json.loads(source.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{source} is not a COCO file of masks: {error}") from error
+
+
+def _noted(source: Path, coco: Any) -> tuple[ClassList, list[str] | None] | None:
+    """The class list that the annotator or `export.coco` has noted, and the names in use, None: all."""
+    path = source.parent / PROGRESS if source.is_dir() else source
+    try:
+        if not source.is_dir():
+            classes = (coco.get("info") or {}).get("classes") if isinstance(coco, dict) else None
+            return None if classes is None else (class_list(classes), None)
+        if not path.is_file():
+            return None
+        drawn = json.loads(path.read_text(encoding="utf-8"))["classes"]
+        return class_list(drawn), list(drawn)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}") from error
+
+
+def _classes_of(
+    dataset: Dataset, source: Path, noted: tuple[ClassList, list[str] | None] | None, classes: Classes | None
+) -> ClassList:
+    """The class list of the masks, which the dataset's label maps must share. Raises ValueError where they do not."""
+    settings = dataset.settings
+    if classes is not None:
+        noted = class_list(classes), None
+    if noted is None:
+        return dataset.classes
+    table, names = noted
+    if not settings["labels"] and "classes" not in settings:
+        return table
+    difference = table.difference(dataset.classes, names)
+    if difference:
+        raise ValueError(
+            f"the masks of {source} are of other classes than the label maps of {dataset.folder}: {difference}"
+        )
+    return dataset.classes
+
+
+def _resized(ids: np.ndarray, size: tuple[int, int], what: str) -> np.ndarray:
+    """The mask at the size (W, H). Raises ValueError where that would stretch it by more than a pixel."""
+    height, width = ids.shape
+    if abs(width * size[1] - height * size[0]) > max(width, height, *size):
+        raise ValueError(
+            f"{what} is {width} x {height}, the image {size[0]} x {size[1]} (width x height): a mask of another shape "
+            "lies elsewhere, crop it as the image was"
+        )
+    return np.array(Image.fromarray(ids).resize(size, Image.Resampling.NEAREST))
+
+
+def _require_same_image(source: Path, name: str, image: Image.Image) -> None:
+    """ValueError where the image that a mask was drawn on is there and is another one."""
+    split = source.stem.removeprefix("instances_")  # export.coco's
+    beside = source.parent / "images" if source.is_dir() else source.parent.parent / split
+    path = beside / name
+    if not path.is_file():
+        return
+    with files.opened(path) as opened:
+        drawn_on = opened.convert("RGB")
+    levels = np.asarray(drawn_on.resize(image.size, Image.Resampling.BOX), float) - np.asarray(image, float)
+    if levels.any() if drawn_on.size == image.size else np.abs(levels).mean() > SAME:
+        raise ValueError(
+            f"the mask {name} of {source} was drawn on another image: {path} is not image {name} of this dataset. Take "
+            "the dataset that was annotated"
+        )
+
+
+def _read(source: Path, coco: Any, numbers: Mapping[str, int], classes: ClassList) -> dict[int, np.ndarray]:
+    """{image number: (H, W) uint8 ids}, each in the source's own size; numbers: of the images by file name."""
+    if not numbers:
+        raise ValueError(f"there is no image that the masks of {source} could be of")
+    if source.is_dir():
+        return _from_folder(source, numbers, classes)
+    try:
+        return _from_coco(coco, numbers, classes)
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{source} is not a COCO file of masks: {error!r}") from error
     except ValueError as error:
@@ -79,46 +159,58 @@ def _number(name: str, numbers: Mapping[str, int]) -> int:
     return numbers[name]
 
 
-def _from_folder(folder: Path, numbers: Mapping[str, int]) -> dict[int, np.ndarray]:
+def _from_folder(folder: Path, numbers: Mapping[str, int], classes: ClassList) -> dict[int, np.ndarray]:
     paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     if not paths:
         raise ValueError(f"there are no masks in {folder}")
     masks = {}
     for path in paths:
-        number = _number(path.name, numbers)
-        with Image.open(path) as image:
-            if image.mode not in ("L", "P"):
-                raise ValueError(
-                    f"{path} is a PNG of mode {image.mode}: expected the Cityscapes id of each pixel, mode L or P"
-                )
-            masks[number] = np.array(image)
-        check_ids(masks[number], str(path))
+        masks[_number(path.name, numbers)] = files.read_labels(path, classes)
     return masks
 
 
-def _from_coco(coco: dict[str, Any], numbers: Mapping[str, int]) -> dict[int, np.ndarray]:
+def _from_coco(coco: dict[str, Any], numbers: Mapping[str, int], classes: ClassList) -> dict[int, np.ndarray]:
     """Annotations are painted in the order of the file, later ones over earlier ones, on 0 (unlabeled).
 
-    An image without any is left out: the file does not say whether anybody looked at it.
+    An image without any is left out: the file does not say whether anybody looked at it, unless `export.coco` wrote it.
     """
     names = {category["id"]: category["name"] for category in coco["categories"]}
-    unknown = sorted(name for name in names.values() if name not in BY_NAME or BY_NAME[name].id < 0)
+    unknown = sorted(str(name) for name in names.values() if name not in classes.ids)
     if unknown:
+        numbered = {name: number for number, name in names.items()}
         raise ValueError(
-            f"the categories {unknown} are no Cityscapes labels: rename them, say, to car or traffic light"
+            f"the categories {unknown} are no {classes.name} labels: rename them, or give the classes of the file, "
+            f"such as classes={numbered}"
         )
+    _require_once("two images have the number", (image["id"] for image in coco["images"]))
     images = {image["id"]: image for image in coco["images"]}
     found = {key: _number(Path(image["file_name"]).name, numbers) for key, image in images.items()}
+    _require_once("two entries are of image number", found.values())
     masks: dict[int, np.ndarray] = {}
+    if (coco.get("info") or {}).get("complete"):
+        masks = {found[key]: np.zeros((image["height"], image["width"]), np.uint8) for key, image in images.items()}
     for annotation in coco["annotations"]:
         key = annotation["image_id"]
         shape = images[key]["height"], images[key]["width"]
         where = _region(annotation["segmentation"], shape, f"annotation {annotation['id']}")
         mask = masks.setdefault(found[key], np.zeros(shape, np.uint8))
-        mask[where] = label_id(names[annotation["category_id"]])
+        mask[where] = classes.id(names[annotation["category_id"]])
+    for key, image in images.items():
+        if "ignored" in image:
+            shape = image["height"], image["width"]
+            where = _region(image["ignored"], shape, f"what is ignored of image {key}")
+            masks.setdefault(found[key], np.zeros(shape, np.uint8))[where] = IGNORED
     if not masks:
         raise ValueError("it has no annotations")
     return masks
+
+
+def _require_once(what: str, numbers: Iterable[Any]) -> None:
+    seen: set[Any] = set()
+    for number in numbers:
+        if number in seen:
+            raise ValueError(f"{what} {number}: an image stands in the file once")
+        seen.add(number)
 
 
 def _region(segmentation: Any, shape: tuple[int, int], what: str) -> np.ndarray:

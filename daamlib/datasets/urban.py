@@ -31,8 +31,9 @@ def urban_prompts(n: int, *, seed: int = 0) -> list[str]:
         ValueError: for n < 1.
         FileNotFoundError: without the file.
     """
-    if n < 1:
-        raise ValueError(f"expected one prompt or more, got n={n}")
+    if not 1 <= n <= files.MOST_IMAGES:
+        raise ValueError(f"expected one prompt or more, at most {files.MOST_IMAGES:,}, got n={n}")
+    seed = files.whole_number("seed", seed, 0)
     if not PROMPTS.is_file():
         raise FileNotFoundError(f"the prompts are not at {PROMPTS}: install daamlib anew")
     lists = json.loads(PROMPTS.read_text(encoding="utf-8"))
@@ -73,7 +74,9 @@ def render(folder: str | Path, n: int, *, first_seed: int = scenes.HELD_OUT, siz
     folder, parts = Path(folder), ("images", "labels")
     made_by = {"model": "daamlib.urban.scenes", "labels": ["exact"]}
     settings = files.common_settings("rendered", n, first_seed, (size, size)) | made_by
-    settings = files.start(folder, settings, parts, range(n))
+    settings = files.compare(folder, settings, parts, range(n))
+    files.verify(folder, settings, range(n))
+    files.begin(folder, settings)
     files.clean(folder, range(n))
     for i in bar(files.missing(folder, parts, range(n)), "scenes"):
         scene = scenes.render(first_seed + i, size)

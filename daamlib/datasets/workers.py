@@ -11,26 +11,29 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..classes import Classes
 from ..extras import needs
 from ..pipeline import cpu_threads, load_pipeline
 from ..tokens.label_maps import Threshold
 from ..tokens.token import OptimizedToken
 from . import folder as files
 from .dataset import Dataset, load
-from .generation import Generator, check_prompts
+from .generation import Generator, check_numbers, check_prompts
 from .labelling import TokenLabeller
 from .progress import bar
 
 log = logging.getLogger("daamlib")
 
+NUMBERS = ("seed", "steps", "guidance", "size", "batch_size")  # `generate`'s arguments of these names
+MOST_WORKERS = 1024  # more is a mistake
 SHARD = 8  # images; small, as the bar moves by shards and to hand one over takes milliseconds
 DEATHS = 3  # of workers in a row, with no shard finished between them, that end a run
 PAUSES = (1, 10)  # s before a shard is tried again after an OSError, such as one of the network
@@ -56,12 +59,12 @@ class Job:
         model: as for `load_pipeline`.
         device: as for `load_pipeline`.
         seed: as for `generate`, and so are steps, guidance, size and batch_size.
-        threshold: as for `TokenLabeller`, and so are ignore_from, named_only, iterations and
-            edge_aware.
+        threshold: as for `TokenLabeller`, and so are ignore_from, named_only, iterations, edge_aware and ids.
+        options: of the pipeline's own call, as for `generate`.
         threads: of PyTorch on the CPU, in each worker; the bytes of a dataset that is made on a CPU depend on it.
 
     Raises:
-        TypeError: for prompts that are no list of strings.
+        TypeError: for prompts that are no list of strings, and numbers of another type.
         ValueError: for what needs no model to be seen wrong.
         FileNotFoundError: for missing tokens.
     """
@@ -81,13 +84,17 @@ class Job:
     named_only: bool = True
     iterations: int = 1
     edge_aware: bool = False
+    ids: Classes | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
     threads: int = 1
 
     def __post_init__(self) -> None:
         check_prompts(self.prompts)
-        for name, lowest in (("seed", 0), ("steps", 1), ("batch_size", 1), ("threads", 1)):
-            if getattr(self, name) is not None and getattr(self, name) < lowest:
-                raise ValueError(f"{name} must be {lowest} or more, got {getattr(self, name)}")
+        check_numbers(**{name: getattr(self, name) for name in (*NUMBERS, "threads")})
+        try:
+            torch.device(self.device or "cpu")
+        except RuntimeError as error:
+            raise ValueError(f"{self.device!r} is no device: expected cpu, cuda, cuda:1 or mps") from error
         absolute: dict[str, Any] = {
             "folder": str(Path(self.folder).resolve()),
             "tokens": tuple(str(Path(path).resolve()) for path in self.tokens),
@@ -101,14 +108,17 @@ class Job:
     def labeller(self) -> TokenLabeller | None:
         """What labels the images, None without tokens."""
         tokens = tuple(OptimizedToken.load(path) for path in self.tokens)
-        options = (self.threshold, self.ignore_from, self.named_only, self.iterations, self.edge_aware)
-        return TokenLabeller(tokens, *options) if tokens else None
+        names = ("threshold", "ignore_from", "named_only", "iterations", "edge_aware", "ids")
+        return TokenLabeller(tokens, **{name: getattr(self, name) for name in names}) if tokens else None
 
     def open(self, device: str | None = None) -> Generator:
         """Load the model and the tokens. Raises what `generate` raises."""
-        names = ("seed", "steps", "guidance", "size", "batch_size")
-        options = {name: getattr(self, name) for name in names}
-        pipe = load_pipeline(self.model, device=device or self.device)
+        options = {name: getattr(self, name) for name in (*NUMBERS, "options")}
+        device = device or self.device
+        gpus, wanted = torch.cuda.device_count(), torch.device(device or "cpu")
+        if wanted.type == "cuda" and (wanted.index or 0) >= gpus:
+            raise ValueError(f"there is no device {device!r} on this machine, which has {gpus} GPUs")
+        pipe = load_pipeline(self.model, device=device)
         return Generator.open(pipe, self.prompts, self.folder, self.labeller(), **options)
 
     def missing(self) -> list[int]:
@@ -173,10 +183,9 @@ def run_shards(
         ConnectionError: without a cluster at the address.
         WorkerError: if three workers in a row died.
     """
-    if workers is not None and workers < 1:
-        raise ValueError(f"expected one worker or more, got {workers}")
-    if shard_size < 1:
-        raise ValueError(f"the shard size must be 1 or more, got {shard_size}")
+    if workers is not None:
+        workers = files.whole_number("workers", workers, 1, MOST_WORKERS)
+    shard_size = files.whole_number("the shard size", shard_size, 1)
     if address and not ray:
         raise ValueError("an address is that of a Ray cluster: ask for Ray too")
     n, folder = len(job.prompts), Path(job.folder)
@@ -193,9 +202,9 @@ def run_shards(
             progress.update(images)
     files.clean(folder, range(n))
     settings = files.read_settings(folder)
-    if not job.missing():
+    if not job.missing() and settings["images"] == n:
         files.write_manifest(folder, settings, settings["prompts"])
-    return load(folder)
+    return load(folder, verify=False)  # the workers have read what they did not write
 
 
 def _here(job: Job) -> Iterator[int]:

@@ -8,10 +8,12 @@ outputs for each with its ``metrics.json``, the metrics of all of them, the envi
 
 import argparse
 import ast
+import itertools
 import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -182,6 +184,23 @@ def _parameters(chosen: argparse.Namespace) -> dict[str, Any]:
     return parameters
 
 
+def new_folder(path: Path) -> Path:
+    """Make a folder that nobody else has: two runs may begin in one second.
+
+    Args:
+        path: of the folder.
+
+    Returns:
+        The path, or with -2, -3 ... after it where it is there.
+    """
+    for number in itertools.count(1):
+        folder = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        with suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            break
+    return folder
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -208,8 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     model = re.sub(r"[^\w.-]+", "-", Path(str(parameters.get("MODEL") or "urban-tiny")).name)
-    run_dir = chosen.runs_dir.resolve() / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{model}"
-    run_dir.mkdir(parents=True)
+    run_dir = new_folder(chosen.runs_dir.resolve() / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{model}")
     given = parameters or "as in the notebooks"
     print(f"{len(notebooks)} notebooks, parameters {given}, into {run_dir}", flush=True)
     results = _run(notebooks, parameters, run_dir)

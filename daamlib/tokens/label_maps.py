@@ -19,7 +19,8 @@ from jaxtyping import Float, UInt8
 from ..attention.heatmaps import HeatMaps, require_ratio, upsample
 from ..attention.record import AttentionRecord
 from ..attention.text import TextTooLongError, TokenEmbeddings, find_phrases, side_by_side
-from ..cityscapes import IGNORED, label_id
+from ..cityscapes import IGNORED
+from ..classes import class_list
 from .guided import guided_upsample
 from .optimize import BACKGROUND
 from .token import OptimizedToken, require_calibrated
@@ -258,7 +259,7 @@ def label_map(
         ignore_from: With a threshold, the lower end of the ignore band, likewise.
         names: Of the classes that a pixel may be of, such as those that the prompt names; default all. With a
             threshold, a pixel where another may be is ignored.
-        ids: {class: id}; default those of Cityscapes.
+        ids: {class: id}; default those of Cityscapes, and of classes that it has not their numbers from 1.
 
     Returns:
         (height, width) ids: 0 for the background of tokens, 255 where it is not clear.
@@ -282,7 +283,8 @@ def label_map(
     found = {name: among[name] if among is not None and name in among.tokens else maps[name] for name in competing}
     values = torch.stack(list(found.values()))
     values = upsample(values, size or record.grid) if image is None else guided_upsample(values, image)
-    numbers = [0 if name == BACKGROUND else label_id(name) if ids is None else ids[name] for name in competing]
+    ids = class_list(name for name in maps.tokens if name != BACKGROUND).ids if ids is None else ids
+    numbers = [0 if name == BACKGROUND else ids[name] for name in competing]
     named = None if among is None else [name in among.tokens for name in competing]
     limits = (0.0, 0.0) if threshold is None else (of_each(threshold, competing), of_each(ignore_from, competing))
     return assign_labels(values.clamp(0, 1), numbers, *limits, margin=margin, named=named)

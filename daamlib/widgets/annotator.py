@@ -1,6 +1,6 @@
 """The annotator: draw masks with brush, polygon, fill and scribbles that grow; every stroke is on disk at once."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ import anywidget
 import numpy as np
 import traitlets
 
-from ..cityscapes import BY_ID
+from ..classes import Classes
 from ..datasets.dataset import Dataset
 from .pictures import png
 from .session import AnnotationSession
@@ -45,9 +45,10 @@ class Annotator(anywidget.AnyWidget):
 
     def __init__(self, session: AnnotationSession) -> None:
         self.session = session
+        ids, colours = session.class_list.ids, session.class_list.colours
         super().__init__(
-            classes=[{"id": label.id, "name": label.name, "color": list(label.color)} for label in session.classes],
-            palette={str(number): list(label.color) for number, label in BY_ID.items()},
+            classes=[{"id": ids[name], "name": name, "color": list(colours[name])} for name in session.names],
+            palette={str(number): list(colours[name]) for name, number in ids.items()},
             count=len(session.numbers),
         )
         self._show("")
@@ -60,7 +61,7 @@ class Annotator(anywidget.AnyWidget):
 
     @property
     def label_map(self) -> np.ndarray:
-        """(H, W) uint8 Cityscapes ids of the image that is shown, a copy."""
+        """(H, W) uint8 ids of the image that is shown, a copy."""
         return self.session.labels
 
     def act(self, action: Mapping[str, Any]) -> None:
@@ -94,7 +95,7 @@ class Annotator(anywidget.AnyWidget):
 
 def annotate(
     images: Sequence | Dataset,
-    classes: Iterable[str],
+    classes: Classes,
     folder: str | Path,
     *,
     proposals: Sequence[np.ndarray] | None = None,
@@ -105,9 +106,10 @@ def annotate(
 
     Args:
         images: PIL images or (H, W, 3) uint8 arrays, or a `Dataset`.
-        classes: names of `daamlib.cityscapes`, such as ["car", "traffic light"].
-        folder: gets images/00000.png and labels/00000.png (Cityscapes ids) after every stroke, and where it has some,
-            one goes on with them.
+        classes: names of `daamlib.cityscapes`, such as ["car", "traffic light"]; any others, such as ["cat", "dog"],
+            numbered from 1; {name: id} or {name: (id, colour)}; or a table of `daamlib.classes`.
+        folder: gets images/00000.png and labels/00000.png (ids) after every stroke, and where it has some, one goes on
+            with them.
         proposals: label maps to begin with and correct, (H, W) uint8 ids, one for each image, such as
             `daamlib.label_map`'s. One counts as drawn once something is drawn on it, or it is saved.
 
@@ -116,7 +118,7 @@ def annotate(
 
     Raises:
         TypeError: for images or classes of another type.
-        ValueError: for unknown classes, no images, proposals that do not fit them, and a folder of other images or of a
-            dataset.
+        ValueError: for unknown classes, no images, proposals that do not fit them, and a folder of other images, of
+            other classes or of a dataset.
     """
     return Annotator(AnnotationSession(images, classes, folder, proposals))

@@ -7,21 +7,21 @@ image before its labels. So whenever the kernel dies, all is there but the actio
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..cityscapes import BY_NAME, IGNORED, Label, label_id
+from ..cityscapes import IGNORED
+from ..classes import CITYSCAPES, Classes, ClassList, class_list
 from ..datasets import folder as files
 from ..datasets.dataset import Dataset
-from ..datasets.masks import check_ids
+from ..datasets.masks import PROGRESS
 from .editor import LabelEditor
 from .pictures import rgb
 
 FORMAT = "daamlib-annotation-1"
-PROGRESS = "annotation.json"
 TOOLS = ("brush", "polygon", "fill", "grow")
 
 
@@ -32,29 +32,30 @@ class AnnotationSession:
 
     Args:
         images: PIL images or (H, W, 3) uint8 arrays, or a `Dataset`.
-        classes: names of `daamlib.cityscapes`.
+        classes: {name: id}, {name: (id, colour)} or names, see `daamlib.classes.class_list`; names may be those of the
+            `Dataset`'s own classes.
         folder: where images and labels go; one goes on with those that are there.
         proposals: a label map for each image, (H, W) uint8 ids, to begin with where none is in the folder; 255, to be
             ignored, becomes unlabeled. It is saved by the first action, or "save".
 
     Attributes:
-        classes: `Label`s to choose from, "unlabeled" first.
+        class_list: the classes of the label maps.
+        names: those of them to choose from, that of 0 first.
         position: of the open image, from 0.
 
     Raises:
         TypeError: for images or classes of another type.
-        ValueError: for unknown classes, no images, proposals that do not fit them, and a folder of other images or of a
-            dataset.
+        ValueError: for unknown classes, no images, proposals that do not fit them, and a folder of other images, of
+            other classes or of a dataset.
     """
 
     def __init__(
         self,
         images: Sequence | Dataset,
-        classes: Iterable[str],
+        classes: Classes,
         folder: str | Path,
         proposals: Sequence[np.ndarray] | None = None,
     ) -> None:
-        self.classes = _classes(classes)
         self._images, self.numbers = images, list(range(len(images)))
         if isinstance(images, Dataset):
             self.numbers = [int(i) for i in images.manifest.index]
@@ -64,7 +65,8 @@ class AnnotationSession:
             raise ValueError(f"{len(proposals)} proposals for {len(self.numbers)} images: give one for each")
         self._proposals = proposals
         self.folder = Path(folder)
-        position = self._start()
+        own = images.classes if isinstance(images, Dataset) else CITYSCAPES
+        self.class_list, self.names, position = self._start(classes, own)
         self._open(position)
 
     # -- what a view shows ---------------------------------------------------------------------------------------
@@ -76,7 +78,7 @@ class AnnotationSession:
 
     @property
     def labels(self) -> np.ndarray:
-        """(H, W) uint8 Cityscapes ids of the open image, a copy."""
+        """(H, W) uint8 ids of the open image, a copy."""
         return self.editor.labels
 
     @property
@@ -126,8 +128,9 @@ class AnnotationSession:
 
     def _draw(self, kind: str, action: Mapping[str, Any]) -> None:
         value, points = action.get("value"), action.get("points")
-        if value not in [label.id for label in self.classes]:
-            raise ValueError(f"no class has the id {value!r}: expected one of {[label.id for label in self.classes]}")
+        ids = [self.class_list.id(name) for name in self.names]
+        if value not in ids:
+            raise ValueError(f"no class has the id {value!r}: expected one of {ids}")
         if kind in ("polygon", "fill"):
             getattr(self.editor, kind)(points, value)
             return
@@ -145,23 +148,31 @@ class AnnotationSession:
 
     # -- the folder ----------------------------------------------------------------------------------------------
 
-    def _start(self) -> int:
-        """Make the folder or go on in it; the position it was left at."""
+    def _start(self, classes: Classes, own: ClassList) -> tuple[ClassList, tuple[str, ...], int]:
+        """Look whether the folder is new, or one to go on in: the classes, and the position it was left at."""
         if (self.folder / files.SETTINGS).is_file():
             raise ValueError(f"{self.folder} is a dataset: draw into another folder, then datasets.import_masks")
         if not (self.folder / PROGRESS).is_file():
             if any(any((self.folder / part).glob("[!.]*")) for part in ("images", "labels")):
                 raise ValueError(f"{self.folder} holds files but no {PROGRESS}: name another folder")
-            return 0
+            return *_classes(classes, own), 0
         files.clean(self.folder, self.numbers)
         try:
             progress = json.loads((self.folder / PROGRESS).read_text(encoding="utf-8"))
-            found, number = progress["format"], progress["image"]
+            found, number, drawn = progress["format"], progress["image"], progress.get("classes", ["unlabeled"])
+            before = class_list(drawn)
         except (ValueError, LookupError, TypeError) as error:
             raise ValueError(f"{self.folder / PROGRESS} is damaged: {error!r}. Remove it") from error
         if found != FORMAT:
             raise ValueError(f"{self.folder / PROGRESS} has the format {found!r}, this version reads {FORMAT!r}")
-        return self.numbers.index(number) if number in self.numbers else 0
+        table, names = _classes(classes, own if before.stored() is None else before)
+        difference = table.difference(before, names) if before.stored() is None else before.difference(table)
+        if difference and any((self.folder / "labels").glob("[0-9]*.png")):
+            raise ValueError(
+                f"{self.folder} was drawn with other classes, {list(drawn)} ({difference}): give those, and new ones "
+                "with ids of their own, or name another folder"
+            )
+        return table, names, self.numbers.index(number) if number in self.numbers else 0
 
     def _open(self, position: int) -> None:
         number = self.numbers[position]
@@ -171,15 +182,17 @@ class AnnotationSession:
             raise ValueError(f"{kept} is another image than number {number} here: name another folder")
         path, labels = self._path(number), None
         if path.is_file():
-            labels = _checked(files.read_png(path), image, str(path))
+            labels = self._checked(files.read_png(path), image, str(path))
         elif self._proposals is not None:
             labels = np.array(self._proposals[position])
-            labels = _checked(np.where(labels == IGNORED, labels.dtype.type(0), labels), image, f"proposal {position}")
+            labels = np.where(labels == IGNORED, labels.dtype.type(0), labels)
+            labels = self._checked(labels, image, f"proposal {position}")
         self.editor = LabelEditor(image, labels)
         self.position = position
         self._marked = path.is_file()  # whether the label map stays when all is undone
         self._unsaved = False
-        progress = {"format": FORMAT, "image": number, "classes": [label.name for label in self.classes]}
+        classes = self.class_list.stored() or list(self.names)
+        progress = {"format": FORMAT, "image": number, "classes": classes}
         files.write(self.folder / PROGRESS, lambda temporary: temporary.write_text(json.dumps(progress, indent=1)))
 
     def _save(self) -> None:
@@ -198,24 +211,29 @@ class AnnotationSession:
     def _path(self, number: int) -> Path:
         return self.folder / files.file_name("labels", number)
 
+    def _checked(self, labels: np.ndarray, image: np.ndarray, what: str) -> np.ndarray:
+        """The label map. Raises ValueError unless it is one of the image."""
+        if labels.shape != image.shape[:2] or labels.dtype != np.uint8:
+            raise ValueError(f"{what} is {labels.shape} {labels.dtype}, its image {image.shape[:2]}")
+        self.class_list.check(labels, what)
+        return labels
 
-def _checked(labels: np.ndarray, image: np.ndarray, what: str) -> np.ndarray:
-    """The label map. Raises ValueError unless it is one of the image."""
-    if labels.shape != image.shape[:2] or labels.dtype != np.uint8:
-        raise ValueError(f"{what} is {labels.shape} {labels.dtype}, its image {image.shape[:2]}")
-    check_ids(labels, what)
-    return labels
 
+def _classes(classes: Classes, own: ClassList) -> tuple[ClassList, tuple[str, ...]]:
+    """The class list, and the names to choose from, that of 0 first. Raises TypeError or ValueError for what is none.
 
-def _classes(names: Iterable[str]) -> tuple[Label, ...]:
-    """Cityscapes labels by name, "unlabeled" first. Raises TypeError or ValueError for what is none."""
-    if isinstance(names, str):
-        raise TypeError(f"classes must be a list of names, got the string {names!r}: write [{names!r}]")
-    labels = [BY_NAME["unlabeled"]]
-    for name in names:
-        label_id(name)
-        if BY_NAME[name] not in labels:
-            labels.append(BY_NAME[name])
-    if len(labels) == 1:
-        raise ValueError("give one class or more to draw, such as ['car', 'person']")
-    return tuple(labels)
+    own: the dataset's, whose names may be given alone.
+    """
+    given = (
+        tuple(classes.ids)
+        if isinstance(classes, ClassList)
+        else classes
+        if isinstance(classes, str)
+        else tuple(classes)
+    )
+    plain = not isinstance(classes, str | Mapping | ClassList)
+    table = own if plain and given and set(given) <= set(own.ids) else class_list(classes if not plain else given)
+    names = tuple(dict.fromkeys([table.names[0], *given]))
+    if len(names) == 1:
+        raise ValueError("give one class or more to draw, such as ['car', 'person'] or {'cat': 1, 'dog': 2}")
+    return table, names

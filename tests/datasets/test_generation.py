@@ -68,13 +68,15 @@ def test_a_finished_dataset_opens_with_any_batch_size(batched, sd1_pipe):
     assert contents(batched.folder) == before
 
 
-def test_the_settings_are_read_once(sd1_pipe, tmp_path, monkeypatch):
+def test_the_settings_are_not_read_for_every_image(sd1_pipe, tmp_path, monkeypatch):
     reads, read = [], files.read_settings
     monkeypatch.setattr(files, "read_settings", lambda folder: reads.append(folder) or read(folder))
+    counts = []
     for n in (1, 5):
-        reads.clear()
         datasets.generate(sd1_pipe, PROMPTS[:n], tmp_path / str(n), labeller=bright, steps=1, size=16)
-        assert len(reads) == 2  # and once for the labels' source
+        counts.append(len(reads))
+        reads.clear()
+    assert counts[0] == counts[1] <= 3
 
 
 def test_shards_fill_one_folder(whole, sd1_pipe, tmp_path):
@@ -251,7 +253,9 @@ OTHERS = {
     "size": ({"size": 16}, "size"),
     "records": ({"keep_steps": 1}, "keep_steps"),
     "a prompt": ({"prompts": ["a car", "a bus", PROMPTS[2]]}, "prompt 1: 'a tree' there, 'a bus' here"),
-    "more prompts": ({"prompts": PROMPTS[:4]}, "prompt 3"),
+    "fewer prompts": ({"prompts": PROMPTS[:2]}, "images: 3 there, 2 here"),
+    "other prompts and more": ({"prompts": ["a bus", *PROMPTS[1:4]]}, "prompt 0: 'a car' there, 'a bus' here"),
+    "an option": ({"negative_prompt": "blurry"}, "options: None there, {'negative_prompt': 'blurry'} here"),
 }
 
 
@@ -517,12 +521,16 @@ def test_labels_are_made_where_there_are_none(generated, sd1_pipe):
     before, seen = contents(generated.folder), []
 
     class Labeller:
+        store = None
+
         def __call__(self, image, record, prompt, value):
             seen.append((image.shape, record, prompt))
             return np.full(image.shape[:2], value, np.uint8)
 
     make = functools.partial(datasets.generate, sd1_pipe, PROMPTS[:3], generated.folder, steps=1, size=(16, 24))
-    made = make(labeller=functools.partial(Labeller(), value=CAR))
+    labeller = functools.partial(Labeller(), value=CAR)
+    labeller.store = None
+    made = make(labeller=labeller)
     assert seen == [((16, 24, 3), None, PROMPTS[0]), ((16, 24, 3), None, PROMPTS[2])]
     assert [int(made.labels(i)[0, 0]) for i in range(3)] == [CAR, PERSON, CAR]
     after = contents(generated.folder)

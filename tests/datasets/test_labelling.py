@@ -122,8 +122,10 @@ def test_labellers_that_cannot_be(record, tokens):
     car = tokens[0]
     for tokens_, options, message in (
         ((), {}, "no class"),
-        ((token_for(record, "cat"),), {}, "cat"),
-        ((token_for(record, "token"),), {}, "Cityscapes"),
+        ((token_for(record, "cat"), car), {}, "'cat' is no Cityscapes label"),
+        ((token_for(record, "cat"),), {"ids": {"dog": 1}}, "cat"),
+        ((token_for(record, "cat"),), {"ids": {"cat": 255}}, "255"),
+        ((car,), {"iterations": -1}, "iterations"),
         ((car, car), {}, "two tokens"),
         ((token_for(record, "background"),), {}, "no class"),
         ((token_for(record, "car", loss="cross_entropy"),), {}, "scale"),

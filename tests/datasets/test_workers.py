@@ -1,5 +1,6 @@
 """Datasets that tokens label: the same files by any number of workers, killed ones among them."""
 
+import csv
 import json
 import os
 import subprocess
@@ -336,6 +337,46 @@ def test_the_command_line(saved, tmp_path, capsys):
     assert "steps: 1 there, 2 here" in capsys.readouterr().err
 
 
+def test_any_prompts_file_and_more_of_them(saved, tmp_path, capsys):
+    lines = [
+        "a car",
+        "a\u2028car",
+        " two\x0bcars ",
+        "NA",
+        "a\x00car",
+        "a\tcar",
+        '"',
+        "日本の車",
+        "=1+1",
+        "a\x85car",
+        "\x0c",
+    ]
+    arguments = [str(tmp_path / "set"), "--prompts", str(tmp_path / "p.txt"), "--model", str(saved / "tiny")]
+    arguments += ["--tokens", str(saved / "car.safetensors"), "--steps", "1", "--size", "16", "--device", "cpu"]
+    expected = [line.strip() for line in lines if line.strip()]
+    for end, count in (("\n", 4), ("\r\n", 10), ("\r", 10)):
+        (tmp_path / "p.txt").write_bytes(b"\xef\xbb\xbf" + end.join(lines[:count]).encode())
+        assert command.main(arguments) == 0, capsys.readouterr().err
+        assert list(datasets.load(tmp_path / "set").manifest.prompt) == expected[:count]
+    with (tmp_path / "set" / "manifest.csv").open(encoding="utf-8", newline="") as file:
+        assert [row["prompt"] for row in csv.DictReader(file)] == expected
+    (tmp_path / "p.txt").write_bytes("über".encode("utf-16"))
+    assert command.main(arguments) == 2 and "UTF-8" in capsys.readouterr().err
+
+
+def test_a_cat_with_options_on_the_command_line(saved, record, tmp_path, capsys):
+    token_for(record, "cat").save(tmp_path / "cat.safetensors")
+    arguments = [str(tmp_path / "set"), "--n", "2", "--model", str(saved / "tiny"), "--device", "cpu", "--steps", "1"]
+    arguments += ["--tokens", str(tmp_path / "cat.safetensors"), "--size", "16", "--all-classes"]
+    arguments += ["--classes", "cat=9", "--option", "negative_prompt=a dog", "eta=0.5"]
+    assert command.main(arguments) == 0, capsys.readouterr().err
+    dataset = datasets.load(tmp_path / "set")
+    assert dataset.classes.ids == {"unlabeled": 0, "cat": 9} and 9 in dataset.labels(0)
+    assert dataset.settings["options"] == {"negative_prompt": "a dog", "eta": 0.5}
+    assert command.main([*arguments, "--classes", "voc"]) == 2
+    assert "'cat' is 9 here, it is 8 there" in capsys.readouterr().err
+
+
 WRONG = {
     "no number": ([], "--n"),
     "none": (["--n", "0"], "--n"),
@@ -344,7 +385,8 @@ WRONG = {
     "no file": (["--prompts", "{}/nowhere.txt"], "nowhere.txt"),
     "no token": (["--n", "1", "--tokens", "{}/nowhere.safetensors"], "nowhere.safetensors"),
     "a damaged token": (["--n", "1", "--tokens", "{}/empty.txt"], "empty.txt"),
-    "a cat": (["--n", "1", "--tokens", "{}/cat.safetensors"], "'cat'"),
+    "a cat": (["--n", "1", "--tokens", "{}/cat.safetensors", "--classes", "voc", "dog=1"], "NAME=ID"),
+    "another cat": (["--n", "1", "--tokens", "{}/cat.safetensors", "--classes", "dog=1"], "'cat'"),
     "a threshold": (["--n", "1", "--threshold", "high"], "CLASS=NUMBER"),
     "an address": (["--n", "1", "--address", "auto"], "Ray"),
     "no workers": (["--n", "1", "--workers", "0"], "worker"),
@@ -352,6 +394,16 @@ WRONG = {
     "no steps": (["--n", "1", "--steps", "0"], "steps"),
     "no batch": (["--n", "1", "--batch-size", "0"], "batch_size"),
     "no shards": (["--n", "1", "--shard-size", "0"], "shard size"),
+    "too many": (["--n", "1000000000"], "--n"),
+    "too many workers": (["--n", "1", "--workers", "100000"], "workers"),
+    "too many threads": (["--n", "1", "--threads", "100000"], "threads"),
+    "a seed": (["--n", "1", "--seed", "-1"], "seed"),
+    "no guidance": (["--n", "1", "--guidance", "nan"], "guidance"),
+    "no size": (["--n", "1", "--size", "0"], "size"),
+    "no device": (["--n", "1", "--device", "gpu"], "'gpu' is no device"),
+    "no such GPU": (["--n", "1", "--device", "cuda:99"], "no device 'cuda:99'"),
+    "no option": (["--n", "1", "--option", "blurry"], "NAME=VALUE"),
+    "a record": (["--n", "1", "--tokens", "{}/record.safetensors"], "an attention record"),
 }
 
 
@@ -359,6 +411,7 @@ WRONG = {
 def test_wrong_choices_on_the_command_line(arguments, message, record, tmp_path, capsys):
     (tmp_path / "empty.txt").write_text("\n \n")
     token_for(record, "cat").save(tmp_path / "cat.safetensors")
+    record.save(tmp_path / "record.safetensors")
     assert command.main([str(tmp_path / "set"), *(text.format(tmp_path) for text in arguments)]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "set").exists()

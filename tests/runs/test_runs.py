@@ -11,6 +11,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from daamlib.runs import find_notebooks, main, timing, write_metrics
+from daamlib.runs.run import new_folder
 
 PARAMETERS = "MODEL = None  # the model\nSEED = 0  # the seed\nOUTPUT_DIR = 'outputs'  # where results go"
 METRICS = """from daamlib.runs import write_metrics
@@ -45,6 +46,12 @@ def launch(tmp_path):
 def printed(path):
     cells = nbformat.read(path, as_version=4).cells
     return "".join(output.get("text", "") for cell in cells for output in cell.get("outputs", []))
+
+
+def test_runs_of_one_second_have_folders_of_their_own(tmp_path):
+    made = [new_folder(tmp_path / "runs" / "20260101T000000Z-tiny") for _ in range(3)]
+    assert [path.name.removeprefix("20260101T000000Z-tiny") for path in made] == ["", "-2", "-3"]
+    assert all(path.is_dir() for path in made)
 
 
 def test_metrics_and_reports_of_a_run_are_gathered(tmp_path, launch, capsys):

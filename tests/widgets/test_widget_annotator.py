@@ -12,6 +12,7 @@ from PIL import Image
 
 from daamlib import datasets, metrics
 from daamlib.cityscapes import BY_ID, BY_NAME
+from daamlib.classes import VOC
 from daamlib.datasets import folder as files
 from daamlib.urban.scenes import HELD_OUT, render
 from daamlib.widgets import annotate
@@ -394,6 +395,49 @@ def test_folders_that_are_something_else(folder):
         AnnotationSession(pictures(), CLASSES, folder)
 
 
+def test_any_classes(folder, tmp_path):
+    widget = annotate(pictures(), {"cat": (1, (255, 128, 0)), "dog": 2}, folder)
+    state = widget.get_state()
+    assert [(c["id"], c["name"]) for c in state["classes"]] == [(0, "unlabeled"), (1, "cat"), (2, "dog")]
+    assert {int(key): tuple(value) for key, value in state["palette"].items()} == {
+        0: (0, 0, 0), 1: (255, 128, 0), 2: (0, 128, 0)
+    }  # fmt: skip
+    widget.act(brush(value=CAR))
+    assert widget.failed and str(CAR) in widget.status
+    widget.act(brush(value=2))
+    assert set(np.unique(on_disk(folder, 0))) == {0, 2}
+    noted = json.loads((folder / "annotation.json").read_text())["classes"]
+    assert noted == {"unlabeled": [0, [0, 0, 0]], "cat": [1, [255, 128, 0]], "dog": [2, [0, 128, 0]]}
+    again = AnnotationSession(pictures(), ["dog"], folder)  # a name keeps its number
+    assert (again.names, again.class_list.ids["dog"]) == (("unlabeled", "dog"), 2)
+    for other in ({"dog": 1}, ["bird"], CLASSES, {"bird": 3}):
+        with pytest.raises(ValueError, match="drawn with other classes"):
+            AnnotationSession(pictures(), other, folder)
+    more = AnnotationSession(pictures(), {"cat": 1, "dog": 2, "bird": 3}, folder)
+    more.apply(brush(value=3))
+    voc = AnnotationSession(pictures(), VOC, tmp_path / "voc")
+    assert voc.names[:2] == ("background", "aeroplane") and len(voc.names) == 21
+    numbered = AnnotationSession(pictures(), ["cat", "dog"], tmp_path / "numbered")
+    assert numbered.class_list.ids == {"unlabeled": 0, "cat": 1, "dog": 2}
+
+
+def test_drawn_classes_become_those_of_the_dataset(tmp_path, folder):
+    rendered = datasets.render(tmp_path / "scenes", 2)
+    with pytest.raises(ValueError, match="other classes"):  # its label maps are of Cityscapes
+        session = AnnotationSession(rendered, {"car": 1}, folder)
+        session.apply(brush(value=1))
+        datasets.import_masks(rendered, folder)
+    for path in (rendered.folder / "labels").iterdir():
+        path.unlink()
+    settings = json.loads((rendered.folder / "dataset.json").read_text()) | {"labels": []}
+    (rendered.folder / "dataset.json").write_text(json.dumps(settings))
+    assert datasets.import_masks(rendered, folder) is rendered  # the annotator's folder itself
+    assert rendered.classes.ids == {"unlabeled": 0, "car": 1}
+    np.testing.assert_array_equal(rendered.mask(0, "car"), session.labels == 1)
+    by_name = AnnotationSession(rendered, ["car"], tmp_path / "more")
+    assert by_name.class_list.ids == rendered.classes.ids
+
+
 def test_files_that_do_not_fit_the_images(session, folder):
     session.apply(brush())
     session.apply({"type": "go", "position": 1})
@@ -416,7 +460,8 @@ def test_files_that_do_not_fit_the_images(session, folder):
     [
         ([], CLASSES, ValueError, "images"),
         (pictures(), "car", TypeError, "car"),
-        (pictures(), ["tree"], ValueError, "tree"),
+        (pictures(), ["tree", "car"], ValueError, "tree"),
+        (pictures(), {"tree": 255}, ValueError, "255"),
         (pictures(), ["license plate"], ValueError, "license plate"),
         (pictures(), ["unlabeled"], ValueError, "class"),
         ([pictures()[0][..., 0]], CLASSES, ValueError, "uint8"),
@@ -465,7 +510,7 @@ def test_the_widget_shows_the_session(folder):
         (BY_NAME[name].id, name, BY_NAME[name].color) for name in ("unlabeled", "car", "person")
     ]
     assert {int(key): tuple(value) for key, value in state["palette"].items()} == {
-        number: label.color for number, label in BY_ID.items()
+        number: label.color for number, label in BY_ID.items() if number >= 0
     }
     assert (widget.height, widget.width, widget.count, widget.done, widget.can_undo) == (*SHAPE, 3, 0, False)
     widget.act(brush())
