@@ -12,7 +12,7 @@ import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -208,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     model = re.sub(r"[^\w.-]+", "-", Path(str(parameters.get("MODEL") or "urban-tiny")).name)
-    run_dir = chosen.runs_dir.resolve() / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{model}"
+    run_dir = chosen.runs_dir.resolve() / f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{model}"
     run_dir.mkdir(parents=True)
     given = parameters or "as in the notebooks"
     print(f"{len(notebooks)} notebooks, parameters {given}, into {run_dir}", flush=True)
