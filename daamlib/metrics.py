@@ -30,6 +30,7 @@ Array = np.ndarray | torch.Tensor
 
 THRESHOLDS = tuple(i / 100 for i in range(101))
 IN_CACHE = 2**18  # pixels that are counted at a time; found by trial
+trapezoid = getattr(np, "trapezoid", None) or np.trapz  # type: ignore[attr-defined]  # numpy 2 renamed it
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +157,7 @@ def area_under_curve(
 ) -> float:
     """The area under `miou_curve`, by the trapezoidal rule; at most 1 for thresholds from 0 to 1."""
     levels, values = miou_curve(maps, masks, thresholds=thresholds, pooled=pooled)
-    return float(np.trapezoid(values, levels))
+    return float(trapezoid(values, levels))
 
 
 def correlation(one: Array, other: Array) -> float:

@@ -1,8 +1,12 @@
 """One way to a pipeline: the bundled model, a folder or a model id."""
 
+import json
 import logging
+import math
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +14,20 @@ import diffusers
 import torch
 import transformers
 from diffusers import DiffusionPipeline
+from safetensors import safe_open
 
 from .resources import bundled
 
 BUNDLED = bundled("urban-tiny")
 DENOISERS = ("unet", "transformer")  # the parts of pipelines that may denoise
+HALVES = {"F16": torch.float16, "BF16": torch.bfloat16}  # by their names in safetensors files
+# The argument of diffusers' `from_pretrained`: 0.40 renamed it, older versions ignore the new name
+DTYPE = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 40) else "torch_dtype"
+# What the bundled model makes of the last word of a text: a text encoder with random weights is off by about 1
+CHECKED_TEXT, CHECKED_START = "a red car", (-0.2274, 1.0364, 0.0230, -0.4552, -0.0362, 0.0565, -0.1780, 0.0929)
+CHECKED_TOLERANCE = 0.05  # bfloat16 is off by 0.007
+# The words of all versions of transformers and diffusers in their warnings of weights
+MISSING, LEFT_OVER = "newly initialized", ("not used when initializing", "UNEXPECTED")
 
 
 def load_pipeline(
@@ -28,27 +41,60 @@ def load_pipeline(
     Args:
         model: a folder or a model id of the hub; None for the bundled `urban-tiny`.
         device: such as "cpu" or "cuda:1"; None for "cuda" if there is one, else "cpu".
-        dtype: None for float16 on a GPU, float32 on a CPU.
+        dtype: None for float32 on a CPU. On a GPU None is the half precision that the denoiser's weights are stored in;
+            if they are stored in another, bfloat16 for a transformer and float16 for a U-Net.
 
     Returns:
         The pipeline, on its device.
 
     Raises:
         FileNotFoundError: if the bundled model is not there. diffusers raises what it finds wrong with another.
+        ValueError: if a part has weights that its files lack, or the bundled model is not loaded as it was trained.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.float16)
     options: dict[str, Any] = {}
+    source = model or BUNDLED
     if model is None:
         if not (BUNDLED / "model_index.json").exists():
             raise FileNotFoundError(f"the bundled model is not at {BUNDLED}: install daamlib anew")
         # without accelerate diffusers would advise to install it, which matters to large models alone
-        quietly = {"low_cpu_mem_usage": diffusers.utils.is_accelerate_available()}
-        model, options = BUNDLED, {"local_files_only": True, **quietly}
-    with quiet_loading():
-        pipe = DiffusionPipeline.from_pretrained(model, dtype=dtype, **options)
+        options = {"local_files_only": True, "low_cpu_mem_usage": diffusers.utils.is_accelerate_available()}
+    dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else _half_precision(source))
+    with loading(source, exactly=model is None):
+        pipe = DiffusionPipeline.from_pretrained(source, **{DTYPE: dtype}, **options)
+    if model is None:
+        _check_bundled(pipe)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
+
+
+def _half_precision(model: str | Path) -> torch.dtype:
+    """The half precision that a model's denoiser is stored in, else the one that its kind is mostly trained in."""
+    folder = Path(model if Path(model).is_dir() else DiffusionPipeline.download(str(model)))
+    name = next((name for name in DENOISERS if (folder / name).is_dir()), DENOISERS[0])
+    numbers: Counter[str] = Counter()
+    for path in (folder / name).glob("*.safetensors"):
+        if "." not in path.stem:  # no variant, such as `.fp16.safetensors`
+            with safe_open(path, "pt") as file:
+                for part in map(file.get_slice, file.keys()):
+                    numbers[part.get_dtype()] += math.prod(part.get_shape())
+    stored = max(("F32", *HALVES), key=lambda kind: numbers[kind])  # integers of quantised weights do not count
+    if stored not in HALVES and (folder / name / "config.json").is_file():
+        config = json.loads((folder / name / "config.json").read_text())
+        stored = {"float16": "F16", "bfloat16": "BF16"}.get(config.get("torch_dtype"), stored)
+    return HALVES.get(stored, torch.float16 if name == "unet" else torch.bfloat16)
+
+
+def _check_bundled(pipe: Any) -> None:
+    """Compare what the text encoder makes of a text with what it made when it was trained."""
+    with torch.no_grad():
+        found = pipe.text_encoder(pipe.tokenizer(CHECKED_TEXT, return_tensors="pt").input_ids)[0][0, -2]
+    error = (found[: len(CHECKED_START)].float() - torch.tensor(CHECKED_START)).abs().max().item()
+    if not error <= CHECKED_TOLERANCE:
+        raise ValueError(
+            f"the bundled model's text encoder is off by {error:.2g} for {CHECKED_TEXT!r}: transformers "
+            f"{transformers.__version__} does not load its weights as they are, or {BUNDLED} was changed"
+        )
 
 
 def image_size(pipe: Any) -> tuple[int, int]:
@@ -62,13 +108,20 @@ def image_size(pipe: Any) -> tuple[int, int]:
 
     Raises:
         TypeError: for a pipeline without a denoiser.
-        ValueError: for a denoiser whose config does not say it.
+        ValueError: for a denoiser whose config does not say it, or a pipeline that does not say how many pixels a
+            latent's cell is wide.
     """
     cells = getattr(denoiser_of(pipe).config, "sample_size", None)
     height, width = cells if isinstance(cells, list | tuple) else (cells, cells)
     if not height or not width:
         raise ValueError(f"the denoiser's config has the sample_size {cells!r}: expected the cells of a latent's side")
-    return height * pipe.vae_scale_factor, width * pipe.vae_scale_factor
+    scale = getattr(pipe, "vae_scale_factor", None)
+    if scale is None:
+        raise ValueError(
+            f"{type(pipe).__name__} has no vae_scale_factor, the pixels that a latent's cell is wide: give the height "
+            "and width of the images in the pipeline's call"
+        )
+    return height * scale, width * scale
 
 
 def generators(seeds: Iterable[int]) -> list[torch.Generator]:
@@ -86,10 +139,11 @@ def generators(seeds: Iterable[int]) -> list[torch.Generator]:
 
 
 def denoiser_of(pipe: Any) -> Any:
-    """The pipeline's denoiser itself, not the wrapper of `torch.compile`, whose signature and layer names are others.
+    """The pipeline's denoiser itself, out of all wrappers, whose signature and layer names are others.
 
     Args:
-        pipe: a diffusers pipeline.
+        pipe: a diffusers pipeline; its denoiser may be wrapped by `torch.compile`, PEFT's `get_peft_model` and
+            `DistributedDataParallel`, one in another.
 
     Returns:
         Its U-Net or transformer.
@@ -100,39 +154,104 @@ def denoiser_of(pipe: Any) -> Any:
     for part in DENOISERS:
         denoiser = getattr(pipe, part, None)
         if isinstance(denoiser, torch.nn.Module):
-            return getattr(denoiser, "_orig_mod", denoiser)
+            return _unwrapped(denoiser)
     raise TypeError(
         f"expected a diffusers pipeline with a U-Net or a transformer, got {type(pipe).__name__}: DAAM reads the "
         "attention of its denoiser"
     )
 
 
+def _unwrapped(module: Any) -> Any:
+    """A module out of its wrappers, which all call it, hooks and all."""
+    if "_orig_mod" in module._modules:  # torch.compile
+        return _unwrapped(module._orig_mod)
+    if isinstance(module, torch.nn.parallel.DistributedDataParallel):
+        return _unwrapped(module.module)
+    return _unwrapped(module.get_base_model()) if hasattr(module, "get_base_model") else module  # PEFT
+
+
 @contextmanager
 def uncompiled(pipe: Any) -> Iterator[None]:
-    """Run nothing compiled inside the `with`, if any of the denoiser is: compiled code does not call new hooks.
+    """Run nothing of the denoiser compiled inside the `with`: compiled code does not call new hooks.
 
     Args:
-        pipe: a diffusers pipeline, its denoiser compiled by `torch.compile(denoiser)` or by a module's own `compile()`.
+        pipe: a diffusers pipeline, its denoiser or parts of it compiled by `torch.compile(denoiser)`, by a module's
+            own `compile()`, or by `denoiser.forward = torch.compile(denoiser.forward)`.
 
     Yields:
         None.
     """
     denoisers = [getattr(pipe, name, None) for name in DENOISERS]
     parts = [part for each in denoisers if isinstance(each, torch.nn.Module) for part in each.modules()]
-    if any(hasattr(part, "_orig_mod") or part._compiled_call_impl is not None for part in parts):
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    else:
+    with ExitStack() as stack:
+        for part in parts:
+            original = getattr(part.__dict__.get("forward"), "_torchdynamo_orig_callable", None)
+            if original is not None:
+                stack.enter_context(_replaced(part, "forward", original))
+            if part._compiled_call_impl is not None:
+                stack.enter_context(_replaced(part, "_compiled_call_impl", None))
         yield
 
 
 @contextmanager
-def quiet_loading() -> Iterator[None]:
+def _replaced(module: torch.nn.Module, name: str, value: Any) -> Iterator[None]:
+    """Another value of an attribute of the module's own, and the one before afterwards."""
+    before = module.__dict__[name]  # past `__setattr__`, which the wrapper of torch.compile hands on
+    module.__dict__[name] = value
+    try:
+        yield
+    finally:
+        module.__dict__[name] = before
+
+
+@contextmanager
+def loading(source: str | Path, *, exactly: bool = False) -> Iterator[None]:
+    """Load without bars (those of downloads stay), and raise where a library only warns of missing weights.
+
+    Args:
+        source: what is loaded, for the error.
+        exactly: whether weights that belong to no part of the model are an error too.
+
+    Yields:
+        None.
+
+    Raises:
+        ValueError: if a part of a model has weights that its files lack, which are random then.
+    """
+    reports: list[str] = []
+    shown: dict[str, int] = {}
+
+    def keep(record: logging.LogRecord) -> bool:
+        text = re.sub(r"\x1b\[[\d;]*m", "", record.getMessage())  # without colours
+        if MISSING in text or (exactly and any(words in text for words in LEFT_OVER)):
+            reports.append(text)
+            return False
+        return record.levelno >= shown[record.name]
+
+    with ExitStack() as stack:
+        for name in ("transformers.modeling_utils", "diffusers.models.modeling_utils"):
+            logger = logging.getLogger(name)
+            shown[name] = logger.getEffectiveLevel()
+            stack.callback(logger.setLevel, logger.level)
+            stack.callback(logger.removeFilter, keep)
+            logger.addFilter(keep)
+            if shown[name] > logging.WARNING:  # silenced by its user
+                logger.setLevel(logging.WARNING)
+        stack.enter_context(_quiet_loading())
+        yield
+    if reports:
+        raise ValueError(
+            f"the weights at {source} do not fit their model, and what they lack would be random: they are damaged, or "
+            "of another version of a library. It says:\n" + "\n".join(reports)
+        )
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
     """No loading bars, and no note that transformers does without torchvision; bars of downloads stay."""
     bars = diffusers.utils.logging.is_progress_bar_enabled()
-    hook = transformers.utils.logging.set_tqdm_hook(
-        lambda bar, args, options: bar(*args, **{**options, "disable": True})
-    )
+    set_hook = getattr(transformers.utils.logging, "set_tqdm_hook", lambda hook: None)  # before 5.4 the bars show
+    hook = set_hook(lambda bar, args, options: bar(*args, **{**options, "disable": True}))
     logger = logging.getLogger("transformers.utils.import_utils")
     keep = lambda record: "requires torchvision" not in record.getMessage()  # noqa: E731
     logger.addFilter(keep)
@@ -143,7 +262,7 @@ def quiet_loading() -> Iterator[None]:
         if bars:
             diffusers.utils.logging.enable_progress_bar()
         logger.removeFilter(keep)
-        transformers.utils.logging.set_tqdm_hook(hook)
+        set_hook(hook)
 
 
 @contextmanager

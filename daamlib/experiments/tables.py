@@ -253,10 +253,10 @@ def compare(
                 settings = choose_settings(*_of_class(train[:k], name), word=name)
                 refined_tokens[key] = fit(train[:k], name, method, **{**given, **settings})
             for part, having in (("train", train[: k or most]), ("test", test)):
-                counts[part, False, *key] = count(having, name, method, tokens.get(key))
+                counts[(part, False, *key)] = count(having, name, method, tokens.get(key))
                 if iterations:
                     token = refined_tokens.get(key)
-                    counts[part, True, *key] = count(having, name, method, token, iterations=iterations)
+                    counts[(part, True, *key)] = count(having, name, method, token, iterations=iterations)
                 images[part, k, name] = [examples.index(example) for example in having]
             bar.update()
     bar.close()
@@ -315,7 +315,7 @@ def summary(
         chosen = np.mean([c.curve(pooled=pooled) for c in train], axis=0).argmax()
         for name, value, values in (
             ("max_miou", curve.max(), resampled.max(axis=1)),
-            ("auc", np.trapezoid(curve, levels), np.trapezoid(resampled, levels, axis=1)),
+            ("auc", metrics.trapezoid(curve, levels), metrics.trapezoid(resampled, levels, axis=1)),
             ("miou_at_train_threshold", curve[chosen], resampled[:, chosen]),
         ):
             low, high = 100 * np.nanquantile(values, [0.025, 0.975])

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -227,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     model = re.sub(r"[^\w.-]+", "-", Path(str(parameters.get("MODEL") or "urban-tiny")).name)
-    run_dir = new_folder(chosen.runs_dir.resolve() / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{model}")
+    run_dir = new_folder(chosen.runs_dir.resolve() / f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{model}")
     given = parameters or "as in the notebooks"
     print(f"{len(notebooks)} notebooks, parameters {given}, into {run_dir}", flush=True)
     results = _run(notebooks, parameters, run_dir)

@@ -130,7 +130,7 @@ def softmax_maps(records: Sequence[AttentionRecord], rows: tuple[tuple[int, ...]
     """
     groups = defaultdict(list)
     for number, record in enumerate(records):
-        groups[len(record.timesteps), *(layer.grid for layer in record.layers)].append(number)
+        groups[(len(record.timesteps), *(layer.grid for layer in record.layers))].append(number)
     device, factors = records[0].device, pass_factors(records)
     tall = [([_stack(layers, device) for layers in zip(*(records[i].layers for i in group), strict=True)], group)
             for group in groups.values()]  # fmt: skip

@@ -18,7 +18,7 @@ from transformers import SegformerForSemanticSegmentation
 from ..attention.fingerprint import Fingerprint
 from ..attention.readers import fingerprint_of
 from ..cityscapes import BY_NAME
-from ..pipeline import load_pipeline, quiet_loading
+from ..pipeline import load_pipeline, loading
 from ..resources import bundled
 from .scenes import to_tensor
 
@@ -54,13 +54,13 @@ def load_annotator(
         The network.
 
     Raises:
-        ValueError: if the folder holds no annotator, or one of other classes.
+        ValueError: if the folder holds no annotator, or one of other classes or weights.
     """
     folder = Path(folder or FOLDER)
     if not (folder / "config.json").is_file():
         raise ValueError(f"there is no annotator in {folder}: `python -m daamlib.urban.training.annotator` trains one")
-    with quiet_loading():
-        model = SegformerForSemanticSegmentation.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    with loading(folder, exactly=True):
+        model = SegformerForSemanticSegmentation.from_pretrained(folder, local_files_only=True).float()
     unknown = sorted(set(_names(model)) - set(BY_NAME))
     if unknown:
         raise ValueError(f"the model in {folder} has classes that are no Cityscapes labels: {unknown}")
