@@ -9,6 +9,7 @@ Several notebooks run at a time, each in a kernel of its own; the threads here o
 
 import argparse
 import ast
+import asyncio
 import contextlib
 import os
 import re
@@ -28,7 +29,6 @@ import papermill
 import torch
 from jupyter_client.kernelspec import NATIVE_KERNEL_NAME, KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
-from jupyter_core.utils import ensure_event_loop
 from papermill.exceptions import PapermillException, PapermillExecutionError
 
 from ..resources import CLONE
@@ -155,7 +155,8 @@ def _run_notebook(
             result.error = f"{type(error).__name__}: {error} (after the cell {_last_started_cell(executed)!r})"
     finally:
         kernels.running.pop(notebook, None)
-        ensure_event_loop().close()  # that of this thread, which the kernel's client opened
+        with contextlib.suppress(RuntimeError):  # there is none where no kernel was started
+            asyncio.get_event_loop().close()  # that of this thread, which the kernel's client opened
     result.seconds = time.monotonic() - start
     result.state = "failed" if result.error else result.state
     return result

@@ -3,7 +3,6 @@
 import dataclasses
 import gc
 import logging
-import sys
 import types
 import weakref
 from contextlib import nullcontext
@@ -708,9 +707,3 @@ def test_a_record_that_is_not_there(sd1_pipe):
     for number in (1, -2):
         with pytest.raises(EmptyTraceError, match=f"no record {number}: the trace holds 1"):
             trace[number]
-
-
-def test_trap_spacy_download_at_run_time():
-    """Words are found with the pipeline's own tokenizer."""
-    assert daamlib.attention.text.__name__ in sys.modules
-    assert not {"spacy", "nltk"} & set(sys.modules)
