@@ -14,7 +14,8 @@
 #
 # Every target makes or updates .venv first when pyproject.toml or constraints.txt are newer than it.
 # Choices for reproduce: MODEL= DEVICE= STEPS= N_IMAGES= SEED= JOBS= NOTEBOOKS="00 04", with NOTEBOOKS=06 also MASKS=;
-# for notebooks, test, test-all and test-portable: NOTEBOOKS="00 04", WORKERS=
+# for notebooks, test, test-all and test-portable: NOTEBOOKS="00 04"; for the last three also WORKERS= and DURATIONS=30,
+# which prints the 30 slowest tests
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -35,7 +36,7 @@ COPY_NOTEBOOKS = rm -rf nbval_run && mkdir nbval_run && cp $(CHOSEN) notebooks/c
 # Processes that test, a file or a notebook at a time. One thread each: two cost more than they give on small tensors.
 WORKERS := 2
 ONE_THREAD := OMP_NUM_THREADS=1
-PYTEST = $(OFFLINE) $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+PYTEST = $(OFFLINE) $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(if $(DURATIONS),--durations $(DURATIONS))
 
 # What is stored and tested must never reach for a model on the hub; `make reproduce MODEL=...` may.
 OFFLINE := HF_HUB_OFFLINE=1
@@ -67,9 +68,10 @@ test: lint
 	$(COPY_NOTEBOOKS)
 	$(ONE_THREAD) $(PYTEST) -m "not slow" $(NBVAL_FLAGS) nbval_run tests
 
+# where there is a browser, the widgets must run in it
 test-all: lint
 	$(COPY_NOTEBOOKS)
-	$(ONE_THREAD) $(PYTEST) $(NBVAL_FLAGS) nbval_run tests
+	$(if $(shell command -v chromium),DAAMLIB_REQUIRE_BROWSER=1) $(ONE_THREAD) $(PYTEST) $(NBVAL_FLAGS) nbval_run tests
 	$(MAKE) test-portable test-versions
 
 test-portable: $(STAMP)
