@@ -28,7 +28,7 @@ PYTHON := $(shell for p in python3.11 python3; do $$p -c '$(IS_RECENT)' >/dev/nu
 
 # --nbval compares every printed text and value with the stored one, but for what notebooks/conftest.py takes out;
 # the sanitising file masks durations. tests/test_notebooks.py reads this line.
-NBVAL_FLAGS := --nbval --nbval-current-env --nbval-cell-timeout 600 --nbval-sanitize-with notebooks/nbval_sanitize.cfg
+NBVAL_FLAGS := --nbval --nbval-current-env --nbval-cell-timeout 1800 --nbval-sanitize-with notebooks/nbval_sanitize.cfg
 
 # Copies are tested: beside the notebooks themselves lie the outputs of earlier runs, which a new one would go on from.
 COPY_NOTEBOOKS = rm -rf nbval_run && mkdir nbval_run && cp $(CHOSEN) notebooks/conftest.py nbval_run
