@@ -1,5 +1,6 @@
 # make reproduce    run the notebooks headless and print their results
-# make test         lint, types, unit tests, golden tests, and the notebooks under nbval
+# make test         lint, types, unit tests, golden tests, and the notebooks under nbval: ten minutes on two cores
+# make test-all     that and what is marked slow, the notebooks as on other processors, and other versions
 # make test-portable   the notebooks under nbval, computed as on other processors; PORTABLE=avx2 or plain chooses one
 # make support-table   run the tests of the supported pipelines and write docs/supported.md
 # make docs         build the site into docs/_build/html, from the stored notebooks, offline
@@ -12,8 +13,9 @@
 # make clean        remove the environment and caches (papermill_runs/ stays)
 #
 # Every target makes or updates .venv first when pyproject.toml or constraints.txt are newer than it.
-# Choices for reproduce: MODEL= DEVICE= STEPS= N_IMAGES= SEED= NOTEBOOKS="00 04", with NOTEBOOKS=06 also MASKS=;
-# for notebooks, test and test-portable: NOTEBOOKS="00 04"
+# Choices for reproduce: MODEL= DEVICE= STEPS= N_IMAGES= SEED= JOBS= NOTEBOOKS="00 04", with NOTEBOOKS=06 also MASKS=;
+# for notebooks, test, test-all and test-portable: NOTEBOOKS="00 04"; for the last three also WORKERS= and DURATIONS=30,
+# which prints the 30 slowest tests
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -26,10 +28,15 @@ PYTHON := $(shell for p in python3.11 python3; do $$p -c '$(IS_RECENT)' >/dev/nu
 
 # --nbval compares every printed text and value with the stored one, but for what notebooks/conftest.py takes out;
 # the sanitising file masks durations. tests/test_notebooks.py reads this line.
-NBVAL_FLAGS := --nbval --nbval-current-env --nbval-cell-timeout 600 --nbval-sanitize-with notebooks/nbval_sanitize.cfg
+NBVAL_FLAGS := --nbval --nbval-current-env --nbval-cell-timeout 1800 --nbval-sanitize-with notebooks/nbval_sanitize.cfg
 
 # Copies are tested: beside the notebooks themselves lie the outputs of earlier runs, which a new one would go on from.
 COPY_NOTEBOOKS = rm -rf nbval_run && mkdir nbval_run && cp $(CHOSEN) notebooks/conftest.py nbval_run
+
+# Processes that test, a file or a notebook at a time. One thread each: two cost more than they give on small tensors.
+WORKERS := 2
+ONE_THREAD := OMP_NUM_THREADS=1
+PYTEST = $(OFFLINE) $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(if $(DURATIONS),--durations $(DURATIONS))
 
 # What is stored and tested must never reach for a model on the hub; `make reproduce MODEL=...` may.
 OFFLINE := HF_HUB_OFFLINE=1
@@ -39,28 +46,36 @@ CHOSEN = $(if $(NOTEBOOKS),$(foreach n,$(NOTEBOOKS),$(wildcard notebooks/$(n)_*.
 
 # Settings that make PyTorch, oneDNN and MKL compute as on another processor, so that sums round in another order
 AS_avx2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 OMP_NUM_THREADS=2
-AS_plain := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX OMP_NUM_THREADS=1
+AS_plain := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX $(ONE_THREAD)
 PORTABLE := avx2 plain
 
-.PHONY: reproduce test test-portable support-table docs docs-links lab notebooks bench bench-peers constraints clean
+.PHONY: reproduce lint test test-all test-portable support-table docs docs-links lab notebooks bench bench-peers constraints clean
 
 reproduce: $(STAMP)
 	@$(PY) -m daamlib.runs \
 	  $(if $(MODEL),--model "$(MODEL)") $(if $(DEVICE),--device "$(DEVICE)") \
 	  $(if $(STEPS),--steps "$(STEPS)") $(if $(N_IMAGES),--n-images "$(N_IMAGES)") \
-	  $(if $(SEED),--seed "$(SEED)") $(if $(MASKS),-p MASKS "$(MASKS)") $(NOTEBOOKS)
+	  $(if $(SEED),--seed "$(SEED)") $(if $(MASKS),-p MASKS "$(MASKS)") $(if $(JOBS),--jobs "$(JOBS)") $(NOTEBOOKS)
 
-test: $(STAMP)
+lint: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(VENV)/bin/pydoclint --quiet daamlib
 	$(PY) -m mypy daamlib
-	$(OFFLINE) $(PY) -m pytest
+
+# the notebooks first, because the last of what is long would run alone
+test: lint
 	$(COPY_NOTEBOOKS)
-	$(OFFLINE) $(PY) -m pytest $(NBVAL_FLAGS) nbval_run
+	$(ONE_THREAD) $(PYTEST) -m "not slow" $(NBVAL_FLAGS) nbval_run tests
+
+# where there is a browser, the widgets must run in it
+test-all: lint
+	$(COPY_NOTEBOOKS)
+	$(if $(shell command -v chromium),DAAMLIB_REQUIRE_BROWSER=1) $(ONE_THREAD) $(PYTEST) $(NBVAL_FLAGS) nbval_run tests
+	$(MAKE) test-portable test-versions
 
 test-portable: $(STAMP)
-	$(foreach as,$(PORTABLE),$(COPY_NOTEBOOKS) && $(AS_$(as)) $(OFFLINE) $(PY) -m pytest $(NBVAL_FLAGS) nbval_run &&) true
+	$(foreach as,$(PORTABLE),$(COPY_NOTEBOOKS) && $(AS_$(as)) $(PYTEST) $(NBVAL_FLAGS) nbval_run &&) true
 
 support-table: $(STAMP)
 	$(OFFLINE) $(PY) tests/support_table.py

@@ -46,7 +46,7 @@ def pytest_configure(config):
         config.add_cleanup(lambda: mode.__exit__(None, None, None))
     elif name != "cpu":
         prepare_device(name)
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+    torch.set_num_threads(1)  # more cost more than they give on such small tensors
     # it advises on batch sizes and the like, through warnings that would be errors here
     logging.getLogger("diffusers").setLevel(logging.ERROR)
 

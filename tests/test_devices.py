@@ -289,6 +289,7 @@ def test_a_token_is_the_same_token_after_loading(gpu, made, tmp_path):
 # -- notebooks 06 and 07 -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_route_of_notebook_06(gpu, tmp_path):
     """Images and their records on disk, label maps, the comparison, its ablations and figures."""
     pipe = build("sd1", gpu)

@@ -92,6 +92,7 @@ def test_a_module_without_its_extra_says_what_to_install():
         assert line.endswith(f" is not installed: pip install 'daamlib[{extra}]'")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("extra", MODULES)
 def test_an_extra_is_enough_for_its_modules(extra):
     printed, _ = run(MISSING, [extra], modules=MODULES[extra])

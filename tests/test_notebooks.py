@@ -79,6 +79,13 @@ def test_one_cell_holds_the_parameters_each_with_a_comment(path):
 
 
 @each_notebook
+def test_a_parameter_that_says_how_small_it_may_be_is_no_smaller(path):
+    parameters = papermill.inspect_notebook(path).values()
+    least = {p["name"]: (p["default"], re.search(r"\bat least (\d+)", p["help"])) for p in parameters}
+    assert [name for name, (value, bound) in least.items() if bound and int(value) < int(bound[1])] == []
+
+
+@each_notebook
 def test_the_notebook_was_run_in_order_from_a_fresh_kernel(path):
     assert nbformat.read(path, as_version=4).metadata.kernelspec.name == "python3"
     counts = [cell.execution_count for cell in code_cells(path)]

@@ -156,8 +156,11 @@ PRINTED = {
 }
 
 
+UNETS = [("sd1", "01"), ("sd1", "03"), ("sd1", "05"), ("sdxl", "00"), ("sdxl", "02"), ("sdxl", "04")]  # each once
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("number", SMALLEST)
+@pytest.mark.parametrize("checkpoint, number", UNETS, indirect=["checkpoint"])
 def test_a_notebook_passes(run, checkpoint, number):
     parameters, text = SMALLEST[number]
     code, printed, _, error = run(number, **parameters)

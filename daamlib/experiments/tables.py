@@ -35,7 +35,7 @@ with needs("experiments"):
     from ..datasets.dataset import CLASSES, Dataset
 
 THESIS_TABLES = bundled("thesis_tables.csv")
-STORED_RUN = bundled("tables-200")  # the outputs of `python -m daamlib.runs --n-images 200 06`
+STORED_RUN = bundled("tables-200")  # the outputs of `python -m daamlib.runs --n-images 200 --steps 25 06`
 TRAIN_IMAGES = (1, 2, 5)
 TEXT = "a {} in an urban environment"  # whose embeddings optimised DAAM fits
 COLUMNS = ["method", "optimised", "refined", "train_images", "class", "metric", "value", "low", "high"]

@@ -15,9 +15,6 @@ from torch.nn import functional as F
 
 import daamlib
 
-# one run is eight steps of self-attention over 64 x 64 positions, two in all
-pytestmark = pytest.mark.slow
-
 PROMPT = "a car in an urban environment"
 TEXTS = [PROMPT, "a car and a tree in an urban environment", "tree", "car", "building"]
 

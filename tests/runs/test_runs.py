@@ -3,17 +3,26 @@
 import json
 import os
 import re
+import shutil
+import signal
+import subprocess
 import sys
+import time
+from datetime import datetime
 
 import nbformat
 import numpy as np
 import pytest
+import torch
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from papermill.exceptions import PapermillExecutionError
 
 from daamlib.runs import find_notebooks, main, timing, write_metrics
-from daamlib.runs.run import new_folder
 
-PARAMETERS = "MODEL = None  # the model\nSEED = 0  # the seed\nOUTPUT_DIR = 'outputs'  # where results go"
+PARAMETERS = """MODEL = None  # the model
+DEVICE = None  # cpu or cuda
+SEED = 0  # the seed
+OUTPUT_DIR = 'outputs'  # where results go"""
 METRICS = """from daamlib.runs import write_metrics
 write_metrics(OUTPUT_DIR, {"seed": SEED, "nested": {"half": 0.5}})"""
 
@@ -43,35 +52,56 @@ def launch(tmp_path):
     return launch
 
 
+@pytest.fixture
+def without_kernels(monkeypatch):
+    """Let cells run in this process, which takes no time; what they print is lost."""
+
+    def execute(notebook, executed, *, parameters, **_):
+        shutil.copy(notebook, executed)
+        cells = [cell.source for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"]
+        names = {}
+        exec(cells[0], names)
+        names |= parameters  # papermill adds a second cell for them
+        for number, source in enumerate(cells[1:], start=3):
+            try:
+                exec(source, names)
+            except ValueError as error:
+                raise PapermillExecutionError(number, number, source, "ValueError", str(error), []) from error
+
+    monkeypatch.setattr("daamlib.runs.run.papermill.execute_notebook", execute)
+
+
 def printed(path):
     cells = nbformat.read(path, as_version=4).cells
     return "".join(output.get("text", "") for cell in cells for output in cell.get("outputs", []))
 
 
-def test_runs_of_one_second_have_folders_of_their_own(tmp_path):
-    made = [new_folder(tmp_path / "runs" / "20260101T000000Z-tiny") for _ in range(3)]
-    assert [path.name.removeprefix("20260101T000000Z-tiny") for path in made] == ["", "-2", "-3"]
-    assert all(path.is_dir() for path in made)
-
-
-def test_metrics_and_reports_of_a_run_are_gathered(tmp_path, launch, capsys):
-    write_notebook(tmp_path / "notebooks/00_one.ipynb", "import sys\nprint(sys.executable, MODEL)", METRICS)
-    write_notebook(tmp_path / "notebooks/01_two.ipynb", "import os\nprint(os.getcwd())", METRICS)
-    code, run_dir = launch("--seed", "7", "-p", "MODEL", "some/model v1")
-    assert code == 0
+def test_metrics_and_reports_of_a_run_are_gathered(tmp_path, launch, monkeypatch, capfd):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("daamlib.runs.run._cores", lambda: 6)
+    where = "import os, sys\nprint(sys.executable, MODEL, os.environ['OMP_NUM_THREADS'], os.getcwd())"
+    write_notebook(tmp_path / "notebooks/00_one.ipynb", where, METRICS)
+    write_notebook(tmp_path / "notebooks/01_two.ipynb", "1 / 0", METRICS)
+    folder = os.getcwd()
+    code, run_dir = launch("--seed", "7", "-p", "MODEL", "some/model v1", "--device", "cpu")
+    assert code == 1
+    assert os.getcwd() == folder
     assert run_dir.name.endswith("Z-model-v1")
     metrics = {"seed": 7, "nested": {"half": 0.5}}
-    assert json.loads((run_dir / "metrics.json").read_text()) == {"00_one": metrics, "01_two": metrics}
-    assert json.loads((run_dir / "01_two/metrics.json").read_text()) == metrics
-    assert json.loads((run_dir / "environment.json").read_text())["versions"]["torch"].startswith("2.13.0")
-    assert printed(run_dir / "00_one.ipynb") == f"{sys.executable} some/model v1\n"
-    assert printed(run_dir / "01_two.ipynb") == f"{tmp_path / 'notebooks'}\n"
+    assert json.loads((run_dir / "metrics.json").read_text()) == {"00_one": metrics}
+    assert json.loads((run_dir / "00_one/metrics.json").read_text()) == metrics
+    assert json.loads((run_dir / "environment.json").read_text())["versions"]["torch"] == torch.__version__
+    assert printed(run_dir / "00_one.ipynb") == f"{sys.executable} some/model v1 3 {tmp_path / 'notebooks'}\n"
     summary = (run_dir / "summary.md").read_text()
     assert "| [00_one](00_one.ipynb) | passed |" in summary
-    assert "| 01_two | nested.half | 0.5 |" in summary
+    assert "| 00_one | nested.half | 0.5 |" in summary
     assert "| SEED | 7 |" in summary
     assert "| cores | " in summary
-    assert "[2/2] 01_two.ipynb passed" in capsys.readouterr().out
+    out, error = capfd.readouterr()
+    assert "2 notebooks, 6 at a time" in out
+    assert re.search(r"\[\d/2\] 00_one.ipynb passed after", out)
+    assert "01_two.ipynb: In [3] raised ZeroDivisionError" in error
+    assert "IPKernelApp" not in error  # such as a warning of every kernel that it listens to the network
 
 
 HEADLINE = """from daamlib.runs import write_metrics
@@ -80,26 +110,27 @@ tables = {"mIoU (%)": {"thesis": {"DAAM": "53.2", "LDAAM": "38.3"}, "here": {"DA
 write_metrics(OUTPUT_DIR, metrics, headline=["best.car, DAAM", "images", "verdict"], tables=tables)"""
 
 
+@pytest.mark.usefixtures("without_kernels")
 def test_a_run_ends_in_a_line_for_each_notebook_the_tables_and_where_the_rest_is(tmp_path, launch, capsys):
     write_notebook(tmp_path / "notebooks/00_one.ipynb", METRICS)
     write_notebook(tmp_path / "notebooks/01_tables.ipynb", HEADLINE)
     write_notebook(tmp_path / "notebooks/02_bad.ipynb", "raise ValueError('two\\nlines')")
-    write_notebook(tmp_path / "notebooks/03_never.ipynb", METRICS)
-    code, run_dir = launch()
+    write_notebook(tmp_path / "notebooks/03_good.ipynb", METRICS)
+    code, run_dir = launch("--jobs", "3")
     assert code == 1
     end = capsys.readouterr().out.split("\n\n", 1)[1]
     assert re.sub(r" +\d+\.\d s", " N s", end).splitlines() == [
         "00_one     passed N s",
         "01_tables  passed N s  best.car, DAAM = 0.3333; images = 12000; verdict = holds",
         "02_bad     failed N s  In [3] raised ValueError: two lines",
-        "03_never   not run N s",
+        "03_good    passed N s",
         "",
         "mIoU (%)",
         "        DAAM LDAAM",
         "thesis  53.2  38.3",
         "here     7.0      ",
         "",
-        f"2 of 4 notebooks passed; in {run_dir}:",
+        f"3 of 4 notebooks passed; in {run_dir}:",
         "  summary.md     all metrics, then the notebooks without their code, on one page",
         "  metrics.json   every number",
         "  NN_name.ipynb  the notebooks as they ran; NN_name/ what they wrote",
@@ -115,8 +146,10 @@ def test_a_run_ends_in_a_line_for_each_notebook_the_tables_and_where_the_rest_is
     assert json.loads((run_dir / "metrics.json").read_text())["01_tables"].keys() == {"best", "images", "verdict"}
 
 
+@pytest.mark.usefixtures("without_kernels")
 def test_metrics_written_by_other_means_have_no_headline(tmp_path, launch, capsys):
-    write_notebook(tmp_path / "notebooks/00_own.ipynb", "open(OUTPUT_DIR + '/metrics.json', 'w').write('{\"iou\": 1}')")
+    own = "import pathlib\npathlib.Path(OUTPUT_DIR, 'metrics.json').write_text('{\"iou\": 1}')"
+    write_notebook(tmp_path / "notebooks/00_own.ipynb", own)
     code, run_dir = launch()
     assert code == 0
     assert re.search(r"^00_own  passed +[\d.]+ s$", capsys.readouterr().out, re.MULTILINE)
@@ -129,22 +162,87 @@ def test_an_installed_package_says_where_the_notebooks_are(monkeypatch, capsys):
     assert "--notebooks-dir CLONE/notebooks" in capsys.readouterr().err
 
 
-def test_a_failed_notebook_is_named_and_kept_and_the_rest_reported(tmp_path, launch, capsys):
+@pytest.mark.usefixtures("without_kernels")
+def test_a_failed_notebook_is_named_and_kept_and_hides_no_other(tmp_path, launch, capsys):
     write_notebook(tmp_path / "notebooks/00_good.ipynb", METRICS)
-    write_notebook(tmp_path / "notebooks/01_bad.ipynb", "print('before')", "1 / 0", METRICS)
-    write_notebook(tmp_path / "notebooks/02_never.ipynb", METRICS)
-    code, run_dir = launch()
+    write_notebook(tmp_path / "notebooks/01_bad.ipynb", "print('before')", "raise ValueError('why')", METRICS)
+    write_notebook(tmp_path / "notebooks/02_good.ipynb", METRICS)
+    code, run_dir = launch("--jobs", "1")
     assert code == 1
-    assert "01_bad.ipynb: In [4] raised ZeroDivisionError" in capsys.readouterr().err
-    assert printed(run_dir / "01_bad.ipynb").startswith("before\n")
-    assert not (run_dir / "02_never.ipynb").exists()
+    assert "01_bad.ipynb: In [4] raised ValueError: why" in capsys.readouterr().err
     summary = (run_dir / "summary.md").read_text()
     assert "| [00_good](00_good.ipynb) | passed |" in summary
-    assert "ZeroDivisionError" in summary
-    assert "| 02_never | not run |" in summary
-    assert list(json.loads((run_dir / "metrics.json").read_text())) == ["00_good"]
+    assert "| [01_bad](01_bad.ipynb) | failed |" in summary and "In [4] raised ValueError: why" in summary
+    assert "| [02_good](02_good.ipynb) | passed |" in summary
+    assert list(json.loads((run_dir / "metrics.json").read_text())) == ["00_good", "02_good"]
 
 
+@pytest.mark.usefixtures("without_kernels")
+def test_so_many_run_at_a_time_as_asked_for_and_the_slowest_start_first(tmp_path, launch):
+    together = "import pathlib, time\nstarts = pathlib.Path(OUTPUT_DIR).parent / 'starts'\n"
+    together += "with open(starts, 'a') as file: file.write(pathlib.Path(OUTPUT_DIR).name + '\\n')\n"
+    together += "while len(starts.read_text().split()) < 2: time.sleep(0.01)"
+    for name in ("00_quick", "05_slow", "06_slowest"):
+        write_notebook(tmp_path / f"notebooks/{name}.ipynb", together, METRICS)
+    code, run_dir = launch("--jobs", "2")  # one alone would wait for ever
+    assert code == 0
+    assert sorted((run_dir / "starts").read_text().split()[:2]) == ["05_slow", "06_slowest"]
+
+
+@pytest.mark.usefixtures("without_kernels")
+@pytest.mark.parametrize(
+    "device, cuda, jobs", [("cpu", True, 5), ("cuda:1", True, 1), (None, True, 1), (None, False, 5)]
+)
+def test_a_gpu_runs_one_notebook_at_a_time(tmp_path, launch, monkeypatch, capsys, device, cuda, jobs):
+    monkeypatch.setattr("daamlib.runs.run._cores", lambda: 5)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a GPU")
+    write_notebook(tmp_path / "notebooks/00_one.ipynb", METRICS)
+    assert launch(*(["--device", device] if device else []))[0] == 0
+    assert f"1 notebooks, {jobs} at a time" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("without_kernels")
+def test_two_runs_in_one_second_have_a_folder_each(tmp_path, monkeypatch):
+    class Now(datetime):
+        @classmethod
+        def now(cls, zone):
+            return datetime(2026, 1, 2, 3, 4, 5, tzinfo=zone)
+
+    monkeypatch.setattr("daamlib.runs.run.datetime", Now)
+    write_notebook(tmp_path / "notebooks/00_one.ipynb", METRICS)
+    folders = ["--notebooks-dir", str(tmp_path / "notebooks"), "--runs-dir", str(tmp_path / "runs")]
+    assert [main(folders), main(folders)] == [0, 0]
+    assert sorted(os.listdir(tmp_path / "runs")) == ["20260102T030405Z-urban-tiny", "20260102T030405Z-urban-tiny-2"]
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_all_and_keeps_what_is_done(tmp_path):
+    forever = "import os, pathlib, time\nprint('begun', flush=True)\n"
+    forever += "pathlib.Path(OUTPUT_DIR, 'pid').write_text(str(os.getpid()))\ntime.sleep(600)"
+    cells = {"06_done": [METRICS], "05_long": ["print('before')", forever], "02_long": [forever], "00_never": [METRICS]}
+    for name, of_notebook in cells.items():
+        write_notebook(tmp_path / f"notebooks/{name}.ipynb", *of_notebook)
+    folders = ["--notebooks-dir", tmp_path / "notebooks", "--runs-dir", tmp_path / "runs"]
+    command = [sys.executable, "-m", "daamlib.runs", "--jobs", "2", "--device", "cpu", *folders]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while len(pids := list(tmp_path.glob("runs/*/0?_long/pid"))) < 2 and run.poll() is None:
+        time.sleep(0.1)
+    run.send_signal(signal.SIGINT)
+    out, error = run.communicate(timeout=60)
+    assert run.returncode == 130, error
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    states = re.findall(r"^0\d_\w+ +(passed|interrupted|not run)", out, re.MULTILINE)
+    assert states == ["not run", "interrupted", "interrupted", "passed"]
+    assert "1 of 4 notebooks passed" in out
+    assert printed(run_dir / "05_long.ipynb").startswith("before\n")
+    assert json.loads((run_dir / "metrics.json").read_text()).keys() == {"06_done"}
+    for pid in (int(path.read_text()) for path in pids):
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cell", "message"),
     [
@@ -171,25 +269,30 @@ def test_a_dead_kernel_and_missing_or_wrong_metrics_are_failures(tmp_path, launc
         (["--seed", "1", "-p", "SEED", "2"], "twice"),
         (["-p", "OUTPUT_DIR", "x"], "OUTPUT_DIR"),
         (["07"], "07"),
+        (["-p", "N", "3"], "01_two.ipynb needs N of at least 4, got 3"),
+        (["--jobs", "0"], "1 or more"),
     ],
 )
 def test_a_wrong_choice_is_an_error_before_anything_runs(tmp_path, launch, capsys, arguments, word):
     write_notebook(tmp_path / "notebooks/00_one.ipynb", METRICS)
-    write_notebook(tmp_path / "notebooks/01_two.ipynb", METRICS, parameters=PARAMETERS + "\nTOP_K = 1  # more")
+    more = PARAMETERS + "\nTOP_K = 1  # more\nN = 9  # at least 4"
+    write_notebook(tmp_path / "notebooks/01_two.ipynb", METRICS, parameters=more)
     code, run_dir = launch(*arguments)
     assert (code, run_dir) == (2, None)
     assert word in capsys.readouterr().err.split("error:")[1]
 
 
+@pytest.mark.usefixtures("without_kernels")
 def test_relative_paths_of_a_model_and_of_masks_are_made_absolute(tmp_path, launch, monkeypatch):
     (tmp_path / "my-model").mkdir()
     (tmp_path / "masks.json").touch()
     monkeypatch.chdir(tmp_path)
     parameters = PARAMETERS + "\nMASKS = None  # the masks"
-    write_notebook(tmp_path / "notebooks/00_one.ipynb", "print(MODEL, MASKS)", METRICS, parameters=parameters)
+    store = "import pathlib\npathlib.Path(OUTPUT_DIR, 'paths').write_text(MODEL + ' ' + MASKS)"
+    write_notebook(tmp_path / "notebooks/00_one.ipynb", store, METRICS, parameters=parameters)
     code, run_dir = launch("--model", "my-model", "-p", "MASKS", "masks.json")
     assert code == 0
-    assert printed(run_dir / "00_one.ipynb") == f"{tmp_path / 'my-model'} {tmp_path / 'masks.json'}\n"
+    assert (run_dir / "00_one/paths").read_text() == f"{tmp_path / 'my-model'} {tmp_path / 'masks.json'}"
 
 
 def test_notebooks_are_chosen_by_number_in_order(tmp_path):
@@ -243,6 +346,7 @@ TABLE = """import pandas as pd
 pd.DataFrame({"DAAM": [53.2], "LDAAM": [38.3]})"""
 
 
+@pytest.mark.slow
 def test_the_summary_shows_the_notebooks_without_their_code(tmp_path, launch):
     bar = "from tqdm.auto import tqdm\nfor i in tqdm(range(3)):\n    print(i / 8)"
     warning = "import sys\nprint('warned', file=sys.stderr)"

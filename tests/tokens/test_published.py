@@ -21,8 +21,6 @@ from daamlib.attention.text import find_word
 from daamlib.tokens.objective import softmax_maps
 from daamlib.tokens.optimize import token_objective
 
-pytestmark = pytest.mark.slow  # one run of eight steps of self-attention over 64 x 64 positions
-
 PROMPT = "a car in an urban environment"
 LR300 = {"initial_lr": 300.0, "step_size": 80, "gamma": 0.7}
 LR1 = {"initial_lr": 1.0, "step_size": 5, "gamma": 0.5}

@@ -1,7 +1,7 @@
 """The widgets as a user meets them: a real JupyterLab on 127.0.0.1, driven through a headless Chromium.
 
 With DAAMLIB_SCREENSHOTS=docs, it writes explorer.png and annotator.png there. Without a browser it is skipped, but with
-DAAMLIB_REQUIRE_BROWSER=1 that is a failure, so that CI cannot lose it unseen.
+DAAMLIB_REQUIRE_BROWSER=1 that is a failure, so that `make test-all` cannot lose it unseen.
 """
 
 import base64
