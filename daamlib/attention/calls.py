@@ -74,10 +74,14 @@ class Trace(Sequence[Any]):
     ) -> Iterator["Loop"]:
         """Announce a custom denoising loop: whose images its passes make. It leaves one record for each image.
 
-            with daamlib.trace(pipe) as trace, trace.loop(["a car", "a tree"]) as loop:
+            text, _ = pipe.encode_prompt("a car", pipe.device, 1, do_classifier_free_guidance=False)
+            latents = torch.randn(1, 4, 32, 32)
+            pipe.scheduler.set_timesteps(2)
+            with torch.no_grad(), daamlib.trace(pipe) as trace, trace.loop("a car"):
                 for t in pipe.scheduler.timesteps:
                     noise = pipe.unet(latents, t, encoder_hidden_states=text).sample
-                    ...
+                    latents = pipe.scheduler.step(noise, t, latents).prev_sample
+            trace[0].daam()["car"]  # (H, W)
 
         Around a call of the pipeline that is given `prompt_embeds` it names the texts that these stand for.
 
