@@ -33,10 +33,8 @@ class Dataset(torch.utils.data.Dataset):
     PyTorch's data loaders take it as it is, if every image has a label map: `dataset[k]` is the k-th row's image,
     (3, H, W) float32 in [0, 1], and its label map, (H, W) int64.
 
-        from dataclasses import replace
-
-        dataset = replace(dataset, transform=lambda image, labels: (image[:, ::-1], labels[:, ::-1]))
-        loader = torch.utils.data.DataLoader(dataset, batch_size=8, shuffle=True)
+        flipped = Dataset(dataset.folder, dataset.manifest, lambda image, labels: (image[:, ::-1], labels[:, ::-1]))
+        loader = torch.utils.data.DataLoader(flipped, batch_size=8, shuffle=True)
 
     Attributes:
         folder: where the files are.
