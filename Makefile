@@ -1,6 +1,7 @@
 # make reproduce    run the notebooks headless and print their results
 # make test         lint, types, unit tests, golden tests, and the notebooks under nbval
 # make test-portable   the notebooks under nbval, computed as on other processors; PORTABLE=avx2 or plain chooses one
+# make test-versions   the core's tests with the oldest and the newest versions of all that it needs; writes docs/install.md
 # make support-table   run the tests of the supported pipelines and write docs/supported.md
 # make docs         build the site into docs/_build/html, from the stored notebooks, offline
 # make docs-links   check the links that lead out of the site, which needs the network
@@ -42,7 +43,7 @@ AS_avx2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTI
 AS_plain := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX OMP_NUM_THREADS=1
 PORTABLE := avx2 plain
 
-.PHONY: reproduce test test-portable support-table docs docs-links lab notebooks bench bench-peers constraints clean
+.PHONY: reproduce test test-portable test-versions support-table docs docs-links lab notebooks bench bench-peers constraints clean
 
 reproduce: $(STAMP)
 	@$(PY) -m daamlib.runs \
@@ -61,6 +62,9 @@ test: $(STAMP)
 
 test-portable: $(STAMP)
 	$(foreach as,$(PORTABLE),$(COPY_NOTEBOOKS) && $(AS_$(as)) $(OFFLINE) $(PY) -m pytest $(NBVAL_FLAGS) nbval_run &&) true
+
+test-versions:
+	$(PYTHON) tests/versions.py
 
 support-table: $(STAMP)
 	$(OFFLINE) $(PY) tests/support_table.py
@@ -114,5 +118,5 @@ constraints:
 	rm -rf .venv-pins
 
 clean:
-	rm -rf $(VENV) .venv-pins .venv-peers nbval_run docs/_build .pytest_cache .ruff_cache .mypy_cache build dist *.egg-info
+	rm -rf $(VENV) .venv-pins .venv-peers .venv-oldest .venv-newest nbval_run docs/_build .pytest_cache .ruff_cache .mypy_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
