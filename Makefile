@@ -2,6 +2,7 @@
 # make test         lint, types, unit tests, golden tests, and the notebooks under nbval: ten minutes on two cores
 # make test-all     that and what is marked slow, the notebooks as on other processors, and other versions
 # make test-portable   the notebooks under nbval, computed as on other processors; PORTABLE=avx2 or plain chooses one
+# make test-versions   the core's tests with the oldest and the newest versions of all that it needs; writes docs/install.md
 # make support-table   run the tests of the supported pipelines and write docs/supported.md
 # make docs         build the site into docs/_build/html, from the stored notebooks, offline
 # make docs-links   check the links that lead out of the site, which needs the network
@@ -49,7 +50,8 @@ AS_avx2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTI
 AS_plain := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX $(ONE_THREAD)
 PORTABLE := avx2 plain
 
-.PHONY: reproduce lint test test-all test-portable support-table docs docs-links lab notebooks bench bench-peers constraints clean
+.PHONY: reproduce lint test test-all test-portable test-versions support-table docs docs-links lab notebooks bench bench-peers \
+  constraints clean
 
 reproduce: $(STAMP)
 	@$(PY) -m daamlib.runs \
@@ -76,6 +78,9 @@ test-all: lint
 
 test-portable: $(STAMP)
 	$(foreach as,$(PORTABLE),$(COPY_NOTEBOOKS) && $(AS_$(as)) $(PYTEST) $(NBVAL_FLAGS) nbval_run &&) true
+
+test-versions:
+	$(PYTHON) tests/versions.py
 
 support-table: $(STAMP)
 	$(OFFLINE) $(PY) tests/support_table.py
@@ -129,5 +134,5 @@ constraints:
 	rm -rf .venv-pins
 
 clean:
-	rm -rf $(VENV) .venv-pins .venv-peers nbval_run docs/_build .pytest_cache .ruff_cache .mypy_cache build dist *.egg-info
+	rm -rf $(VENV) .venv-pins .venv-peers .venv-oldest .venv-newest nbval_run docs/_build .pytest_cache .ruff_cache .mypy_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -142,6 +142,20 @@ def test_the_bundled_weights_have_the_names_that_all_versions_of_transformers_kn
     assert (vocabulary, merges) == (model["vocab"], [tuple(pair) for pair in model["merges"]])
 
 
+def test_training_writes_what_all_versions_load(tmp_path):
+    if transformers.__version__ < "5":
+        pytest.skip("the training needs transformers 5")
+    from daamlib.urban.training import networks
+
+    pipe = daamlib.load_pipeline(device="cpu", dtype=torch.float16)
+    networks.save(pipe, tmp_path, "15MB")
+    for name in ("text_encoder/model.safetensors", "tokenizer/vocab.json", "tokenizer/merges.txt"):
+        assert (tmp_path / name).read_bytes() == (pipeline.BUNDLED / name).read_bytes()
+    written, shipped = (json.loads((folder / "check.json").read_text()) for folder in (tmp_path, pipeline.BUNDLED))
+    assert written["text"] == shipped["text"]
+    assert written["values"] == pytest.approx(shipped["values"], abs=0.01)
+
+
 @pytest.fixture
 def copy(monkeypatch, tmp_path):
     """A copy of the bundled model, which is loaded in its place."""

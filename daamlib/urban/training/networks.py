@@ -10,8 +10,11 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from ...pipeline import CHECK, check_values
 
 TEXT_WIDTH = 128  # d_text: the width of the embeddings the U-Net attends to
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
@@ -159,3 +162,25 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
     """(B, C) int64 token ids, padded to the context C as the pipeline pads; longer captions are cut."""
     batch = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
     return batch.input_ids
+
+
+def save(pipe: StableDiffusionPipeline, folder: Path, shard: str) -> None:
+    """Write a pipeline so that every version of transformers loads it.
+
+    Args:
+        pipe: as `assemble` makes it.
+        folder: where it is written.
+        shard: the most of a file of weights, such as "15MB".
+    """
+    pipe.save_pretrained(folder, max_shard_size=shard)
+    # transformers 5 writes neither the names nor the files that version 4 reads; it reads them as its own
+    path = folder / "text_encoder" / "model.safetensors"
+    weights = {f"text_model.{name.removeprefix('text_model.')}": each for name, each in load_file(path).items()}
+    save_file(weights, path, metadata={"format": "pt"})
+    path.chmod(0o644)
+    model = json.loads(pipe.tokenizer.backend_tokenizer.to_str())["model"]
+    (folder / "tokenizer" / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False))
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    (folder / "tokenizer" / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+    check = {"text": "a red car", "values": check_values(pipe, "a red car")}
+    (folder / CHECK).write_text(json.dumps(check, indent=1) + "\n")

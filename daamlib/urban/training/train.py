@@ -210,7 +210,7 @@ def export(args: argparse.Namespace) -> None:
     pipe.to(dtype=torch.float16)
     for old in (args.out / "unet").glob("*.safetensors*"):  # in more or fewer shards
         old.unlink()
-    pipe.save_pretrained(args.out, max_shard_size=SHARD)
+    networks.save(pipe, args.out, SHARD)
     spent = {name: {key: state[key] for key in ("samples", "seconds")} for name, state in states.items()}
     (args.out / "training.json").write_text(json.dumps(spent, indent=1) + "\n")
     print(f"{args.out}: {spent}")
