@@ -64,6 +64,24 @@ def test_a_refusal_says_the_reason_of_the_page(kind):
     assert (why_unread(kind) or "Flux.1 or Qwen-Image") in str(caught.value)
 
 
+@pytest.mark.supports(
+    family="Kandinsky 2, DeepFloyd IF", feature="refused", note="their U-Nets add the text's keys to the image's own"
+)
+def test_added_keys_are_refused():
+    unet = diffusers.UNet2DConditionModel(
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=24,
+        attention_head_dim=4,
+        down_block_types=("SimpleCrossAttnDownBlock2D",) * 2,
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        up_block_types=("SimpleCrossAttnUpBlock2D",) * 2,
+    )
+    with pytest.raises(ValueError, match="added-kv attention"), daamlib.trace(SimpleNamespace(unet=unet)):
+        pass
+
+
 def test_the_page_has_each_class():
     page = support_table.TABLE.read_text()
     for decision, names in DECISIONS.items():
