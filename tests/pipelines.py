@@ -1,10 +1,13 @@
 """What is decided on each pipeline of diffusers that is given a text: by what it is read, or why it is not."""
 
 DECISIONS = {
+    "its `encode_prompt` takes no prompt, only prompts of edits": """
+        LEditsPPPipelineStableDiffusion LEditsPPPipelineStableDiffusionXL
+    """,
     "read by the reader of U-Nets": """
         AltDiffusionImg2ImgPipeline AltDiffusionPipeline AudioLDM2Pipeline CycleDiffusionPipeline
-        KolorsImg2ImgPipeline KolorsPAGPipeline KolorsPipeline LEditsPPPipelineStableDiffusion
-        LEditsPPPipelineStableDiffusionXL LatentConsistencyModelImg2ImgPipeline LatentConsistencyModelPipeline
+        KolorsImg2ImgPipeline KolorsPAGPipeline KolorsPipeline
+         LatentConsistencyModelImg2ImgPipeline LatentConsistencyModelPipeline
         StableDiffusionAdapterPipeline StableDiffusionAttendAndExcitePipeline
         StableDiffusionControlNetImg2ImgPipeline StableDiffusionControlNetInpaintPipeline
         StableDiffusionControlNetPAGInpaintPipeline StableDiffusionControlNetPAGPipeline
