@@ -16,6 +16,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+from pipelines import DECISIONS
 
 TABLE = Path(__file__).parents[1] / "docs" / "supported.md"
 FEATURES = {
@@ -38,6 +39,13 @@ Written by `make support-table` from the tests that are marked `supports` and pa
 run on tiny models of each family, built from config with random weights. So the table says that what is read is what
 the running model computes, up to rounding unless a footnote says more; how good the maps of a trained model are it does
 not say. An empty cell means that no test shows it.
+
+"""
+CLASSES = """\
+## Every pipeline of diffusers that is given a text
+
+Decided in `tests/pipelines.py` by the class of the denoiser. Those that a reader takes are proved only where the table
+above has a row; what breaks a law of records is refused as it runs. Modular pipelines are read by `trace.loop`.
 
 """
 Cell = tuple[str, str]  # family, feature
@@ -104,7 +112,9 @@ def render(cells, notes) -> str:
     text += "".join(f"- **{feature}**: {what}\n" for feature, what in FEATURES.items())
     refused = sorted((family for family, feature in cells if feature == REFUSED), key=str.casefold)
     lines = [["refused by `trace`", "because"], ["---"] * 2]
-    return text + "\n" + _rows(lines + [[family, notes[family, REFUSED]] for family in refused])
+    text += "\n" + _rows(lines + [[family, notes[family, REFUSED]] for family in refused])
+    classes = [f"- {decision}: {', '.join(sorted(names.split()))}\n" for decision, names in DECISIONS.items()]
+    return text + "\n" + CLASSES + "".join(classes)
 
 
 def _rows(lines) -> str:

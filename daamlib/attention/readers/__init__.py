@@ -25,10 +25,34 @@ from .unet import UP, UNetReader
 Reader = CrossTransformerReader | UNetReader
 READERS: tuple[type[Reader], ...] = (CrossTransformerReader, T5Reader, GPT2Reader, UNetReader)  # the first that reads
 
+VIDEO = "makes videos: a pass has many frames, maps are of one image"
+AUDIO = "makes audio by a diffusion transformer, whose positions are of time alone; no reader knows it yet"
+UNREAD = {  # classes of denoisers -> why they are not read, where there is more to say than that no reader knows them
+    "UNet3DConditionModel": VIDEO,
+    "UNetMotionModel": VIDEO,
+    "UNetSpatioTemporalConditionModel": VIDEO,
+    "I2VGenXLUNet": VIDEO,
+    "StableAudioDiTModel": AUDIO,
+    "StableAudio3DiTModel": AUDIO,
+    "AceStepTransformer1DModel": AUDIO,
+    "LongCatAudioDiTTransformer": AUDIO,
+    "Kandinsky3UNet": "a U-Net of a kind of its own; no reader knows it yet",
+    "DreamLiteUNetModel": "a U-Net of a kind of its own; no reader knows it yet",
+}
+SPACE_TIME = "its positions are of time, height and width (also where it makes one image), maps are of height and width"
+
+
+def why_unread(kind: str) -> str | None:
+    """Return why denoisers of a class are not read, by the class's name; None where nothing is known of it."""
+    return UNREAD.get(kind) or (SPACE_TIME if kind.endswith("Transformer3DModel") else None)
+
 
 def reader_of(pipe: Any, *, middle: bool = False, stream: str | None = None) -> Reader:
     """The reader of a pipeline's model family and text. TypeError or ValueError where there is none."""
     denoiser = denoiser_of(pipe)
+    kind = type(denoiser).__name__
+    if why := why_unread(kind):
+        raise TypeError(f"{type(pipe).__name__} with a {kind} is not read: {why}")
     readers = [reader for reader in READERS if reader.reads(denoiser)]
     for reader in readers:
         if stream in (None, reader.stream):
@@ -36,9 +60,6 @@ def reader_of(pipe: Any, *, middle: bool = False, stream: str | None = None) -> 
     if readers:
         streams = [reader.stream for reader in readers if reader.stream]
         raise ValueError(f"{type(pipe).__name__} has no text stream {stream!r}: {streams or 'it reads one text'}")
-    kind = type(denoiser).__name__
-    if "3D" in kind:
-        raise TypeError(f"a {kind} makes videos: its attention is over time, height and width, maps are of images")
     raise TypeError(
         "expected a diffusers pipeline with a U-Net (Stable Diffusion 1.x, 2.x, XL, AudioLDM2) or with a transformer "
         f"of PixArt, Sana, SD 3, SD 3.5, Flux.1 or Qwen-Image, got {type(pipe).__name__} with a {kind}, which no "

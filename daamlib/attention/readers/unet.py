@@ -262,6 +262,11 @@ def cross_attentions(unet: Any, *, middle: bool) -> Iterator[Site]:
         and (middle or not name.startswith(MIDDLE))
         and ".ctrl_" not in name  # of ControlNet-XS, whose control branch runs inside the U-Net
     }
+    if not found and any(getattr(module, "add_k_proj", None) is not None for module in unet.modules()):
+        raise ValueError(
+            "this U-Net adds the text's keys to the image's own (added-kv attention, as Kandinsky 2's and DeepFloyd "
+            "IF's do): no reader knows it yet"
+        )
     if not found:
         raise ValueError(
             f"the {type(unet).__name__} of this pipeline has no cross-attention (`attn2`) in its down and up blocks: "

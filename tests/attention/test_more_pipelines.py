@@ -1,0 +1,26 @@
+"""Pipelines that embed their prompts by older names, against the processors of the running model."""
+
+import torch
+from diffusers import StableDiffusionInstructPix2PixPipeline, UNet2DConditionModel
+from helpers import assert_close, capture, naive_maps
+from tiny import build, of_components
+
+import daamlib
+
+GRIDS = [(16, 24), (8, 12)]
+
+
+def test_instruct_pix2pix(device):
+    """The passes have three rows: with text and image, with the image alone, with neither."""
+    image = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+    base = build("sd1", device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        unet = UNet2DConditionModel.from_config({**base.unet.config, "in_channels": 8}).eval().to(device)
+    base.register_modules(unet=unet)
+    pipe = of_components(StableDiffusionInstructPix2PixPipeline, base)
+    with daamlib.trace(pipe) as trace, capture(pipe.unet) as captures, torch.no_grad():
+        pipe("a car", image=image, num_inference_steps=2, output_type="latent")
+    (record,) = trace
+    assert record.prompt == "a car"
+    assert_close(record.daam().values, naive_maps(captures, GRIDS, image=0)[:4])
