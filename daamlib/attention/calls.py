@@ -587,7 +587,7 @@ class Recorder(abc.ABC):
             return
         try:
             records = [] if call.broken else self.make_records(call)
-        except ValueError as error:
+        except (ValueError, TypeError, RuntimeError) as error:  # the images are made: they must not be lost
             call.broken = str(error)
         if call.broken:
             self._drop(call.broken)

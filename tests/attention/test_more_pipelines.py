@@ -1,5 +1,6 @@
 """Pipelines that embed their prompts by older names, against the processors of the running model."""
 
+import pytest
 import torch
 from diffusers import StableDiffusionInstructPix2PixPipeline, UNet2DConditionModel
 from helpers import assert_close, capture, naive_maps
@@ -24,3 +25,27 @@ def test_instruct_pix2pix(device):
     (record,) = trace
     assert record.prompt == "a car"
     assert_close(record.daam().values, naive_maps(captures, GRIDS, image=0)[:4])
+
+
+def test_a_pipeline_that_embeds_no_prompt(fresh, monkeypatch):
+    """As LEDITS++ embeds edits alone: its images are made, and a later text is refused by what is missing."""
+    pipe = fresh("sd1")
+    values = pipe.encode_prompt("a car", pipe.device, 1, True)[:2]
+    monkeypatch.setattr(pipe, "encode_prompt", lambda device, **_: values)
+    monkeypatch.setattr(type(pipe), "__call__", edit)
+    with daamlib.trace(pipe) as trace, capture(pipe.unet) as captures:
+        pipe()
+    assert trace[0].prompt is None
+    assert_close(trace[0].daam().values, naive_maps(captures, GRIDS, image=1))
+    with pytest.raises(ValueError, match="no `encode_prompt` of a prompt"):
+        trace[0].ldaam("a tree")
+
+
+@torch.no_grad()
+def edit(self):
+    text, negative = self.encode_prompt(self.device)
+    sample = torch.randn(1, 4, 16, 24, generator=torch.Generator().manual_seed(0)).to(self.device)
+    self.scheduler.set_timesteps(2)
+    for t in self.scheduler.timesteps:
+        self.unet(torch.cat([sample] * 2), t, encoder_hidden_states=torch.cat([negative, text]))
+    self.maybe_free_model_hooks()

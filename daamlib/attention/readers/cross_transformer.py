@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from ...pipeline import denoiser_of, uncompiled
-from ..calls import EMBED, Pass
+from ..calls import Pass
 from ..fingerprint import Fingerprint
 from ..text import PAD, TextTooLongError, TokenEmbeddings, require_text
-from .sites import Site, embedder_of, fingerprint_of_sites, place_of, refuse_caches
+from .sites import Site, embedder_of, embeds, fingerprint_of_sites, place_of, refuse_caches
 from .words import is_rough, read_pieces, require_text_encoder
 
 KINDS = ("PixArtTransformer2DModel", "SanaTransformer2DModel")
@@ -146,7 +146,7 @@ class CrossTransformerReader:
     @property
     def embeds(self) -> bool:
         """Whether the pipeline embeds texts by a method of its own."""
-        return any(hasattr(self.pipe, name) for name in EMBED)
+        return embeds(self.pipe)
 
     @property
     def rough(self) -> bool:

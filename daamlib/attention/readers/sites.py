@@ -1,6 +1,7 @@
 """What every reader speaks of: the sites of a model, the attentions that can be read."""
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -99,14 +100,19 @@ def refuse_caches(denoiser: torch.nn.Module) -> None:
             )
 
 
+def embeds(pipe: Any) -> bool:
+    """Return whether a pipeline has a method that embeds a prompt; LEDITS++'s embeds edits alone."""
+    name = next((name for name in EMBED if hasattr(pipe, name)), None)
+    return name is not None and "prompt" in inspect.signature(getattr(pipe, name)).parameters
+
+
 def embedder_of(pipe: Any) -> Callable[..., Any]:
     """Return the pipeline's method that embeds prompts, past a trace that watches it. ValueError if it has none."""
-    name = next((name for name in EMBED if hasattr(pipe, name)), None)
-    if name is None:
+    if not embeds(pipe):
         raise ValueError(
-            f"{type(pipe).__name__} has no `encode_prompt` to embed a text: give embeddings to daam_from or ldaam_from"
+            f"{type(pipe).__name__} has no `encode_prompt` of a prompt: give embeddings to daam_from or ldaam_from"
         )
-    return unwatched(pipe, name)
+    return unwatched(pipe, next(name for name in EMBED if hasattr(pipe, name)))
 
 
 def place_of(module: torch.nn.Module, pipe: Any) -> torch.device:

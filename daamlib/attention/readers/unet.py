@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from ...pipeline import denoiser_of
-from ..calls import EMBED, Pass
+from ..calls import Pass
 from ..fingerprint import Fingerprint
 from ..text import TextTooLongError, TokenEmbeddings, require_text
-from .sites import Site, embedder_of, fingerprint_of_sites, place_of
+from .sites import Site, embedder_of, embeds, fingerprint_of_sites, place_of
 from .words import is_rough, read_names, require_text_encoder, token_ids
 
 MIDDLE, UP = "mid_block", "up_blocks"  # what the names of a layer begin with in the middle and in the decoder
@@ -41,7 +41,7 @@ class UNetReader:
     @property
     def embeds(self) -> bool:
         """Whether the pipeline embeds texts by a method of its own."""
-        return any(hasattr(self.pipe, name) for name in EMBED)
+        return embeds(self.pipe)
 
     @property
     def rough(self) -> bool:
