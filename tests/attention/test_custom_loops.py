@@ -131,3 +131,42 @@ def test_modular_diffusers_with_a_guider(sdxl_pipe):
     maps = trace[0].daam()
     assert_close(maps.values, naive_maps(captures, GRIDS, image=0)[: len(maps)])
     assert torch.equal(call(), plain)
+
+
+@torch.no_grad()
+def test_masked_tokens_take_no_part(sd1_pipe):
+    with daamlib.trace(sd1_pipe) as trace, trace.loop("a car"):
+        text = embed(sd1_pipe, ["a car"])
+        mask = torch.ones(text.shape[:2])
+        mask[:, 4:] = 0
+        sd1_pipe.unet(noise(1), 900, encoder_hidden_states=text, encoder_attention_mask=mask)
+    with capture(sd1_pipe.unet) as captures:  # the softmax over the first tokens alone
+        sd1_pipe.unet(noise(1), 900, encoder_hidden_states=text, encoder_attention_mask=mask)
+    maps = trace[0].daam()
+    assert_close(maps.values, naive_maps(captures, GRIDS, image=0)[: len(maps)])
+
+
+def test_a_layer_that_is_skipped_in_a_later_pass_costs_the_record_alone(fresh):
+    """As a cache of attention outputs does."""
+    pipe = fresh("sd1")
+    name = next(name for name in pipe.unet.attn_processors if "attn2" in name and "mid_block" not in name)
+    attn = pipe.unet.get_submodule(name.removesuffix(".processor"))
+    whole = attn.processor
+
+    class Cache:
+        kept, calls = None, 0
+
+        def __call__(self, *args, **kwargs):
+            self.calls += 1
+            if self.calls == 1:
+                self.kept = whole(*args, **kwargs)
+            elif self.calls < 3:
+                return whole(*args, **kwargs)
+            return self.kept
+
+    attn.processor = Cache()
+    plain = generate(pipe, num_inference_steps=4)
+    attn.processor = Cache()
+    with daamlib.trace(pipe) as trace, pytest.warns(UserWarning, match="leaves no record"):
+        traced = generate(pipe, num_inference_steps=4)
+    assert torch.equal(traced, plain) and len(trace) == 0 and len(trace.problems) == 1
