@@ -486,12 +486,16 @@ class Recorder(abc.ABC):
         if text is not None and text[0] is told.text and text[1] == _version(told.text):
             return known  # comparing tensors makes a GPU's host wait
         branch, perturbed = self.options.branch, bool(getattr(self.pipe, "do_perturbed_attention_guidance", False))
+        halves, problem = None, self._unknown_text(told)
         for encoding in reversed(self.encodings):
-            halves = encoding.halves(told.text, perturbed=perturbed)
+            try:
+                halves = encoding.halves(told.text, perturbed=perturbed)
+            except ValueError as error:
+                problem = str(error)
             if halves is not None:
                 break
-        else:
-            self.break_off(self.call, self._unknown_text(told))
+        if halves is None:
+            self.break_off(self.call, problem)
             return None, None
         if branch == "unconditional" and encoding.negative is None and not encoding.guided:
             raise ValueError(
