@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from safetensors.torch import load_file
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from daamlib.pipeline import BUNDLED
 from daamlib.urban.training import run, train, trainer
@@ -64,6 +65,27 @@ def test_a_model_is_trained_written_and_trained_on(tmp_path):
     with pytest.raises(ValueError, match="recipe"):
         call(train.main, "data", "--work", again, *SMALL)
     assert json.loads((out / "training.json").read_text())["unet"]["samples"] == 16
+
+
+def test_a_model_goes_on_in_another_world_with_the_words_that_it_knows(tmp_path):
+    call(train.main, "data", "--work", tmp_path, "--scenes", 400, "--world", "wide")
+    call(train.main, "restore", "--work", tmp_path, "--out", BUNDLED)
+    old, new = (
+        CLIPTokenizer.from_pretrained(BUNDLED / "tokenizer"),
+        CLIPTokenizer.from_pretrained(tmp_path / "tokenizer"),
+    )
+    weights = CLIPTextModel.from_pretrained(BUNDLED / "text_encoder", dtype=torch.float32).get_input_embeddings().weight
+    assert "grass</w>" in new.get_vocab() and "grass</w>" not in old.get_vocab()
+    state = torch.load(tmp_path / "unet.pt", weights_only=True)["module"]
+    denoiser = train.Recipe.read(tmp_path).denoiser(new)
+    denoiser.load_state_dict(state)
+    rows = denoiser.text_encoder.get_input_embeddings().weight
+    for word in ("road", "buildings", "person"):
+        ids = [tokenizer.get_vocab()[f"{word}</w>"] for tokenizer in (old, new)]
+        assert torch.equal(rows[ids[1]], weights[ids[0]])
+    assert torch.equal(rows[new.eos_token_id], weights[old.eos_token_id])
+    letters = old.encode("grass", add_special_tokens=False)
+    torch.testing.assert_close(rows[new.get_vocab()["grass</w>"]], weights[letters].mean(dim=0))
 
 
 def test_one_command_trains_within_its_minutes_and_goes_on(tmp_path, monkeypatch):

@@ -105,6 +105,22 @@ def new_text_encoder(tokenizer: CLIPTokenizer, *, layers: int = 1) -> CLIPTextMo
     )
 
 
+@torch.no_grad()
+def change_tokens(text_encoder: CLIPTextModel, old: CLIPTokenizer, new: CLIPTokenizer) -> None:
+    """Let a text encoder read another tokenizer, in place: tokens that both have keep their embeddings.
+
+    A token that is new begins at the mean of the old ones that its letters were.
+    """
+    before = text_encoder.get_input_embeddings().weight.clone()
+    text_encoder.resize_token_embeddings(len(new), mean_resizing=False)
+    rows, known = text_encoder.get_input_embeddings().weight, old.get_vocab()
+    for token, i in new.get_vocab().items():
+        pieces = [known[token]] if token in known else old.encode(token.removesuffix("</w>"), add_special_tokens=False)
+        rows[i] = before[pieces].mean(dim=0)
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(text_encoder.config, key, getattr(new, key))
+
+
 def new_unet(channels: Sequence[int] = (64, 128, 192), *, attention_levels: int = 2) -> UNet2DConditionModel:
     """A three-level U-Net for 4 x 32 x 32 latents of 128 px images; its largest `attention_levels` attend to the text.
 
