@@ -10,7 +10,7 @@
     python -m daamlib.urban.training.train restore    # instead: checkpoints from that folder, to train it further
 
 After `data --world wide` in a new work folder, `restore` lets that model go on in another world: it keeps the tokenizer
-of the world's captions, and the tokens that the model knew keep their embeddings.
+of the world's captions, and the tokens that the model knew keep their embeddings but for those of `--forget`.
 
 `data` takes what a model is: `--context`, `--text-layers`, `--null-padding` and the U-Net's `--channels` and
 `--attention-levels`; the other stages read it from `recipe.json`, which `data` or `restore` wrote.
@@ -250,7 +250,7 @@ def restore(args: argparse.Namespace) -> None:
     restore_vae(args.out, args.work)
     if (args.work / "tokenizer").exists():
         tokenizer = CLIPTokenizer.from_pretrained(args.work / "tokenizer")
-        networks.change_tokens(pipe.text_encoder, pipe.tokenizer, tokenizer)
+        networks.change_tokens(pipe.text_encoder, pipe.tokenizer, tokenizer, forget=args.forget)
     else:
         pipe.tokenizer.save_pretrained(args.work / "tokenizer")
     write_checkpoint(args.work, "unet", Denoiser(pipe.unet, pipe.text_encoder), spent["unet"])
@@ -291,6 +291,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--size", type=int, choices=[64, 128], default=64, help="image size of the latents, px")
+    parser.add_argument("--forget", nargs="+", default=[], help="words that `restore` begins anew in another world")
     add_recipe(parser)
     add_options(parser, out=Path("data/urban-tiny"), samples=100_000)
     args = parser.parse_args(argv)

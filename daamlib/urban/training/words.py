@@ -101,7 +101,9 @@ def measure_words(pipe: DiffusionPipeline, n: int, first_seed: int) -> dict:
     }
 
 
-def measure_street(pipe: DiffusionPipeline, n: int, first_seed: int, *, world: str = "wide", size: int = SIZE) -> dict:
+def measure_street(
+    pipe: DiffusionPipeline, n: int, first_seed: int, *, world: str = "street", size: int = SIZE
+) -> dict[str, Any]:
     """Measure how well the words of things and of stuff point, and zero-shot label maps of them, on held-out scenes.
 
     Args:
