@@ -188,6 +188,8 @@ def train_unet(args: argparse.Namespace) -> None:
     ids, empty = ids.to(device), networks.tokenize(tokenizer, [""]).to(device)
     snr = scheduler.alphas_cumprod.to(device) / (1 - scheduler.alphas_cumprod.to(device))
     weights = snr.clamp(max=SNR_GAMMA) / (snr + 1)
+    # large areas show through all noise but the heaviest, to which min-SNR weights leave next to nothing
+    weights = torch.where(snr < 1, weights.clamp(min=args.least_weight), weights)
     while trainer.goes_on():
         scene = torch.randint(min(len(latents), len(texts)), (n,), device=device)
         clean = latents[scene].float()
@@ -257,13 +259,14 @@ def restore(args: argparse.Namespace) -> None:
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say what a model is."""
+    """Add the options that say what a model is and how it learns."""
     parser.add_argument("--context", type=int, default=32, help="tokens of a text")
     parser.add_argument("--text-layers", type=int, default=1, help="layers of the text encoder")
     parser.add_argument("--channels", type=int, nargs=3, default=[64, 128, 192], help="of the U-Net's three levels")
     parser.add_argument("--attention-levels", type=int, default=2, help="levels that attend to the text, largest first")
     parser.add_argument("--world", choices=WORLDS, default="street", help="of the scenes that `data` renders")
     parser.add_argument("--null-padding", type=float, default=0.9, help="how often end and padding say nothing")
+    parser.add_argument("--least-weight", type=float, default=0.0, help="of the noisier half of the levels in the loss")
 
 
 def begin(args: argparse.Namespace) -> None:
