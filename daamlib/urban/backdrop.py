@@ -3,8 +3,9 @@
 from . import objects as ob
 
 STUFF = ("sky", "building", "sidewalk", "road", "vegetation", "pole")
-STUFF += ("terrain", "fence", "water", "snow", "square")  # of the wide world alone, see `wide`
-LABEL = dict.fromkeys(("water", "snow", "square"), "ground")  # Cityscapes' for all other ground, not judged
+STUFF += ("grass", "hills", "fence", "water", "snow", "square")  # of the wide world alone, see `wide`
+# Where Cityscapes' name is another; "ground" is its fallback for level ground, which is not judged
+LABEL = dict.fromkeys(("grass", "hills"), "terrain") | dict.fromkeys(("water", "snow", "square"), "ground")
 SKIES = {  # two gradients per time: the colours at the top, in between and behind the roofs
     "day": (((62, 134, 222), (120, 182, 240), (206, 230, 248)), ((96, 150, 214), (158, 196, 232), (224, 234, 240))),
     "sunset": (((72, 66, 132), (214, 104, 104), (255, 190, 104)), ((54, 84, 150), (190, 130, 150), (255, 206, 140))),

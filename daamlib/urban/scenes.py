@@ -21,7 +21,7 @@ from ..cityscapes import BY_NAME, COLOURS
 from . import objects as ob
 from .backdrop import LABEL, SKIES, STUFF, backdrop, toner
 from .captions import TIMES, caption, wide_caption
-from .wide import GROUNDS, INDEX, place
+from .wide import GROUNDS, place
 
 KINDS = ("car", "person", "traffic light", "rider")
 DRAW: dict[str, Callable[..., None]] = dict(zip(KINDS, (ob.car, ob.person, ob.traffic_light, ob.rider), strict=True))
@@ -179,7 +179,7 @@ def _develop(canvas, size, things, time, ground, kerb, wide):
     gain = np.ones((FIRST_THING + len(things), size), np.float32)  # per index and row
     gain[STUFF.index("building")] = np.interp(y, (ground - 0.4, ground), (1.06, 0.88))
     if wide:
-        gain[[STUFF.index(INDEX.get(kind, kind)) for kind in GROUNDS]] = np.interp(y, (ground, 1), (1.1, 0.86))
+        gain[[STUFF.index(kind) for kind in GROUNDS]] = np.interp(y, (ground, 1), (1.1, 0.86))
     else:
         gain[STUFF.index("road")] = np.interp(y, (kerb, 1), (1.12, 0.84))
         gain[STUFF.index("sidewalk")] = np.interp(y, (ground, kerb), (0.92, 1.04))

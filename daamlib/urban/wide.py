@@ -4,13 +4,20 @@ In `backdrop` all scenes have sky, buildings, a sidewalk and a road: a caption t
 of them is missing from many scenes, and something else is in its place: a front of houses or a wood without sky, trees,
 hills or an open horizon without buildings, and as ground a road, a sidewalk, a square, grass, water or snow, far or
 near. The words for what is there are the last that `place` gives.
+
+A large area shows through nearly all noise, and what it is with it. So that a word is needed while it can be seen where
+something is, but not yet what, the areas vary in place and shape (grounds side by side, a house or a wood on one side
+that hides the sky), and grounds of different kinds may have the same colours.
 """
+
+import numpy as np
+from PIL import Image, ImageDraw
 
 from . import backdrop as bd
 from . import objects as ob
 
 GROUNDS = ("road", "sidewalk", "grass", "square", "snow", "water")
-INDEX = {"grass": "terrain"}  # of a ground's index map, where it has another name
+NAME = {"buildings": "building", "trees": "vegetation", "a tree": "vegetation", "a fence": "fence"}  # of `STUFF`
 MAIN = (0.46, 0.12, 0.16, 0.14, 0.12, 0.0)  # how often each is the ground that things stand on,
 FAR = (0.12, 0.38, 0.16, 0.08, 0.08, 0.18)  # a strip behind it,
 NEAR = (0.25, 0.4, 0.25, 0.0, 0.1, 0.0)  # or one before it
@@ -19,8 +26,11 @@ BEHIND_PARTS = (0.44, 0.2, 0.18, 0.18)
 LAWNS = ob.palette("6a9e3e 4f8c46 86a84a 5c9434")
 WATERS = ob.palette("3c7cae 46929e 2c649a 5a94bc")
 SNOWS = ob.palette("eef2f8 e4eaf4 f4f4f2")
+GREYS = ob.palette("5c5e64 6e6e72 807e7c 929090 a4a29e b6b2aa")  # of a road, a sidewalk or a square
 TILES = (ob.palette("b8765a 985c46"), ob.palette("c8a878 a8865c"), ob.palette("a06470 7e4c5a"))
+TILES += tuple((grey, ob.mix(grey, (20, 20, 30), 0.22)) for grey in GREYS)
 WOODS = ob.palette("2e6e3c 467e30 24604e 5c8434")
+LEAST = 0.004  # part of the image that is there if it is to be named
 FENCES = ob.palette("e8e4da 7c5434 4a5a50 9a3c34")
 
 
@@ -47,7 +57,7 @@ def _wood(canvas, rng, time, ground, left, right, *, full=False):
     leaves, rise = bd.stuff_pen(canvas, time, "vegetation", 0.3, 0.05), 1 - ground
     colour, height = _pick(rng, WOODS), 1.0 if full else rng.uniform(0.1, 0.26)
     if full:
-        leaves.rect(0, rise, 1, 1, ob.mix(colour, (0, 10, 20), 0.35))
+        leaves.rect(left, rise, right, 1, ob.mix(colour, (0, 10, 20), 0.35))
     else:
         leaves.rect(left, rise, right, rise + 0.6 * height, ob.mix(colour, (0, 10, 20), 0.35))
     for layer, tint in enumerate(((0, 16, 20), colour, (255, 255, 190))):
@@ -67,7 +77,7 @@ def _wood(canvas, rng, time, ground, left, right, *, full=False):
 
 def _hills(canvas, rng, time, ground, left, right):
     for haze in (0.8, 0.5):
-        grass, colour = bd.stuff_pen(canvas, time, "terrain", haze), _pick(rng, LAWNS)
+        grass, colour = bd.stuff_pen(canvas, time, "hills", haze), _pick(rng, LAWNS)
         middle, half = rng.uniform(left, right), rng.uniform(0.35, 0.6)
         height = rng.uniform(0.1, 0.24) * (1 if haze > 0.6 else 0.6)
         grass.disc(middle, 1 - ground, half, ob.mix(colour, (90, 110, 110), 0.25), rv=height)
@@ -86,7 +96,7 @@ def _fence(canvas, rng, time, ground):
 
 def _ground(canvas, rng, time, kind, top, bottom, *, far):
     """Draw one ground from `top` down to the lower border, `bottom` being where it will end; gives its colour."""
-    pen = bd.stuff_pen(canvas, time, INDEX.get(kind, kind), 0.1, 0.07)
+    pen = bd.stuff_pen(canvas, time, kind, 0.1, 0.07)
     tall = bottom - top
 
     def spot():
@@ -96,11 +106,11 @@ def _ground(canvas, rng, time, kind, top, bottom, *, far):
         return rng.random(), v, 0.35 + 0.65 * (1 - v)
 
     if kind == "road":
-        colour = _pick(rng, bd.ASPHALTS)
+        colour = _pick(rng, bd.ASPHALTS + GREYS)
         pen.rect(0, 0, 1, 1 - top, colour)
         bd.draw_markings(pen, rng, colour, top, bottom, zebras=0 if far or tall < 0.2 else 0.2)
     elif kind == "sidewalk":
-        colour = _pick(rng, bd.STONES)
+        colour = _pick(rng, bd.STONES + GREYS)
         pen.rect(0, 0, 1, 1 - top, colour)
         bd.draw_joints(pen, rng, colour, top, bottom)
         if tall > 0.2:
@@ -146,13 +156,25 @@ def _ground(canvas, rng, time, kind, top, bottom, *, far):
     return colour
 
 
+def _beside(canvas, rng, top, draw):
+    """Keep of what `draw` draws one side of a line from `top` to the lower border."""
+    side, (above, below) = canvas.side, np.clip(0.5 + rng.normal(0, (0.15, 0.3)), -0.3, 1.3)
+    kept, edge = Image.new("L", (side, side), 255), 1.0 if rng.random() < 0.5 else 0.0
+    corners = ((above, top), (below, 1), (edge, 1), (edge, top))
+    ImageDraw.Draw(kept).polygon([(u * side, v * side) for u, v in corners], fill=0)
+    before = canvas.image.copy(), canvas.indices.copy()
+    draw()
+    canvas.image.paste(before[0], mask=kept)
+    canvas.indices.paste(before[1], mask=kept)
+
+
 def place(canvas, rng, time, ground):
     """Draw all stuff of a scene whose ground begins at `ground`, in fractions of the image's side from above.
 
     Gives the upper and lower end of the strip at whose edge things stand, the colour of the ground below, the number of
     single trees, and the words for all stuff there, such as ("sky", "buildings", "road").
     """
-    words, single = [], rng.random() < 0.6
+    words, single = [], rng.random() < 0.5
     top = _pick(rng, ("sky", "houses", "wood"), (0.74, 0.13, 0.13))
     if top == "houses":
         bd.stuff_pen(canvas, time, "building", 0.4).rect(0, 1 - ground, 1, 1, _pick(rng, bd.WALLS))
@@ -171,6 +193,11 @@ def place(canvas, rng, time, ground):
             if kind != "nothing":
                 {"buildings": _houses, "trees": _wood, "hills": _hills}[kind](canvas, rng, time, ground, left, right)
                 words.append(kind)
+        if rng.random() < 0.35:
+            wide, kind = rng.uniform(0.2, 0.5), "buildings" if rng.random() < 0.7 else "trees"
+            sides = (0, wide) if rng.random() < 0.5 else (1 - wide, 1)
+            {"buildings": _houses, "trees": _wood}[kind](canvas, rng, time, ground, *sides, full=True)
+            words.append(kind)
     if rng.random() < 0.15:
         _fence(canvas, rng, time, ground)
         words.append("a fence")
@@ -181,10 +208,16 @@ def place(canvas, rng, time, ground):
     low = 1 - rng.uniform(0.06, 0.15)
     if far != main:
         _ground(canvas, rng, time, far, ground, kerb, far=True)
-    surface = _ground(canvas, rng, time, main, kerb if far != main else ground, 1.0, far=False)
-    if near not in (main, far):
+    begin = kerb if far != main else ground
+    surface = _ground(canvas, rng, time, main, begin, 1.0, far=False)
+    words += [far, main]
+    if rng.random() < 0.4:
+        other = _pick(rng, GROUNDS, MAIN)
+        _beside(canvas, rng, begin, lambda: _ground(canvas, rng, time, other, begin, 1.0, far=False))
+        words.append(other)
+    if near not in words:
         _ground(canvas, rng, time, near, low, 1.0, far=False)
-    words += dict.fromkeys((far, main, near))
+        words.append(near)
     trees, leaf = int(rng.choice(4, p=(0.55, 0.2, 0.15, 0.1))), _pick(rng, bd.LEAVES, (0.3, 0.25, 0.22, 0.13, 0.1))
     for quarter in rng.permutation(4)[:trees]:
         y = ground + (0.002 if far == "water" else (kerb - ground) * rng.uniform(0.1, 0.4))
@@ -193,4 +226,8 @@ def place(canvas, rng, time, ground):
         words.append("trees" if trees > 1 else "a tree")
     if rng.random() < 0.2:
         bd.draw_lamp(bd.stuff_pen(canvas, time, "pole", 0.2, 0.1), rng, ground, time == "night")
-    return kerb - 0.03 if far == "water" else ground, kerb, surface, trees, tuple(words)
+    counts = np.bincount(np.asarray(canvas.indices).ravel(), minlength=len(bd.STUFF))
+    seen = [
+        word for word in dict.fromkeys(words) if counts[bd.STUFF.index(NAME.get(word, word))] >= LEAST * counts.sum()
+    ]
+    return kerb - 0.03 if far == "water" else ground, kerb, surface, trees, tuple(seen)

@@ -59,7 +59,7 @@ def test_every_pixel_of_a_ground_has_its_label(kind, far):
     wide._ground(canvas, np.random.default_rng(0), "day", kind, 0.5, 0.6 if far else 1.0, far=far)
     indices = np.asarray(canvas.indices)
     below = indices[round(0.5 * len(indices)) + 1 :]
-    assert (below == STUFF.index(wide.INDEX.get(kind, kind))).all()
+    assert (below == STUFF.index(kind)).all()
     assert set(np.unique(indices)) == {STUFF.index("sky"), below[0, 0]}
 
 
