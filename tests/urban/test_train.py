@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from daamlib.pipeline import BUNDLED
-from daamlib.urban.training import run, train, trainer
+from daamlib.urban.training import networks, run, train, trainer
 
 
 def call(main, *arguments):
@@ -40,7 +40,7 @@ def test_a_model_is_trained_written_and_trained_on(tmp_path):
     call(train.main, "data", "--work", work, *SMALL, *RECIPE)
     call(train.main, "vae", "--work", work, *SMALL, "--samples", 8)
     call(train.main, "latents", "--work", work, *SMALL)
-    call(train.main, "unet", "--work", work, *SMALL, "--samples", 16)
+    call(train.main, "unet", "--work", work, *SMALL, "--samples", 16, "--null-small-words", "--least-weight", 0.3)
     call(train.main, "export", "--work", work, "--out", out)
 
     pipe = StableDiffusionPipeline.from_pretrained(out, dtype=torch.float32)
@@ -87,6 +87,16 @@ def test_a_model_goes_on_in_another_world_with_the_words_that_it_knows(tmp_path)
     assert not torch.equal(rows[new.get_vocab()["sky</w>"]], weights[old.get_vocab()["sky</w>"]])
     for word in ("grass", "sky"):
         assert 0.7 < rows[new.get_vocab()[f"{word}</w>"]].norm() / weights[old.get_vocab()["road</w>"]].norm() < 1.4
+
+
+def test_end_padding_and_small_words_are_silent():
+    tokenizer = CLIPTokenizer.from_pretrained(BUNDLED / "tokenizer")
+    ids = networks.tokenize(tokenizer, ["a red car, the sky", ""])
+    small = torch.tensor([tokenizer.get_vocab()[f"{word}</w>"] for word in ("a", "the", ",")])
+    silent = train.find_silent(ids, tokenizer.eos_token_id, small)
+    assert silent[0, :7].tolist() == [False, True, False, False, True, True, False] and silent[0, 7:].all()
+    assert silent[1].tolist() == [False] + [True] * 31
+    assert train.find_silent(ids, tokenizer.eos_token_id, small[:0])[0].sum() == 32 - 7
 
 
 def test_one_command_trains_within_its_minutes_and_goes_on(tmp_path, monkeypatch):

@@ -45,6 +45,9 @@ EMPTY_CAPTIONS = 0.1  # for classifier-free guidance
 NOISE_OFFSET = 0.05  # lets the model learn overall brightness, which the schedule's last step leaks
 SNR_GAMMA = 5.0  # min-SNR weighting (Hang et al. 2023)
 KL_WEIGHT = 1e-5
+# Of captions, what says nothing itself; but following a noun in a causal text encoder, it knows the noun
+SMALL_WORDS = ("a", "an", "the", ",", "and", "with", "in", "on", "of", "by", "at", "to", "front", "photo")
+SMALL_WORDS += ("urban", "environment", "city", "street")
 SHARD = "15MB"  # the most of a file of weights, its header not counted
 
 
@@ -172,6 +175,12 @@ def cache_latents(args: argparse.Namespace) -> None:
     print(f"{args.size} px: latents {latents.shape}, standard deviation {latents[:2000].astype(np.float32).std():.3f}")
 
 
+def find_silent(ids: torch.Tensor, end: int, small: torch.Tensor) -> torch.Tensor:
+    """(B, C) bool: the end token of each text, the padding after it, and the tokens that are among `small`."""
+    first = (ids == end).int().argmax(dim=1, keepdim=True)  # padding is the same token
+    return (torch.arange(ids.shape[1], device=ids.device) >= first) | torch.isin(ids, small)
+
+
 def train_unet(args: argparse.Namespace) -> None:
     """Train U-Net and text encoder jointly on the cached latents, with v-prediction and min-SNR weights."""
     tokenizer = CLIPTokenizer.from_pretrained(args.work / "tokenizer")
@@ -186,6 +195,9 @@ def train_unet(args: argparse.Namespace) -> None:
     # (caption of a scene, scene, token)
     ids = torch.stack([networks.tokenize(tokenizer, list(of_scenes)) for of_scenes in zip(*texts, strict=True)])
     ids, empty = ids.to(device), networks.tokenize(tokenizer, [""]).to(device)
+    vocabulary = tokenizer.get_vocab()
+    words = SMALL_WORDS if args.null_small_words else ()
+    small = torch.tensor([vocabulary[f"{w}</w>"] for w in words if f"{w}</w>" in vocabulary], device=device).long()
     snr = scheduler.alphas_cumprod.to(device) / (1 - scheduler.alphas_cumprod.to(device))
     weights = snr.clamp(max=SNR_GAMMA) / (snr + 1)
     # large areas show through all noise but the heaviest, to which min-SNR weights leave next to nothing
@@ -198,9 +210,8 @@ def train_unet(args: argparse.Namespace) -> None:
         timesteps = ((torch.arange(n, device=device) + torch.rand(n, device=device)) * 1000 / n).long().clamp(max=999)
         text = ids[torch.randint(len(ids), (n,), device=device), scene]
         text = torch.where(torch.rand(n, 1, device=device) < EMPTY_CAPTIONS, empty, text)
-        end = (text == tokenizer.eos_token_id).int().argmax(dim=1, keepdim=True)  # the first: padding is the same token
         nulled = torch.rand(n, 1, device=device) < recipe.null_padding
-        muted = (torch.arange(text.shape[1], device=device) >= end) & nulled
+        muted = find_silent(text, tokenizer.eos_token_id, small) & nulled
         noisy = scheduler.add_noise(clean, noise, timesteps)
         predicted = trainer.forward(noisy, timesteps, text, empty, muted).float()
         error = (predicted - scheduler.get_velocity(clean, noise, timesteps)).square().mean(dim=(1, 2, 3))
@@ -266,6 +277,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--attention-levels", type=int, default=2, help="levels that attend to the text, largest first")
     parser.add_argument("--world", choices=WORLDS, default="street", help="of the scenes that `data` renders")
     parser.add_argument("--null-padding", type=float, default=0.9, help="how often end and padding say nothing")
+    parser.add_argument("--null-small-words", action="store_true", help="with the padding, articles, commas and such")
     parser.add_argument("--least-weight", type=float, default=0.0, help="of the noisier half of the levels in the loss")
 
 
