@@ -30,7 +30,6 @@ GREYS = ob.palette("5c5e64 6e6e72 807e7c 929090 a4a29e b6b2aa")  # of a road, a 
 TILES = (ob.palette("b8765a 985c46"), ob.palette("c8a878 a8865c"), ob.palette("a06470 7e4c5a"))
 TILES += tuple((grey, ob.mix(grey, (20, 20, 30), 0.22)) for grey in GREYS)
 WOODS = ob.palette("2e6e3c 467e30 24604e 5c8434")
-LEAST = 0.004  # part of the image that is there if it is to be named
 FENCES = ob.palette("e8e4da 7c5434 4a5a50 9a3c34")
 
 
@@ -226,8 +225,6 @@ def place(canvas, rng, time, ground):
         words.append("trees" if trees > 1 else "a tree")
     if rng.random() < 0.2:
         bd.draw_lamp(bd.stuff_pen(canvas, time, "pole", 0.2, 0.1), rng, ground, time == "night")
-    counts = np.bincount(np.asarray(canvas.indices).ravel(), minlength=len(bd.STUFF))
-    seen = [
-        word for word in dict.fromkeys(words) if counts[bd.STUFF.index(NAME.get(word, word))] >= LEAST * counts.sum()
-    ]
-    return kerb - 0.03 if far == "water" else ground, kerb, surface, trees, tuple(seen)
+    there = {bd.STUFF[i] for i in np.unique(np.asarray(canvas.indices))}  # not all of it: some is hidden
+    seen = tuple(word for word in dict.fromkeys(words) if NAME.get(word, word) in there)
+    return kerb - 0.03 if far == "water" else ground, kerb, surface, trees, seen
