@@ -3,6 +3,9 @@
 from . import objects as ob
 
 STUFF = ("sky", "building", "sidewalk", "road", "vegetation", "pole")
+STUFF += ("grass", "hills", "fence", "water", "snow", "square")  # of the wide world alone, see `wide`
+# Where Cityscapes' name is another; "ground" is its fallback for level ground, which is not judged
+LABEL = dict.fromkeys(("grass", "hills"), "terrain") | dict.fromkeys(("water", "snow", "square"), "ground")
 SKIES = {  # two gradients per time: the colours at the top, in between and behind the roofs
     "day": (((62, 134, 222), (120, 182, 240), (206, 230, 248)), ((96, 150, 214), (158, 196, 232), (224, 234, 240))),
     "sunset": (((72, 66, 132), (214, 104, 104), (255, 190, 104)), ((54, 84, 150), (190, 130, 150), (255, 206, 140))),
@@ -11,6 +14,8 @@ SKIES = {  # two gradients per time: the colours at the top, in between and behi
 }
 WALLS = ob.palette("b25442 ce9668 e2cea6 96a0ac c4b2be 8c7062 deba78 74889e d0d4ce a0423a a6b08e e4a890")
 ROOFS = ob.palette("783a30 54545e 96523a 424c5c")
+STONES = ob.palette("b8b2a8 a8aab0 c6b6a4")
+ASPHALTS = ob.palette("5c5e64 4e525c 686464")
 LEAVES = ob.palette("3a8438 589632 287046 789630 c4842c")
 
 
@@ -44,7 +49,7 @@ def _sky_things(pen, rng, time):
         pen.disc(u, v - 0.15 * w, 1.5 * w, base, rv=0.32 * w)
 
 
-def _building(pen, rng, u, width, top, base, wall, night, near):
+def draw_building(pen, rng, u, width, top, base, wall, night, near):
     """One front from `base` to `top` (v upwards) with roof, windows and, in the near row, a shop or a door."""
     roof, style = ROOFS[rng.integers(len(ROOFS))], rng.choice(4, p=(0.4, 0.25, 0.2, 0.15))
     pen.rect(u, base, u + width, top, wall)
@@ -84,44 +89,37 @@ def _building(pen, rng, u, width, top, base, wall, night, near):
         pen.rect(door, base, door + 0.055, base + 0.085, ob.mix(roof, (30, 24, 24), 0.4))
 
 
-def backdrop(canvas, rng, time, ground, kerb):
-    """Draw sky, buildings, sidewalk, road and trees: the colour of the road and the number of trees.
+def stuff_pen(canvas, time, name, haze, lit=0.0, y=1.0):
+    """The pen of a kind of stuff, its origin at the left of the image and at `y` from above."""
+    return ob.Pen(canvas, 0, y, 1, 1, STUFF.index(name), toner(time, haze, lit))
 
-    The sidewalk reaches from `ground` down to `kerb`, in fractions of the image's side from above.
-    """
-    night = time == "night"
 
-    def pen(name, haze, lit=0.0, y=1.0):
-        return ob.Pen(canvas, 0, y, 1, 1, STUFF.index(name), toner(time, haze, lit))
-
-    sky = pen("sky", 0)
+def draw_sky(canvas, rng, time):
+    """Stars, sun or moon, and clouds, in their own light."""
+    sky = stuff_pen(canvas, time, "sky", 0)
     sky.tone = lambda colour: colour
     _sky_things(sky, rng, time)
-    for near in (False, True):
-        row, u = pen("building", 0.35 if near else 0.85, 0.06 if near else 0), rng.uniform(-0.15, 0)
-        skip = rng.uniform(0.1, 0.3) if near else 0.1
-        while u < 1:
-            width = rng.uniform(0.17, 0.36) if near else rng.uniform(0.12, 0.24)
-            top = 1 - ground + (rng.uniform(0.16, 0.42) if near else rng.uniform(0.22, 0.5))
-            wall = ob.mix(WALLS[rng.integers(len(WALLS))], (150, 158, 176), 0 if near else 0.4)
-            if rng.random() > skip:
-                _building(row, rng, u, width, min(top, 0.95), 1 - ground - 0.002, wall, night, near)
-            u += width + (rng.uniform(0, 0.02) if near else 0)
-    stone = ((184, 178, 168), (168, 170, 176), (198, 182, 164))[rng.integers(3)]
-    asphalt = ((92, 94, 100), (78, 82, 92), (104, 100, 100))[rng.integers(3)]
-    walk, road = pen("sidewalk", 0.12, 0.08), pen("road", 0.08, 0.06)
-    walk.rect(0, 1 - kerb, 1, 1 - ground, stone)
+
+
+def draw_joints(walk, rng, stone, ground, kerb):
+    """The joints of a sidewalk from `ground` to `kerb`."""
     shift = rng.uniform(0, 0.16)
     for k in range(-4, 11):  # joints run towards the vanishing point above the middle
         x = shift + 0.16 * k
         front = ((x + 0.012 + (x - 0.5) * 0.3, 1 - kerb), (x + (x - 0.5) * 0.3, 1 - kerb))
         walk.poly(((x, 1 - ground), (x + 0.008, 1 - ground), *front), ob.mix(stone, (60, 60, 70), 0.2))
-    road.rect(0, 0, 1, 1 - kerb, asphalt)
+
+
+def draw_kerb(walk, stone, kerb):
+    """The bright edge of a sidewalk that ends at `kerb`."""
     walk.rect(0, 1 - kerb - 0.004, 1, 1 - kerb + 0.014, ob.mix(stone, (255, 255, 255), 0.35))
-    near_kerb = rng.random() < 0.25
+
+
+def draw_markings(road, rng, asphalt, kerb, bottom=1.0, zebras=0.25):
+    """The paint on a road from `kerb` to `bottom`; `zebras` is how often there is a crossing."""
     paint = ((232, 232, 226), (236, 200, 84))[int(rng.random() < 0.2)]
-    lane = kerb + (1 - kerb) * rng.uniform(0.42, 0.55)
-    style, start, zebra = rng.random(), rng.uniform(-0.2, 0), rng.random() < 0.25
+    lane = kerb + (bottom - kerb) * rng.uniform(0.42, 0.55)
+    style, start, zebra = rng.random(), rng.uniform(-0.2, 0), rng.random() < zebras
     if style < 0.8:
         for k in range(6):
             x = start + 0.24 * k
@@ -139,20 +137,60 @@ def backdrop(canvas, rng, time, ground, kerb):
             far = ((x - 0.05 * t0, 1 - a), (x + 0.27 + 0.05 * t0, 1 - a))
             front = ((x + 0.27 + 0.05 * t1, 1 - b), (x - 0.05 * t1, 1 - b))
             road.poly((*far, *front), (236, 236, 230))
+
+
+def draw_lamp(lamp, rng, ground, night):
+    """A street lamp that stands at `ground`."""
+    u, side = rng.uniform(0.06, 0.94), 1 if rng.random() < 0.5 else -1
+    v = 1 - ground + rng.uniform(0.3, 0.4)
+    lamp.limb(((u, 0.985 - ground), (u, v), (u + side * 0.06, v + 0.025)), 0.008, (92, 98, 104))
+    lamp.disc(u + side * 0.07, v + 0.02, 0.022, (255, 240, 190) if night else (214, 216, 210), rv=0.013, lit=night)
+    if night:
+        lamp.glow(u + side * 0.07, v, 0.16, (255, 220, 140), 0.55)
+
+
+def backdrop(canvas, rng, time, ground, kerb):
+    """Draw sky, buildings, sidewalk, road and trees: the colour of the road and the number of trees.
+
+    The sidewalk reaches from `ground` down to `kerb`, in fractions of the image's side from above.
+    """
+    night = time == "night"
+
+    def pen(name, haze, lit=0.0, y=1.0):
+        return stuff_pen(canvas, time, name, haze, lit, y)
+
+    draw_sky(canvas, rng, time)
+    for near in (False, True):
+        row, u = pen("building", 0.35 if near else 0.85, 0.06 if near else 0), rng.uniform(-0.15, 0)
+        skip = rng.uniform(0.1, 0.3) if near else 0.1
+        while u < 1:
+            width = rng.uniform(0.17, 0.36) if near else rng.uniform(0.12, 0.24)
+            top = 1 - ground + (rng.uniform(0.16, 0.42) if near else rng.uniform(0.22, 0.5))
+            wall = ob.mix(WALLS[rng.integers(len(WALLS))], (150, 158, 176), 0 if near else 0.4)
+            if rng.random() > skip:
+                draw_building(row, rng, u, width, min(top, 0.95), 1 - ground - 0.002, wall, night, near)
+            u += width + (rng.uniform(0, 0.02) if near else 0)
+    stone, asphalt = STONES[rng.integers(3)], ASPHALTS[rng.integers(3)]
+    walk, road = pen("sidewalk", 0.12, 0.08), pen("road", 0.08, 0.06)
+    walk.rect(0, 1 - kerb, 1, 1 - ground, stone)
+    draw_joints(walk, rng, stone, ground, kerb)
+    road.rect(0, 0, 1, 1 - kerb, asphalt)
+    draw_kerb(walk, stone, kerb)
+    near_kerb = rng.random() < 0.25
+    draw_markings(road, rng, asphalt, kerb)
     if near_kerb:
         walk.rect(0, 0, 1, 0.065, stone)
         walk.rect(0, 0.052, 1, 0.068, ob.mix(stone, (255, 255, 255), 0.35))
     trees, leaf = int(rng.choice(4, p=(0.3, 0.3, 0.25, 0.15))), LEAVES[rng.choice(5, p=(0.3, 0.25, 0.22, 0.13, 0.1))]
     for u in rng.permutation(4)[:trees]:
         y = ground + (kerb - ground) * rng.uniform(0.1, 0.4)
-        wood = pen("vegetation", 0.3, 0.08, y)
-        wood.x, wood.scale = (u + rng.uniform(0.25, 0.75)) / 4, rng.uniform(0.3, 0.52)
-        ob.tree(wood, rng, rng.choice(("round", "conifer", "poplar"), p=(0.55, 0.25, 0.2)), leaf)
-    if rng.random() < 0.25:  # a street lamp
-        u, side = rng.uniform(0.06, 0.94), 1 if rng.random() < 0.5 else -1
-        lamp, v = pen("pole", 0.2, 0.1), 1 - ground + rng.uniform(0.3, 0.4)
-        lamp.limb(((u, 0.985 - ground), (u, v), (u + side * 0.06, v + 0.025)), 0.008, (92, 98, 104))
-        lamp.disc(u + side * 0.07, v + 0.02, 0.022, (255, 240, 190) if night else (214, 216, 210), rv=0.013, lit=night)
-        if night:
-            lamp.glow(u + side * 0.07, v, 0.16, (255, 220, 140), 0.55)
+        draw_tree(pen("vegetation", 0.3, 0.08, y), rng, u, leaf)
+    if rng.random() < 0.25:
+        draw_lamp(pen("pole", 0.2, 0.1), rng, ground, night)
     return asphalt, trees
+
+
+def draw_tree(wood, rng, quarter, leaf):
+    """A tree in one quarter (0 to 3) of the width."""
+    wood.x, wood.scale = (quarter + rng.uniform(0.25, 0.75)) / 4, rng.uniform(0.3, 0.52)
+    ob.tree(wood, rng, rng.choice(("round", "conifer", "poplar"), p=(0.55, 0.25, 0.2)), leaf)

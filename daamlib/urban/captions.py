@@ -95,3 +95,56 @@ def caption(rng: np.random.Generator, things: Sequence, time: str, trees: int) -
         text = f"{'a photo of ' * (kind < 0.9)}{join_words(everything)}{when}"
     shorter = (join_words(everything), join_words(parts + stuff[:2])) if parts else ()
     return next((t for t in (text, *shorter) if len(t.replace(",", " ,").split()) <= LONGEST), text)
+
+
+ARTICLES = {"sky": "the ", "road": "a ", "sidewalk": "a ", "square": "a "}  # of stuff, half of the time
+
+
+def wide_caption(rng: np.random.Generator, things: Sequence, time: str, stuff: Sequence[str]) -> str:
+    """One caption of a scene of the wide world, of at most `LONGEST` words and commas, in lower case.
+
+    Most name all things and all stuff; where that is too long, colours and sides are left out. One in eight names
+    things alone, as short prompts do, and one in eight some of all there is, down to a lone word. Only where there is a
+    road the place may be a street.
+
+    Args:
+        rng: a numpy Generator.
+        things: the scene's `Thing`s.
+        time: a key of `TIMES`.
+        stuff: the words for what else is there.
+
+    Returns:
+        The caption.
+
+    Raises:
+        ValueError: for an unknown time.
+    """
+    _check(time)
+    style, form, articles = rng.random(), rng.random(), rng.random() < 0.5
+    order = [things[i] for i in rng.permutation(len(things))]
+    full, short = ([_phrase(rng, thing, *often) for thing in order] for often in ((0.8, 0.4), (0, 0)))
+    if style > 0.7:
+        full = short
+    words = ["a building" if word == "buildings" and rng.random() < 0.2 else word for word in stuff]
+    words = [ARTICLES.get(word, "") * articles + word for word in rng.permutation(words).tolist()]
+    some = [*full, *words]
+    if style < 0.125 and things:
+        words = []
+    elif style < 0.25:
+        some = [some[i] for i in rng.permutation(len(some))[: rng.choice((1, 2, 3), p=(0.6, 0.25, 0.15))]]
+        full, words = [part for part in some if part in full], [part for part in some if part in words]
+        short = full
+    place, where = _place(rng) if "road" in stuff else (PLACES[0], f"in {PLACES[0]}")
+    when = " " + TIMES[time] if rng.random() < 0.6 else ""
+    parts, fewer = ([*some, *words] if articles else [*words, *some] for some in (full, short))
+    bare, sentence = ", ".join(map(_bare, parts)), join_words(parts)
+    if form < 0.2:
+        text = bare + when * (form < 0.1)
+    elif form < 0.45:
+        text = f"{sentence} {where}{when}"
+    elif form < 0.6:
+        text = f"{place}{when} with {sentence}"
+    else:
+        text = f"{'a photo of ' * (form < 0.7)}{sentence}{when}"
+    texts = (text, sentence, join_words(fewer), ", ".join(map(_bare, fewer)))
+    return next(text for text in texts if len(text.replace(",", " ,").split()) <= LONGEST)

@@ -9,7 +9,7 @@ Deviation from Cityscapes: `rider` (25) is the person AND the bicycle, wheels as
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,13 @@ from PIL import Image, ImageDraw
 
 from ..cityscapes import BY_NAME, COLOURS
 from . import objects as ob
-from .backdrop import SKIES, STUFF, backdrop, toner
-from .captions import TIMES, caption
+from .backdrop import LABEL, SKIES, STUFF, backdrop, toner
+from .captions import TIMES, caption, wide_caption
+from .wide import GROUNDS, place
 
 KINDS = ("car", "person", "traffic light", "rider")
 DRAW: dict[str, Callable[..., None]] = dict(zip(KINDS, (ob.car, ob.person, ob.traffic_light, ob.rider), strict=True))
+WORLDS = ("street", "wide")  # that of the bundled model, and that of `wide`
 SIZE = 128  # px, of the bundled model
 HELD_OUT = 10_000_000  # seeds from here on are never trained on
 LEAST_SIDE = 16  # px: below it nothing can be told apart
@@ -66,6 +68,8 @@ class Scene:
         time: a key of `captions.TIMES`.
         trees: how many.
         seed: what it was drawn from.
+        stuff: words for what is behind the things, each kind that is there; empty in the world "street", whose
+            captions have their own.
     """
 
     image: np.ndarray
@@ -75,6 +79,14 @@ class Scene:
     time: str
     trees: int
     seed: int
+    stuff: tuple[str, ...] = ()
+
+    def say(self, number: int) -> str:
+        """Caption `number` of the scene, from 0 on."""
+        rng = np.random.default_rng([self.seed, number])
+        if self.stuff:
+            return wide_caption(rng, self.things, self.time, self.stuff)
+        return caption(rng, self.things, self.time, self.trees)
 
     @property
     def text(self) -> str:
@@ -159,15 +171,18 @@ def _place(rng, ground, kerb):
     return best
 
 
-def _develop(canvas, size, things, time, ground, kerb):
+def _develop(canvas, size, things, time, ground, kerb, wide):
     """Average down, shade smoothly from top to bottom, add the halos: image and index map at `size`."""
     image = np.asarray(canvas.image.reduce(SS), np.float32)
     index = np.asarray(canvas.indices)[SS // 2 :: SS, SS // 2 :: SS]
     y = (np.arange(size, dtype=np.float32) + 0.5) / size
     gain = np.ones((FIRST_THING + len(things), size), np.float32)  # per index and row
     gain[STUFF.index("building")] = np.interp(y, (ground - 0.4, ground), (1.06, 0.88))
-    gain[STUFF.index("road")] = np.interp(y, (kerb, 1), (1.12, 0.84))
-    gain[STUFF.index("sidewalk")] = np.interp(y, (ground, kerb), (0.92, 1.04))
+    if wide:
+        gain[[STUFF.index(kind) for kind in GROUNDS]] = np.interp(y, (ground, 1), (1.1, 0.86))
+    else:
+        gain[STUFF.index("road")] = np.interp(y, (kerb, 1), (1.12, 0.84))
+        gain[STUFF.index("sidewalk")] = np.interp(y, (ground, kerb), (0.92, 1.04))
     for k, thing in enumerate(things):
         if thing.kind != "traffic light":
             gain[FIRST_THING + k] = np.interp(y, (thing.box[1], thing.box[3]), (1.12, 0.84))
@@ -184,18 +199,19 @@ def _develop(canvas, size, things, time, ground, kerb):
     return (image + 0.5).clip(0, 255).astype(np.uint8), index
 
 
-def render(seed: int, size: int = SIZE) -> Scene:
+def render(seed: int, size: int = SIZE, world: str = "street") -> Scene:
     """Draw the street scene number `seed`.
 
     Args:
         seed: an integer >= 0; the same seed gives the same bytes, and the same layout and caption at every size.
         size: side S of the square image in pixels, at least 16; the bundled model is trained at 128.
+        world: one of `WORLDS`; the bundled model knows "street".
 
     Returns:
         The scene, its image (S, S, 3) and its labels (S, S).
 
     Raises:
-        ValueError: for a negative seed or a size below 16.
+        ValueError: for a negative seed, a size below 16 or another world.
         TypeError: when either is not an integer.
     """
     for name, value, least in (("seed", seed, 0), ("size", size, LEAST_SIDE)):
@@ -203,24 +219,30 @@ def render(seed: int, size: int = SIZE) -> Scene:
             raise TypeError(f"{name} must be an integer, got {value!r}")
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
-    rng = np.random.default_rng(int(seed))
+    if world not in WORLDS:
+        raise ValueError(f"world must be one of {WORLDS}, got {world!r}")
+    rng, wide = np.random.default_rng(int(seed)), world == "wide"
     time = str(rng.choice(tuple(TIMES), p=(0.4, 0.22, 0.23, 0.15)))
-    ground = rng.uniform(0.48, 0.62)
-    kerb = ground + rng.uniform(0.08, 0.14)
-    canvas = _Canvas(int(size), SKIES[time][rng.integers(2)])
-    asphalt, trees = backdrop(canvas, rng, time, ground, kerb)
+    ground = rng.uniform(0.40, 0.60) if wide else rng.uniform(0.48, 0.62)
+    kerb = ground if wide else ground + rng.uniform(0.08, 0.14)
+    canvas, stuff = _Canvas(int(size), SKIES[time][rng.integers(2)]), ()
+    if wide:
+        ground, kerb, surface, trees, stuff = place(canvas, rng, time, ground)
+    else:
+        surface, trees = backdrop(canvas, rng, time, ground, kerb)
     things, night = _place(rng, ground, kerb), time == "night"
     for k, thing in enumerate(things):
         x0, y0, x1, y1 = thing.box
         tone = toner(time, 0.15 * (1 - y1), 0.36)
         scale = {"car": x1 - x0, "traffic light": 1.0}.get(thing.kind, y1 - y0)
         pen = ob.Pen(canvas, (x0 + x1) / 2, y1, scale, thing.facing, FIRST_THING + k, tone)
-        extra = {"traffic light": (STUFF.index("pole"),), "rider": (asphalt,)}.get(thing.kind, ())
+        extra = {"traffic light": (STUFF.index("pole"),), "rider": (surface,)}.get(thing.kind, ())
         DRAW[thing.kind](pen, rng, thing.colour, night, thing.body, *extra)
-    image, index = _develop(canvas, int(size), things, time, ground, kerb)
-    table = np.array([BY_NAME[name].id for name in (*STUFF, *(thing.kind for thing in things))], np.uint8)
-    words = caption(np.random.default_rng([seed, 0]), things, time, trees)  # the first of those it is trained with
-    return Scene(image, table[index], words, things, time, trees, int(seed))
+    image, index = _develop(canvas, int(size), things, time, ground, kerb, wide)
+    names = (*(LABEL.get(name, name) for name in STUFF), *(thing.kind for thing in things))
+    table = np.array([BY_NAME[name].id for name in names], np.uint8)
+    scene = Scene(image, table[index], "", things, time, trees, int(seed), stuff)
+    return replace(scene, caption=scene.say(0))  # the first of those it is trained with
 
 
 def to_tensor(images: np.ndarray | torch.Tensor, size: int = SIZE) -> torch.Tensor:
@@ -251,11 +273,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--n", type=int, default=40, help="number of scenes")
     parser.add_argument("--start", type=int, default=0, help="first seed")
     parser.add_argument("--size", type=int, default=SIZE, help="side of a scene in pixels")
+    parser.add_argument("--world", choices=WORLDS, default="street")
     parser.add_argument("--columns", type=int, default=8)
     parser.add_argument("--labels", action="store_true", help="show each label map under its scene")
     parser.add_argument("--captions", action="store_true", help="print the captions")
     args = parser.parse_args(argv)
-    scenes = [render(seed, args.size) for seed in range(args.start, args.start + args.n)]
+    scenes = [render(seed, args.size, args.world) for seed in range(args.start, args.start + args.n)]
     for scene in scenes if args.captions else ():
         print(f"{scene.seed}: {scene.caption}")
     tiles = [np.vstack((scene.image, COLOURS[scene.labels])) if args.labels else scene.image for scene in scenes]

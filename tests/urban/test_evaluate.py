@@ -186,6 +186,19 @@ def test_words_are_measured_by_class_and_layer(folder):
         words.measure_words(pipe, 5, HELD_OUT)
 
 
+def test_words_of_things_and_stuff_are_measured_in_either_world(folder):
+    pipe = evaluate.StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    found = words.measure_street(pipe, 12, HELD_OUT, world="wide", size=64)
+    masks = [render(HELD_OUT + i, 64, "wide").labels == BY_NAME["sky"].id for i in range(12)]
+    shares = [mask.mean() for mask in masks if mask.mean() >= words.MIN_SHARE]
+    assert found["floor"]["sky"] == round(100 * np.mean(shares), 1) and len(shares) < 12
+    for kind in ("daam", "listed", "zero_shot", "zero_shot_present"):
+        assert set(found[kind]) == {*words.STREET_WORDS, "mean", "things"}
+        assert all(0 <= value <= 100 for value in found[kind].values())
+    assert all(found["listed"][name] >= found["floor"][name] - 1 for name in words.STREET_WORDS)
+    assert found["world"] == "wide" and found["scenes"] == 12
+
+
 def test_an_image_depends_on_its_own_seed_only(folder, monkeypatch):
     monkeypatch.setattr(evaluate, "STEPS", 1)
     pipe = evaluate.StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)

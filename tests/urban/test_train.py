@@ -8,9 +8,10 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from safetensors.torch import load_file
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from daamlib.pipeline import BUNDLED
-from daamlib.urban.training import run, train, trainer
+from daamlib.urban.training import networks, run, train, trainer
 
 
 def call(main, *arguments):
@@ -39,7 +40,7 @@ def test_a_model_is_trained_written_and_trained_on(tmp_path):
     call(train.main, "data", "--work", work, *SMALL, *RECIPE)
     call(train.main, "vae", "--work", work, *SMALL, "--samples", 8)
     call(train.main, "latents", "--work", work, *SMALL)
-    call(train.main, "unet", "--work", work, *SMALL, "--samples", 16)
+    call(train.main, "unet", "--work", work, *SMALL, "--samples", 16, "--null-small-words", "--least-weight", 0.3)
     call(train.main, "export", "--work", work, "--out", out)
 
     pipe = StableDiffusionPipeline.from_pretrained(out, dtype=torch.float32)
@@ -64,6 +65,38 @@ def test_a_model_is_trained_written_and_trained_on(tmp_path):
     with pytest.raises(ValueError, match="recipe"):
         call(train.main, "data", "--work", again, *SMALL)
     assert json.loads((out / "training.json").read_text())["unet"]["samples"] == 16
+
+
+def test_a_model_goes_on_in_another_world_with_the_words_that_it_knows(tmp_path):
+    call(train.main, "data", "--work", tmp_path, "--scenes", 400, "--world", "wide")
+    call(train.main, "restore", "--work", tmp_path, "--out", BUNDLED, "--forget", "sky")
+    old, new = (
+        CLIPTokenizer.from_pretrained(BUNDLED / "tokenizer"),
+        CLIPTokenizer.from_pretrained(tmp_path / "tokenizer"),
+    )
+    weights = CLIPTextModel.from_pretrained(BUNDLED / "text_encoder", dtype=torch.float32).get_input_embeddings().weight
+    assert "grass</w>" in new.get_vocab() and "grass</w>" not in old.get_vocab()
+    state = torch.load(tmp_path / "unet.pt", weights_only=True)["module"]
+    denoiser = train.Recipe.read(tmp_path).denoiser(new)
+    denoiser.load_state_dict(state)
+    rows = denoiser.text_encoder.get_input_embeddings().weight
+    for word in ("road", "buildings", "person"):
+        ids = [tokenizer.get_vocab()[f"{word}</w>"] for tokenizer in (old, new)]
+        assert torch.equal(rows[ids[1]], weights[ids[0]])
+    assert torch.equal(rows[new.eos_token_id], weights[old.eos_token_id])
+    assert not torch.equal(rows[new.get_vocab()["sky</w>"]], weights[old.get_vocab()["sky</w>"]])
+    for word in ("grass", "sky"):
+        assert 0.7 < rows[new.get_vocab()[f"{word}</w>"]].norm() / weights[old.get_vocab()["road</w>"]].norm() < 1.4
+
+
+def test_end_padding_and_small_words_are_silent():
+    tokenizer = CLIPTokenizer.from_pretrained(BUNDLED / "tokenizer")
+    ids = networks.tokenize(tokenizer, ["a red car, the sky", ""])
+    small = torch.tensor([tokenizer.get_vocab()[f"{word}</w>"] for word in ("a", "the", ",")])
+    silent = train.find_silent(ids, tokenizer.eos_token_id, small)
+    assert silent[0, :7].tolist() == [False, True, False, False, True, True, False] and silent[0, 7:].all()
+    assert silent[1].tolist() == [False] + [True] * 31
+    assert train.find_silent(ids, tokenizer.eos_token_id, small[:0])[0].sum() == 32 - 7
 
 
 def test_one_command_trains_within_its_minutes_and_goes_on(tmp_path, monkeypatch):

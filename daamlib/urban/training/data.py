@@ -1,5 +1,6 @@
 """Rendered scenes and their latents on disk, made once and memory-mapped by the training."""
 
+import itertools
 import json
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -11,7 +12,6 @@ import torch
 from tqdm.auto import tqdm
 
 from ...io import atomic_write
-from ..captions import caption
 from ..scenes import SIZE, render, to_tensor
 
 CAPTIONS = 4  # of a scene
@@ -32,13 +32,14 @@ class Scenes:
     captions: list[list[str]]
 
 
-def _render_one(seed: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    scene = render(seed, SIZE)
-    rngs = [np.random.default_rng([seed, k]) for k in range(CAPTIONS)]
-    return scene.image, scene.labels, [caption(rng, scene.things, scene.time, scene.trees) for rng in rngs]
+def _render_one(seed: int, world: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    scene = render(seed, SIZE, world)
+    return scene.image, scene.labels, [scene.say(k) for k in range(CAPTIONS)]
 
 
-def render_scenes(folder: Path, n: int, *, first_seed: int = 0, workers: int | None = None) -> Scenes:
+def render_scenes(
+    folder: Path, n: int, *, first_seed: int = 0, workers: int | None = None, world: str = "street"
+) -> Scenes:
     """Render scenes on all cores, or read them where they were rendered before.
 
     Args:
@@ -46,6 +47,7 @@ def render_scenes(folder: Path, n: int, *, first_seed: int = 0, workers: int | N
         n: how many.
         first_seed: that of the first scene; the others follow.
         workers: processes; None for one on each core.
+        world: of scenes that are not there yet.
 
     Returns:
         The scenes.
@@ -61,7 +63,7 @@ def render_scenes(folder: Path, n: int, *, first_seed: int = 0, workers: int | N
         captions: list[list[str]] = []
         seeds = range(first_seed, first_seed + n)
         with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
-            rendered = pool.map(_render_one, seeds, chunksize=64)
+            rendered = pool.map(_render_one, seeds, itertools.repeat(world), chunksize=64)
             for i, (*maps, texts) in enumerate(tqdm(rendered, total=n, desc="rendering", mininterval=10)):
                 images[i], labels[i] = maps
                 captions.append(texts)

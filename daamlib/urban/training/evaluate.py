@@ -1,7 +1,7 @@
 """Measure the bundled model: reconstructions, samples, whether it draws what it is asked for, its words, time.
 
     python -m daamlib.urban.training.evaluate --model data/urban-tiny                # everything
-    python -m daamlib.urban.training.evaluate --model data/urban-tiny --only words   # or psnr, sheet, hits, time
+    python -m daamlib.urban.training.evaluate --model data/urban-tiny --only words  # or psnr, sheet, hits, time, street
 
 Writes `metrics.json` (parts that were not measured again keep their numbers) and `samples.png` to `--out`. The
 float16 weights that ship are run in float32, as a CPU has to.
@@ -26,10 +26,10 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 from ...cityscapes import BY_NAME, MIN_AREA
 from ...pipeline import generators
 from ..annotator import annotate, load_annotator
-from ..scenes import HELD_OUT, KINDS, SIZE, render, to_tensor
-from .words import measure_words
+from ..scenes import HELD_OUT, KINDS, SIZE, WORLDS, render, to_tensor
+from .words import measure_street, measure_words
 
-PARTS = ("psnr", "sheet", "hits", "words", "time")
+PARTS = ("psnr", "sheet", "hits", "words", "street", "time")
 STEPS = 25
 GUIDANCE = 5.0
 BATCH = 8  # images generated together; each has a generator of its own
@@ -203,6 +203,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=200, help="images for the PSNR and for the hit rate")
     parser.add_argument("--scenes", type=int, default=WORDS_SCENES, help="scenes that the words are measured on")
     parser.add_argument("--first-seed", type=int, default=WORDS_SEED, help="theirs; choose a model on other scenes")
+    parser.add_argument("--world", choices=WORLDS, default="street", help="of the scenes of the part `street`")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="the parts to measure")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     args = parser.parse_args(argv)
@@ -232,6 +233,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         keep("hits", measure_hits(pipe, annotator, args.images) | settings)
     if "words" in args.only:
         keep("words", measure_words(pipe, args.scenes, args.first_seed))
+    if "street" in args.only:
+        keep("street", measure_street(pipe, args.scenes, args.first_seed, world=args.world))
     if "time" in args.only:
         keep("time", measure_time(pipe) | {"steps": STEPS})
     keep("size_mb", folder_sizes(args.model))

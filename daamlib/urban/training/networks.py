@@ -108,6 +108,34 @@ def new_text_encoder(tokenizer: CLIPTokenizer, *, layers: int = 1) -> CLIPTextMo
     )
 
 
+@torch.no_grad()
+def change_tokens(
+    text_encoder: CLIPTextModel, old: CLIPTokenizer, new: CLIPTokenizer, *, forget: Iterable[str] = ()
+) -> None:
+    """Let a text encoder read another tokenizer, in place: tokens that both have keep their embeddings.
+
+    The others begin at random, as long as those that are kept: shorter ones drown in the embeddings of the positions.
+
+    Args:
+        text_encoder: of the old tokenizer.
+        old: its tokenizer.
+        new: the other one.
+        forget: words that begin at random too. Attention to a word that was never needed tends to lie where its thing
+            is not, from where it hardly comes back.
+    """
+    before, known = text_encoder.get_input_embeddings().weight.clone(), old.get_vocab()
+    kept = {i: known[token] for token, i in new.get_vocab().items() if token in known}
+    for word in forget:
+        kept.pop(new.get_vocab()[f"{word}</w>"], None)
+    text_encoder.resize_token_embeddings(len(new), mean_resizing=False)
+    rows = text_encoder.get_input_embeddings().weight
+    whole = [known[token] for token in known if token.endswith("</w>") and len(token) > len("x</w>")]
+    rows[:] = before[whole].std() * torch.randn(rows.shape, generator=torch.Generator().manual_seed(0))
+    rows[list(kept)] = before[list(kept.values())]
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(text_encoder.config, key, getattr(new, key))
+
+
 def new_unet(channels: Sequence[int] = (64, 128, 192), *, attention_levels: int = 2) -> UNet2DConditionModel:
     """A three-level U-Net for 4 x 32 x 32 latents of 128 px images; its largest `attention_levels` attend to the text.
 

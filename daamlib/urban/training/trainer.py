@@ -64,8 +64,8 @@ class Trainer:
     samples and seconds that they took. It is written every `--save-minutes` and replaced as a whole.
 
     Attributes:
-        forward: the network to call, in bfloat16 where the hardware multiplies it: on a GPU, or a CPU with AMX; other
-            CPUs are 80 times slower in it.
+        forward: the network to call, in bfloat16 where the hardware multiplies it: on a GPU, or a CPU with AMX or
+            AVX512-BF16; other CPUs are 80 times slower in it.
         device: where it computes.
         samples: how many it has seen in all.
     """
@@ -83,7 +83,7 @@ class Trainer:
         """
         if not getattr(torch, args.device).is_available():
             raise ValueError(f"--device {args.device}: PyTorch {torch.__version__} finds none here")
-        fast = args.device != "cpu" or torch.cpu._is_amx_tile_supported()
+        fast = args.device != "cpu" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
         self._accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision="bf16" if fast else "no")
         self.device = self._accelerator.device
         self.samples, self._seconds, self._path, self._args = 0, 0.0, path, args

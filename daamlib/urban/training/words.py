@@ -4,6 +4,7 @@ import functools
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,12 +14,14 @@ from ... import metrics
 from ...attention.heatmaps import HeatMaps
 from ...attention.record import AttentionRecord
 from ...cityscapes import BY_NAME
+from ...tokens.label_maps import STREET_WORDS, label_map, text_of
 from ...tokens.optimize import optimize_token
 from ...tracing import trace_image
 from ..scenes import KINDS, SIZE, render
 
 TIMESTEPS = (20, 100, 200, 300)  # noise levels at which a scene is read as a real image
 MIN_SHARE = 0.01  # a class is shown where it covers this part of the scene
+SPOKEN = {"building": ("building",), "vegetation": ("tree",)}  # other words of a class in captions
 TRAIN = 5  # images whose masks a token is fitted to; the others judge it
 
 
@@ -96,6 +99,69 @@ def measure_words(pipe: DiffusionPipeline, n: int, first_seed: int) -> dict:
         "first_seed": first_seed,
         "timesteps": list(TIMESTEPS),
     }
+
+
+def measure_street(
+    pipe: DiffusionPipeline, n: int, first_seed: int, *, world: str = "street", size: int = SIZE
+) -> dict[str, Any]:
+    """Measure how well the words of things and of stuff point, and zero-shot label maps of them, on held-out scenes.
+
+    Args:
+        pipe: the model.
+        n: how many scenes.
+        first_seed: that of the first scene; the others follow.
+        world: of the scenes.
+        size: their side in pixels.
+
+    Returns:
+        In percent, by class and their mean. `floor`: the mean IoU of the whole image as the mask. `daam`: maximum mIoU
+        of DAAM of the class's word in the scene's own caption, over the scenes that name it. `listed`: the same of the
+        word in the list of all nine (`STREET_WORDS`). `zero_shot`: IoU of `label_map`, all scenes' pixels together, the
+        nine classes against each other; `zero_shot_present`: where it is told which are there. `things`: their mean.
+    """
+    maps: dict[str, list] = {f"{kind} {name}": [] for kind in ("daam", "listed") for name in STREET_WORDS}
+    masks: dict[str, list] = {name: [] for name in maps}
+    ids = np.array([BY_NAME[name].id for name in STREET_WORDS])
+    counts = np.zeros((2, 256, 256), np.int64)  # (all words or those that are there, truth, found)
+    for seed in range(first_seed, first_seed + n):
+        scene = render(seed, size, world)
+        record = trace_image(
+            pipe, scene.image, prompt=scene.caption, timesteps=TIMESTEPS, seed=seed, self_attention=True
+        )
+        daam, listed = record.daam(), record.daam(text_of(STREET_WORDS))
+        said = f" {' '.join(word.text.strip() for word in daam.words)} "  # what of the caption the model read
+        present = []
+        for name, word in STREET_WORDS.items():
+            mask = scene.labels == BY_NAME[name].id
+            if mask.mean() < MIN_SHARE:
+                continue
+            present.append(name)
+            maps[f"listed {name}"].append(listed[word])
+            masks[f"listed {name}"].append(mask)
+            spoken = next((w for w in (word, *SPOKEN.get(name, ())) if f" {w} " in said), None)
+            if spoken:
+                maps[f"daam {name}"].append(daam[spoken])
+                masks[f"daam {name}"].append(mask)
+        for k, names in enumerate((None, present)):
+            found = label_map(record, size=scene.labels.shape, names=names, margin=0.0, iterations=1)
+            np.add.at(counts[k], (scene.labels.ravel(), found.ravel()), 1)
+    result: dict[str, Any] = {
+        "floor": {name: 100 * float(np.mean([m.mean() for m in masks[f"listed {name}"]])) for name in STREET_WORDS}
+    }
+    for kind in ("daam", "listed"):
+        result[kind] = {
+            name: 100 * metrics.max_miou(torch.stack(maps[f"{kind} {name}"]), np.stack(masks[f"{kind} {name}"]))
+            for name in STREET_WORDS
+        }
+    for kind, table in zip(("zero_shot", "zero_shot_present"), counts, strict=True):
+        judged = table[ids][:, ids]
+        right = judged.diagonal()
+        ious = 100 * right / (judged.sum(0) + judged.sum(1) - right)
+        result[kind] = dict(zip(STREET_WORDS, ious.tolist(), strict=True))
+    rounded = {kind: _with_mean(by_class) for kind, by_class in result.items()}
+    for by_class in rounded.values():
+        by_class["things"] = round(float(np.mean([by_class[kind] for kind in KINDS])), 1)
+    return {**rounded, "scenes": n, "first_seed": first_seed, "world": world, "timesteps": list(TIMESTEPS)}
 
 
 def _miou(maps: Sequence[torch.Tensor], readings: Sequence[Reading], kind: str) -> float:
