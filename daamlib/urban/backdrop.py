@@ -2,8 +2,10 @@
 
 from . import objects as ob
 
-STUFF = ("sky", "building", "sidewalk", "road", "vegetation", "pole")
-STUFF += ("grass", "hills", "fence", "water", "snow", "square")  # of the wide world alone, see `wide`
+STUFF = (
+    *("sky", "building", "sidewalk", "road", "vegetation", "pole"),
+    *("grass", "hills", "fence", "water", "snow", "square"),  # of the wide world alone, see `wide`
+)
 # Where Cityscapes' name is another; "ground" is its fallback for level ground, which is not judged
 LABEL = dict.fromkeys(("grass", "hills"), "terrain") | dict.fromkeys(("water", "snow", "square"), "ground")
 SKIES = {  # two gradients per time: the colours at the top, in between and behind the roofs

@@ -194,8 +194,8 @@ def place(canvas, rng, time, ground):
                 words.append(kind)
         if rng.random() < 0.35:
             wide, kind = rng.uniform(0.2, 0.5), "buildings" if rng.random() < 0.7 else "trees"
-            sides = (0, wide) if rng.random() < 0.5 else (1 - wide, 1)
-            {"buildings": _houses, "trees": _wood}[kind](canvas, rng, time, ground, *sides, full=True)
+            left, right = (0, wide) if rng.random() < 0.5 else (1 - wide, 1)
+            {"buildings": _houses, "trees": _wood}[kind](canvas, rng, time, ground, left, right, full=True)
             words.append(kind)
     if rng.random() < 0.15:
         _fence(canvas, rng, time, ground)

@@ -7,6 +7,7 @@ Nothing here is special to this project: the finished folder loads with
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -123,12 +124,14 @@ def change_tokens(
         forget: words that begin at random too. Attention to a word that was never needed tends to lie where its thing
             is not, from where it hardly comes back.
     """
-    before, known = text_encoder.get_input_embeddings().weight.clone(), old.get_vocab()
+    embeddings: Any = text_encoder.get_input_embeddings()
+    before, known = embeddings.weight.clone(), old.get_vocab()
     kept = {i: known[token] for token, i in new.get_vocab().items() if token in known}
     for word in forget:
         kept.pop(new.get_vocab()[f"{word}</w>"], None)
     text_encoder.resize_token_embeddings(len(new), mean_resizing=False)
-    rows = text_encoder.get_input_embeddings().weight
+    embeddings = text_encoder.get_input_embeddings()  # new ones
+    rows = embeddings.weight
     whole = [known[token] for token in known if token.endswith("</w>") and len(token) > len("x</w>")]
     rows[:] = before[whole].std() * torch.randn(rows.shape, generator=torch.Generator().manual_seed(0))
     rows[list(kept)] = before[list(kept.values())]

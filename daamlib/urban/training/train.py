@@ -46,8 +46,10 @@ NOISE_OFFSET = 0.05  # lets the model learn overall brightness, which the schedu
 SNR_GAMMA = 5.0  # min-SNR weighting (Hang et al. 2023)
 KL_WEIGHT = 1e-5
 # Of captions, what says nothing itself; but following a noun in a causal text encoder, it knows the noun
-SMALL_WORDS = ("a", "an", "the", ",", "and", "with", "in", "on", "of", "by", "at", "to", "front", "photo")
-SMALL_WORDS += ("urban", "environment", "city", "street")
+SMALL_WORDS = (
+    *("a", "an", "the", ",", "and", "with", "in", "on", "of", "by", "at", "to", "front", "photo"),
+    *("urban", "environment", "city", "street"),
+)
 SHARD = "15MB"  # the most of a file of weights, its header not counted
 
 
