@@ -84,15 +84,15 @@ def test_the_same_latents_and_level_twice_are_refused(sd1_pipe):
 
 def test_loops_that_are_empty_nested_or_late_are_refused(sd1_pipe):
     with daamlib.trace(sd1_pipe) as trace:
-        with pytest.raises(ValueError), trace.loop("a car"):
+        with pytest.raises(ValueError, match="no pass of the denoiser was made"), trace.loop("a car"):
             pass
-        with pytest.raises(ValueError), trace.loop("a car"), trace.loop("a tree"):
+        with pytest.raises(ValueError, match="one loop after the other"), trace.loop("a car"), trace.loop("a tree"):
             pass
     with pytest.raises(ValueError, match="trace has ended"), trace.loop("a car"):
         pass
 
 
-def test_traces_closed_in_the_order_they_were_opened_leave_nothing(sd1_pipe):
+def test_traces_closed_first_opened_first_closed_leave_nothing(sd1_pipe):
     before = generate(sd1_pipe)
     names = set(vars(sd1_pipe))
     with contextlib.ExitStack() as first, contextlib.ExitStack() as second:
