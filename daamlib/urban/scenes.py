@@ -94,7 +94,7 @@ class Scene:
         return " and ".join(f"a {thing.kind}" for thing in self.things) or "a photo"
 
 
-class _Canvas:
+class Canvas:
     """The supersampled image, the index map beside it (an index per stuff class and per thing) and the halos."""
 
     def __init__(self, size, sky):
@@ -225,7 +225,7 @@ def render(seed: int, size: int = SIZE, world: str = "street") -> Scene:
     time = str(rng.choice(tuple(TIMES), p=(0.4, 0.22, 0.23, 0.15)))
     ground = rng.uniform(0.40, 0.60) if wide else rng.uniform(0.48, 0.62)
     kerb = ground if wide else ground + rng.uniform(0.08, 0.14)
-    canvas, stuff = _Canvas(int(size), SKIES[time][rng.integers(2)]), ()
+    canvas, stuff = Canvas(int(size), SKIES[time][rng.integers(2)]), ()
     if wide:
         ground, kerb, surface, trees, stuff = place(canvas, rng, time, ground)
     else:

@@ -93,7 +93,7 @@ def _fence(canvas, rng, time, ground):
     fence.rect(left, 1 - ground + height * 0.8, right, 1 - ground + height * 0.95, ob.mix(colour, (30, 30, 30), 0.25))
 
 
-def _ground(canvas, rng, time, kind, top, bottom, *, far):
+def draw_ground(canvas, rng, time, kind, top, bottom, *, far):
     """Draw one ground from `top` down to the lower border, `bottom` being where it will end; gives its colour."""
     pen = bd.stuff_pen(canvas, time, kind, 0.1, 0.07)
     tall = bottom - top
@@ -206,16 +206,16 @@ def place(canvas, rng, time, ground):
     kerb = ground + (rng.uniform(0.07, 0.17) if far != main else 0.05)
     low = 1 - rng.uniform(0.06, 0.15)
     if far != main:
-        _ground(canvas, rng, time, far, ground, kerb, far=True)
+        draw_ground(canvas, rng, time, far, ground, kerb, far=True)
     begin = kerb if far != main else ground
-    surface = _ground(canvas, rng, time, main, begin, 1.0, far=False)
+    surface = draw_ground(canvas, rng, time, main, begin, 1.0, far=False)
     words += [far, main]
     if rng.random() < 0.4:
         other = _pick(rng, GROUNDS, MAIN)
-        _beside(canvas, rng, begin, lambda: _ground(canvas, rng, time, other, begin, 1.0, far=False))
+        _beside(canvas, rng, begin, lambda: draw_ground(canvas, rng, time, other, begin, 1.0, far=False))
         words.append(other)
     if near not in words:
-        _ground(canvas, rng, time, near, low, 1.0, far=False)
+        draw_ground(canvas, rng, time, near, low, 1.0, far=False)
         words.append(near)
     trees, leaf = int(rng.choice(4, p=(0.55, 0.2, 0.15, 0.1))), _pick(rng, bd.LEAVES, (0.3, 0.25, 0.22, 0.13, 0.1))
     for quarter in rng.permutation(4)[:trees]:

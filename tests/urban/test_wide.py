@@ -9,7 +9,7 @@ from daamlib.cityscapes import BY_NAME
 from daamlib.urban import wide
 from daamlib.urban.backdrop import STUFF
 from daamlib.urban.captions import LONGEST, wide_caption
-from daamlib.urban.scenes import KINDS, SIZE, _Canvas, main, render
+from daamlib.urban.scenes import KINDS, SIZE, Canvas, main, render
 
 # word -> Cityscapes class
 CLASS = {"sky": "sky", "buildings": "building", "trees": "vegetation", "a tree": "vegetation", "hills": "terrain"}
@@ -54,8 +54,8 @@ def test_no_stuff_is_everywhere(scenes, name):
 @pytest.mark.parametrize("kind", wide.GROUNDS)
 @pytest.mark.parametrize("far", [True, False])
 def test_every_pixel_of_a_ground_has_its_label(kind, far):
-    canvas = _Canvas(SIZE, ((0, 0, 0),) * 3)
-    wide._ground(canvas, np.random.default_rng(0), "day", kind, 0.5, 0.6 if far else 1.0, far=far)
+    canvas = Canvas(SIZE, ((0, 0, 0),) * 3)
+    wide.draw_ground(canvas, np.random.default_rng(0), "day", kind, 0.5, 0.6 if far else 1.0, far=far)
     indices = np.asarray(canvas.indices)
     below = indices[round(0.5 * len(indices)) + 1 :]
     assert (below == STUFF.index(kind)).all()
