@@ -381,10 +381,18 @@ class Recorder(abc.ABC):
     # -- the pipeline --------------------------------------------------------------------------------------------
 
     def _enter(self, caller: FrameType) -> None:
-        """Begin a call, if it is a function of the pipeline that calls the watched method."""
-        if caller.f_locals.get("self") is self.pipe and not is_running(self._frame):
+        """Begin a call, if a function of the pipeline led to the call of the watched method."""
+        if is_running(self._frame):
+            return
+        frame: FrameType | None = caller
+        outermost = None
+        while frame is not None:
+            if frame.f_locals.get("self") is self.pipe:
+                outermost = frame
+            frame = frame.f_back
+        if outermost is not None:
             self._close()
-            self.encodings, self._frame = [], caller
+            self.encodings, self._frame = [], outermost
             self._latest, self._gradients = (None, None), 0
 
     def _after_check(self, caller: FrameType, arguments: dict, result: Any) -> None:

@@ -29,6 +29,7 @@ from .watch import unwatched
 MOST_PASSES = 128  # that room is made for at once
 CLOSE = {torch.float16: 0.03, torch.bfloat16: 0.1}  # relative differences that rounding explains
 CLOSE_IN_FLOAT32 = 1e-3
+PROBED = 4  # positions of a pass whose attention is compared with what the layer computed
 
 
 @dataclass(eq=False)
@@ -45,7 +46,8 @@ class Kept:
         collectors: by the site's name; likewise `keys`, what makes the keys, and `made`, the keys of the first pass.
         moved: how far later passes' keys were from those, largest absolute difference.
         seen: how many queries each site made in the pass under way.
-        probe: queries and values of one position in the first pass, by the site's name.
+        probe: queries of some positions, keys and values of the pass under way, by the site's name.
+        errors: how far a layer's output was from softmax(q k) v there, of the largest value.
         self_attention: by the site's name, with the number of its positions in `self_positions`.
         self_queries: of the pass under way, whose keys are about to come.
     """
@@ -62,6 +64,7 @@ class Kept:
     moved: dict[str, torch.Tensor] = field(default_factory=dict)
     seen: dict[str, int] = field(default_factory=dict)
     probe: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    errors: dict[str, torch.Tensor] = field(default_factory=dict)
     self_attention: dict[str, SelfAttentionCollector] = field(default_factory=dict)
     self_positions: dict[str, int] = field(default_factory=dict)
     self_queries: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -187,7 +190,7 @@ class AttentionRecorder(Recorder):
             self._reader.grid(kept.latent, queries.shape[1])  # ValueError if positions were merged
             kept.keys[site.name] = self._key_projection(site, output)
             kept.collectors[site.name] = self._collector(call, site, queries)
-            kept.probe[site.name] = {"queries": queries[0, queries.shape[1] // 2].clone()}
+        kept.probe[site.name] = {"queries": queries[:, _positions(queries.shape[1], call)].clone()}
         kept.collectors[site.name].add(queries)
 
     @torch.no_grad()
@@ -209,6 +212,7 @@ class AttentionRecorder(Recorder):
             return
         call, kept, _, rows = now
         keys, first = output.detach()[rows], kept.made.get(site.name)
+        kept.probe.get(site.name, {})["keys"] = keys
         if call.timesteps and first is not None:
             moved = (keys - first).abs().amax() if keys.shape == first.shape else keys.new_tensor(torch.inf)
             kept.moved[site.name] = torch.maximum(kept.moved[site.name], moved)
@@ -219,34 +223,39 @@ class AttentionRecorder(Recorder):
             raise ValueError(f"{site.name} makes other keys than its `to_k` does of the text: its maps are not DAAM's")
 
     def _after_values(self, site: Site, output: torch.Tensor) -> None:
-        if (now := self._under_way()) is not None and not now[0].timesteps and site.name in now[1].probe:
-            now[1].probe[site.name]["values"] = output.detach()[now[3]][0]
+        if (now := self._under_way()) is not None and site.name in now[1].probe:
+            now[1].probe[site.name]["values"] = output.detach()[now[3]]
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _before_output(self, site: Site, received: torch.Tensor) -> None:
-        """Compare what the layer computed at one position with softmax(q k) v."""
-        if (now := self._under_way()) is None or now[0].timesteps:
+        """Compare what the layer computed at some positions with softmax(q k) v; of later passes at the call's end."""
+        if (now := self._under_way()) is None:
             return
-        _, kept, told, rows = now
+        call, kept, told, rows = now
         parts = kept.probe.pop(site.name, {})
         # diffusers' own IP-Adapter adds what it reads of images to what the text gives
-        if "values" not in parts or hasattr(site.module.processor, "to_k_ip"):
+        if "values" not in parts or "keys" not in parts or hasattr(site.module.processor, "to_k_ip"):
             return
-        keys, values, queries = (
-            part.float().unflatten(-1, (site.heads, -1))  # (token, head, d_head), of the queries (head, d_head)
-            for part in (kept.made[site.name][0], parts["values"], parts["queries"])
+        queries, keys, values = (  # (image, position or token, head, d_head)
+            parts[name].float().unflatten(-1, (site.heads, -1)) for name in ("queries", "keys", "values")
         )
-        logits = torch.einsum("hd,mhd->hm", queries, keys) * site.scale
+        logits = torch.einsum("nphd,nmhd->nphm", queries, keys) * site.scale
         if told.mask is not None:
-            logits = logits.masked_fill(~told.mask[rows][0].bool().to(logits.device), -torch.inf)
-        expected = torch.einsum("hm,mhd->hd", logits.softmax(dim=1), values).flatten()
-        output = received[rows][0, received.shape[1] // 2]
+            logits = logits.masked_fill(~told.mask[rows].bool().to(logits.device)[:, None, None], -torch.inf)
+        expected = torch.einsum("nphm,nmhd->nphd", logits.softmax(dim=-1), values).flatten(2)
+        output = received.detach()[rows][:, _positions(received.shape[1], call)].float()
+        error = (output - expected).abs().amax() / output.abs().amax()
+        if call.timesteps:  # NaN is told of where it is read
+            kept.errors[site.name] = torch.maximum(kept.errors[site.name], error.nan_to_num())
+            return
+        kept.errors[site.name] = error.nan_to_num()
         if not output.isfinite().all():
             raise ValueError(
-                f"{site.name} computes NaN or infinite values: the model overflows in {output.dtype}. Load it in "
+                f"{site.name} computes NaN or infinite values: the model overflows in {received.dtype}. Load it in "
                 "bfloat16 or float32"
             )
-        if _differ(output, expected.to(output.dtype)):
+        if error > CLOSE.get(received.dtype, CLOSE_IN_FLOAT32):
             raise ValueError(
                 f"{site.name} does not compute softmax(q k) v of its text: its processor {_processor(site)} masks, "
                 "re-weights or re-uses the attention. Its maps are not DAAM's"
@@ -362,6 +371,13 @@ class AttentionRecorder(Recorder):
                 f"the keys of {moved[0]} ({len(moved)} layers in all) changed between passes, as when a callback swaps "
                 "the prompt or sets a LoRA's weight: no map holds for all passes. Trace each part as a call of its own"
             )
+        close = {name: CLOSE.get(kept.made[name].dtype, CLOSE_IN_FLOAT32) for name in kept.errors}
+        wrong = [name for name, error in kept.errors.items() if float(error) > close[name]]
+        if wrong:
+            raise ValueError(
+                f"{wrong[0]} ({len(wrong)} layers in all) did not compute softmax(q k) v of its text in every pass: "
+                "its processor masks, re-weights or re-uses the attention. Its maps are not DAAM's"
+            )
         texts = {text: embeddings.to(device) for text, embeddings in kept.texts.items()}
         timesteps = [int(level) if level == int(level) else level for level in call.timesteps]
         records = []
@@ -391,6 +407,11 @@ class AttentionRecorder(Recorder):
     def _layer(self, kept: Kept, site: Site, positions: int, **fields: Any) -> Layer:
         grid = self._reader.grid(kept.latent, positions)
         return Layer(site.name, grid, site.heads, site.scale, kept.keys[site.name], **fields)
+
+
+def _positions(count: int, call: Call) -> list[int]:
+    """Return the positions whose attention is compared: a few, others in each pass."""
+    return sorted({(start + 7 * len(call.timesteps)) % count for start in range(0, count, max(1, count // PROBED))})
 
 
 def _processor(site: Site) -> str:

@@ -170,3 +170,33 @@ def test_a_layer_that_is_skipped_in_a_later_pass_costs_the_record_alone(fresh):
     with daamlib.trace(pipe) as trace, pytest.warns(UserWarning, match="leaves no record"):
         traced = generate(pipe, num_inference_steps=4)
     assert torch.equal(traced, plain) and len(trace) == 0 and len(trace.problems) == 1
+
+
+class Edit:
+    """Gives the last image the attention of the one before it from a step on, as prompt-to-prompt does."""
+
+    def __init__(self, start):
+        self.start, self.passes = start, 0
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **_):
+        query = attn.head_to_batch_dim(attn.to_q(hidden_states))
+        key, value = (attn.head_to_batch_dim(to(encoder_hidden_states)) for to in (attn.to_k, attn.to_v))
+        probabilities = attn.get_attention_scores(query, key).unflatten(0, (-1, attn.heads))
+        if self.passes >= self.start:
+            probabilities[-1] = probabilities[-2]
+        self.passes += 1
+        return attn.to_out[0](attn.batch_to_head_dim(probabilities.flatten(0, 1) @ value))
+
+
+@pytest.mark.parametrize("start", [0, 2])
+def test_a_processor_that_edits_the_attention_of_one_image(fresh, start):
+    """In the first pass it is refused; later the images stay and there is no record."""
+    pipe = fresh("sd1")
+    processors = pipe.unet.attn_processors
+    pipe.unet.set_attn_processor({name: Edit(start) if "attn2" in name else of for name, of in processors.items()})
+    refused = pytest.raises(ValueError, match=r"does not compute softmax\(q k\) v .* its processor Edit")
+    told = "did not end" if start == 0 else r"did not compute softmax\(q k\) v of its text in every pass"
+    with pytest.warns(UserWarning, match=told), daamlib.trace(pipe) as trace:
+        with refused if start == 0 else contextlib.nullcontext():
+            generate(pipe, ["a car and a tree", "a bus and a tree"], num_inference_steps=4)
+    assert len(trace) == 0
