@@ -9,6 +9,7 @@ the call ends without a record, with a warning that says why.
 """
 
 import abc
+import inspect
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -294,6 +295,8 @@ class Recorder(abc.ABC):
         self.under_way: tuple[Pass, Rows] | None = None  # under way, and its rows to read
         self._latest: tuple[Any, Any] = (None, None)  # a text of this call, and what its rows are
         self._gradients = 0  # passes of this call that computed gradients of the latents
+        own = [inspect.unwrap(part) for kind in type(pipe).__mro__ for part in vars(kind).values() if callable(part)]
+        self._methods = {part.__code__ for part in own if hasattr(part, "__code__")}
 
     # -- what a recorder of a kind of model does -----------------------------------------------------------------
 
@@ -387,7 +390,8 @@ class Recorder(abc.ABC):
         frame: FrameType | None = caller
         outermost = None
         while frame is not None:
-            if frame.f_locals.get("self") is self.pipe:
+            # only a method's variables are looked at: looking keeps those of a frame alive until it ends
+            if frame.f_code in self._methods and frame.f_locals.get("self") is self.pipe:
                 outermost = frame
             frame = frame.f_back
         if outermost is not None:
