@@ -54,7 +54,7 @@ PORTABLE := avx2 plain
   constraints clean
 
 reproduce: $(STAMP)
-	@$(PY) -m daamlib.runs \
+	@$(PY) -m daamlib_lab.runs \
 	  $(if $(MODEL),--model "$(MODEL)") $(if $(DEVICE),--device "$(DEVICE)") \
 	  $(if $(STEPS),--steps "$(STEPS)") $(if $(N_IMAGES),--n-images "$(N_IMAGES)") \
 	  $(if $(SEED),--seed "$(SEED)") $(if $(MASKS),-p MASKS "$(MASKS)") $(if $(JOBS),--jobs "$(JOBS)") $(NOTEBOOKS)
@@ -62,8 +62,8 @@ reproduce: $(STAMP)
 lint: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(VENV)/bin/pydoclint --quiet daamlib
-	$(PY) -m mypy daamlib
+	$(VENV)/bin/pydoclint --quiet daamlib daamlib_lab training
+	$(PY) -m mypy daamlib daamlib_lab training
 
 # the notebooks first, because the last of what is long would run alone
 test: lint

@@ -8,14 +8,19 @@ from .attention.calls import Trace as Trace
 from .attention.heatmaps import HeatMaps as HeatMaps
 from .attention.joint.record import JointRecord as JointRecord
 from .attention.ldaam import LinearMap as LinearMap
+from .attention.readers import encode as encode
 from .attention.record import AttentionRecord as AttentionRecord
 from .attention.record import require_same_model as require_same_model
 from .attention.text import TokenEmbeddings as TokenEmbeddings
 from .pipeline import generators as generators
+from .pipeline import image_size as image_size
 from .pipeline import load_pipeline as load_pipeline
 from .tokens.choose import choose_settings as choose_settings
 from .tokens.label_maps import label_map as label_map
+from .tokens.label_maps import text_of as text_of
+from .tokens.label_maps import token_probabilities as token_probabilities
 from .tokens.optimize import optimize_token as optimize_token
+from .tokens.optimize import token_objective as token_objective
 from .tokens.probe import optimize_probe as optimize_probe
 from .tokens.token import OptimizedToken as OptimizedToken
 from .tracing import trace as trace
@@ -23,7 +28,7 @@ from .tracing import trace_image as trace_image
 
 __version__ = "0.2.0"
 
-_ROOMS = ("cityscapes", "classes", "datasets", "diagrams", "experiments", "plots", "urban", "widgets")
+_ROOMS = ("cityscapes", "classes", "datasets", "plots", "widgets")
 
 
 def __getattr__(name: str) -> Any:

@@ -2,7 +2,7 @@
 
 `id` is the value stored in a label image, `train_id` the value a network is trained on (255: ignored).
 
-One deviation of the bundled street world, made in `daamlib.urban.scenes`: there the label `rider` (25) covers
+One deviation of the bundled street world, made in `daamlib_lab.urban.scenes`: there the label `rider` (25) covers
 the whole silhouette, the person AND the bicycle, with the wheels as filled discs. Cityscapes itself gives the
 bicycle its own label (33). A word such as "rider" names the whole in a caption, and so does our mask.
 """

@@ -22,7 +22,7 @@ from typing import Any
 from .classes import ADE20K, CITYSCAPES, COCO, VOC, Classes
 from .datasets.folder import MOST_IMAGES
 from .datasets.generation import GPU_BATCH
-from .datasets.urban import urban_prompts
+from .datasets.prompts import urban_prompts
 from .datasets.workers import SHARD, Job, WorkerError, run_shards
 from .pipeline import cpu_threads
 from .tokens.label_maps import Threshold

@@ -24,7 +24,7 @@ FORMULAE = tuple(f"daamlib.attention.{name}" for name in ("daam", "joint.maps", 
 TOKENS = [
     f"daamlib.tokens.{name}" for name in ("choose", "inputs", "objective", "optimize", "probe", "solvers", "token")
 ]
-CHECKED = ("daamlib.experiments", "daamlib.metrics", *TOKENS, *FORMULAE)
+CHECKED = ("daamlib.metrics", "daamlib_lab.experiments", *TOKENS, *FORMULAE)
 install_import_hook(CHECKED, "helpers.checked")
 
 import daamlib  # noqa: E402

@@ -17,14 +17,15 @@ from tiny import build
 from torch.nn import functional as F
 
 import daamlib
-from daamlib import AttentionRecord, OptimizedToken, datasets, experiments, optimize_token
+from daamlib import AttentionRecord, OptimizedToken, datasets, optimize_token
 from daamlib.attention.readers import fingerprint_of
 from daamlib.cityscapes import BY_NAME
 from daamlib.datasets import export
-from daamlib.experiments import segmentation
 from daamlib.plots import show_map_rows, show_maps, show_values
-from daamlib.urban.annotator import annotate, load_annotator
 from daamlib.widgets import explore
+from daamlib_lab import experiments
+from daamlib_lab.experiments import segmentation
+from daamlib_lab.urban.annotator import annotate, load_annotator
 
 PROMPTS = ["a car and a person", "a person and a car", "a car, a person", "a person, a car"]
 SIZE = (32, 48)

@@ -8,7 +8,7 @@ import pytest
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from matplotlib.text import Text
 
-from daamlib import diagrams
+from daamlib_lab import diagrams
 
 ALL = [
     "latent_diffusion",

@@ -14,10 +14,10 @@ from test_ground import installed_by
 
 MODULES = {
     "datasets": ["daamlib.datasets", "daamlib.generate", "daamlib.datasets.export"],
-    "experiments": ["daamlib.experiments", "daamlib.experiments.segmentation"],
+    "experiments": ["daamlib_lab.experiments", "daamlib_lab.experiments.segmentation"],
     "widgets": ["daamlib.widgets"],
-    "notebooks": ["daamlib.diagrams", "daamlib.plots", "daamlib.runs"],
-    "training": [f"daamlib.urban.training.{name}" for name in ("annotator", "evaluate", "run", "sample", "train")],
+    "notebooks": ["daamlib_lab.diagrams", "daamlib.plots", "daamlib_lab.runs"],
+    "training": [f"training.{name}" for name in ("annotator", "evaluate", "run", "sample", "train")],
 }
 
 HIDE = """
@@ -38,7 +38,7 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
 """
 
 CORE = """
-import daamlib, daamlib.urban.annotator
+import daamlib, daamlib_lab.urban.annotator
 from daamlib import metrics
 
 pipe = daamlib.load_pipeline(device="cpu")

@@ -97,7 +97,7 @@ def test_conda_installs_the_same_through_pip():
     assert SpecifierSet(PROJECT["requires-python"]).contains(version)
 
 
-@pytest.mark.parametrize("folder", ["daamlib", "tests"])
+@pytest.mark.parametrize("folder", ["daamlib", "daamlib_lab", "training", "tests"])
 def test_what_the_code_imports_is_declared(folder):
     extras = [text for name in FOR_USERS + ("test", "docs") * (folder == "tests") for text in EXTRAS[name]]
     allowed = {canonicalize_name(Requirement(text).name) for text in [*PROJECT["dependencies"], *extras]}
@@ -105,7 +105,13 @@ def test_what_the_code_imports_is_declared(folder):
     files = [path for path in (ROOT / folder).rglob("*.py") if path.name != "peers.py"]  # has an environment of its own
     assert files
     for path in files:
-        own = {"daamlib", "tests", *(other.stem for other in (*path.parent.iterdir(), *(ROOT / "tests").iterdir()))}
+        own = {
+            "daamlib",
+            "daamlib_lab",
+            "training",
+            "tests",
+            *(other.stem for other in (*path.parent.iterdir(), *(ROOT / "tests").iterdir())),
+        }
         for name in set(imported(path.read_text())) - sys.stdlib_module_names - own:
             owner = {canonicalize_name(distribution) for distribution in owners.get(name, ["not installed"])}
             assert owner & allowed, f"{path} imports {name}, which pyproject.toml does not ask for"

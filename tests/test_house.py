@@ -1,4 +1,4 @@
-"""The house: which module of daamlib may import which, and who may use what. All is read from the source."""
+"""The house: which module may import which, and who may use what. All is read from the source."""
 
 import ast
 import importlib.metadata
@@ -12,9 +12,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from test_ground import EXTRAS, FOR_USERS
 
-PACKAGE = Path(__file__).resolve().parents[1] / "daamlib"
-TRAINING = "daamlib.urban.training"
-CORE, SEAM = ("attention", "tokens", "datasets", "experiments", "widgets"), ("readers", "joint")
+ROOT = Path(__file__).resolve().parents[1]
+HOUSES = ("daamlib", "daamlib_lab", "training")  # none imports one that stands after it
+CORE, SEAM = ("attention", "tokens", "datasets", "widgets"), ("readers", "joint")
 # `np.clip` and the argument `clip_skip` are none
 FAMILY = re.compile(
     r"CLIP|(?i:(?<![a-z])(unet|t5|gpt2|gemma|qwen|flux|sana|pixart|audioldm|sdxl|sd[123]|(up|mid|down)_block))"
@@ -24,12 +24,13 @@ FLOORS = 6  # so many rooms stand on one another at most
 
 def module_name(path):
     """daamlib/tokens/token.py is daamlib.tokens.token, and an __init__.py is its package."""
-    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-TREES = {module_name(path): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
+SOURCES = [path for house in HOUSES for path in sorted((ROOT / house).rglob("*.py"))]
+TREES = {module_name(path): ast.parse(path.read_text()) for path in SOURCES}
 TESTS = {path.stem: ast.parse(path.read_text()) for path in sorted(Path(__file__).parent.rglob("*.py"))}
-PACKAGES = {module_name(path) for path in PACKAGE.rglob("__init__.py")}
+PACKAGES = {module_name(path) for path in SOURCES if path.name == "__init__.py"}
 
 
 def imports(module, node):
@@ -71,10 +72,14 @@ def circles():
     return {f"{a} imports {b} in a circle" for a in GRAPH for b in GRAPH[a] if a in leads_to(b)}
 
 
-def imports_of_the_training():
-    """Imports of how the bundled model is made, from elsewhere."""
-    inside = {module for module in GRAPH if module.startswith(TRAINING)}
-    return {f"{a} imports {b}" for a in GRAPH.keys() - inside for b in GRAPH[a] & inside}
+def house(module):
+    """The number of the house that a module stands in."""
+    return HOUSES.index(module.split(".")[0])
+
+
+def imports_of_later_houses():
+    """Imports of the laboratory or the training by the library, and of the training by the laboratory."""
+    return {f"{a} imports {b}" for a in GRAPH for b in GRAPH[a] if house(b) > house(a)}
 
 
 def is_private(name):
@@ -129,7 +134,7 @@ def names_of_families():
     found = set()
     for module, tree in TREES.items():
         parts = module.split(".")[1:]
-        if not parts or parts[0] not in CORE or set(parts) & set(SEAM):
+        if house(module) or not parts or parts[0] not in CORE or set(parts) & set(SEAM):
             continue
         nodes = list(ast.walk(tree))
         docstrings = [node for node in nodes if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)]
@@ -141,8 +146,8 @@ def names_of_families():
 
 
 def room(module):
-    """The package, or the module at the top, that a module belongs to; how the model is made is a room of its own."""
-    return TRAINING if module.startswith(TRAINING) else ".".join(module.split(".")[:2])
+    """The package, or the module at the top, that a module belongs to; the training is one room."""
+    return "training" if module.startswith("training") else ".".join(module.split(".")[:2])
 
 
 def floors():
@@ -156,7 +161,7 @@ def floors():
     return found
 
 
-CHECKS = [circles, imports_of_the_training, private_names_of_others, imports_in_functions, names_of_families]
+CHECKS = [circles, imports_of_later_houses, private_names_of_others, imports_in_functions, names_of_families]
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -171,20 +176,20 @@ def test_the_rooms_stand_on_few_floors():
 
 def test_the_checks_see_what_they_look_for(monkeypatch):
     code = {
-        "daamlib.a": "from .b import _hidden\nfrom .urban import training\n_own = 1\n_own.x._private\nimport json",
+        "daamlib.a": "from .b import _hidden\nimport training\n_own = 1\n_own.x._private\nimport json",
         "daamlib.b": "class B:\n    def _private(self):\n        import daamlib.a, ray, json\n_hidden = 1",
-        "daamlib.urban.training": "",
+        "training": "",
         "daamlib.attention.readers.b": "'up_blocks'",
         "daamlib.tokens": "'''as of PixArt'''\nup = a.clip(clip_skip) or 'up_blocks.1'\nraise ValueError(f'SDXL {up}')",
     }
     monkeypatch.setattr(f"{__name__}.TREES", {module: ast.parse(text) for module, text in code.items()})
     monkeypatch.setattr(f"{__name__}.TESTS", {"test_b": ast.parse("from daamlib.b import B, _hidden")})
-    graph = {"daamlib.a": {"daamlib.b", "daamlib.urban.training"}, "daamlib.b": {"daamlib.a"}, TRAINING: set()}
+    graph = {"daamlib.a": {"daamlib.b", "training"}, "daamlib.b": {"daamlib.a"}, "training": set()}
     graph |= {"daamlib.attention.readers.b": set(), "daamlib.tokens": set()}
     assert {module: {owner(name) for name in imported(module)} - {None} for module in code} == graph
     monkeypatch.setattr(f"{__name__}.GRAPH", graph)
     assert circles() == {"daamlib.a imports daamlib.b in a circle", "daamlib.b imports daamlib.a in a circle"}
-    assert imports_of_the_training() == {"daamlib.a imports daamlib.urban.training"}
+    assert imports_of_later_houses() == {"daamlib.a imports training"}
     assert private_names_of_others() == {
         "daamlib.a uses _hidden of another module",
         "daamlib.a uses _private of another module",

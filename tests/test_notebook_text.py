@@ -14,9 +14,9 @@ import nbformat
 import numpy as np
 import pytest
 
-from daamlib import diagrams
-from daamlib.experiments import thesis_values
-from daamlib.runs import main
+from daamlib_lab import diagrams
+from daamlib_lab.experiments import thesis_values
+from daamlib_lab.runs import main
 
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))

@@ -21,8 +21,9 @@ import daamlib
 from daamlib import datasets
 from daamlib.cityscapes import BY_NAME
 from daamlib.pipeline import BUNDLED, image_size
-from daamlib.runs.run import main
-from daamlib.urban.annotator import is_bundled, labels_for
+from daamlib_lab.runs.run import main
+from daamlib_lab.urban.annotator import is_bundled, labels_for
+from daamlib_lab.urban.scenes import KINDS
 
 SIZES = {"sd1": (16, 24), "sdxl": 16}  # of the latents, as in the U-Net's config; the VAE's factor is 2
 SAMPLERS = {"sd1": PNDMScheduler, "sdxl": EulerDiscreteScheduler}  # those that Stable Diffusion and SDXL come with
@@ -216,7 +217,7 @@ def draw_masks(folder, n, size):
     generator, width = np.random.default_rng(0), size[1] // 2
     for i, prompt in enumerate(datasets.urban_prompts(n)):
         ids = np.zeros(size, np.uint8)
-        for k, name in enumerate(name for name in datasets.CLASSES if name in prompt):
+        for k, name in enumerate(name for name in KINDS if name in prompt):
             y, x = generator.integers(0, size[0] // 2), k * width + generator.integers(0, width // 2)
             ids[y : y + size[0] // 3, x : x + width // 2] = BY_NAME[name].id
         Image.fromarray(ids).save(folder / f"{i:05d}.png")

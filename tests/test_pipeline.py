@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import daamlib
 from daamlib import pipeline
-from daamlib.urban.annotator import load_annotator
+from daamlib_lab.urban.annotator import load_annotator
 
 
 def build_transformer(family):
@@ -145,7 +145,7 @@ def test_the_bundled_weights_have_the_names_that_all_versions_of_transformers_kn
 def test_training_writes_what_all_versions_load(tmp_path):
     if transformers.__version__ < "5":
         pytest.skip("the training needs transformers 5")
-    from daamlib.urban.training import networks
+    from training import networks
 
     pipe = daamlib.load_pipeline(device="cpu", dtype=torch.float16)
     networks.save(pipe, tmp_path, "15MB")

@@ -19,10 +19,11 @@ import torch
 from PIL import Image
 
 import daamlib
+import daamlib_lab
 from daamlib import datasets, widgets
 from daamlib.datasets import export
-from daamlib.experiments import segmentation
-from daamlib.urban.annotator import labels_for
+from daamlib_lab.experiments import segmentation
+from daamlib_lab.urban.annotator import labels_for
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("data/*/README.md"))]
@@ -55,7 +56,9 @@ def is_python(code):
 
 def documented():
     """(module, name, docstring) of the package's modules, and of their classes and functions."""
-    for info in pkgutil.walk_packages(daamlib.__path__, "daamlib."):
+    packages = [*pkgutil.walk_packages(daamlib.__path__, "daamlib.")]
+    packages += pkgutil.walk_packages(daamlib_lab.__path__, "daamlib_lab.")
+    for info in packages:
         if info.name.endswith("__main__") or "._data" in info.name:
             continue
         module = importlib.import_module(info.name)

@@ -21,7 +21,7 @@ def wheel(tmp_path_factory):
     tree = tmp_path_factory.mktemp("tree")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
-    for name in ("daamlib", "data"):
+    for name in ("daamlib", "daamlib_lab", "data"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
     subprocess.run([*PIP, "wheel", "--no-deps", "--no-build-isolation", "-w", tree / "dist", tree], check=True)
     (path,) = (tree / "dist").glob("daamlib-*.whl")
@@ -48,7 +48,9 @@ def python(wheel, tmp_path_factory):
 @pytest.mark.slow
 def test_the_wheel_holds_all_code_and_the_data_that_it_reads(wheel):
     inside = set(zipfile.ZipFile(wheel).namelist())
-    code = {path.relative_to(ROOT).as_posix() for path in (ROOT / "daamlib").rglob("*.*") if path.suffix != ".pyc"}
+    packages = (ROOT / "daamlib", ROOT / "daamlib_lab")
+    files = [path for package in packages for path in package.rglob("*.*") if path.suffix != ".pyc"]
+    code = {path.relative_to(ROOT).as_posix() for path in files}
     model = {
         f"daamlib/_data/urban-tiny/{path.relative_to(ROOT / 'data/urban-tiny').as_posix()}"
         for path in (ROOT / "data/urban-tiny").rglob("*.*")
@@ -76,8 +78,9 @@ def test_the_quick_example_of_the_readme_works_outside_the_clone(python):
 @pytest.mark.slow
 def test_prompts_tables_and_annotator_are_found_outside_the_clone(python):
     code = """
-from daamlib import datasets, experiments
-from daamlib.urban.annotator import load_annotator
+from daamlib import datasets
+from daamlib_lab import experiments
+from daamlib_lab.urban.annotator import load_annotator
 print(len(datasets.urban_prompts(3)), len(experiments.thesis_values()), type(load_annotator()).__name__)
 """
     done = python("-c", code)
@@ -89,6 +92,6 @@ print(len(datasets.urban_prompts(3)), len(experiments.thesis_values()), type(loa
 
 @pytest.mark.slow
 def test_the_runner_says_where_notebooks_come_from(python):
-    done = python("-m", "daamlib.runs")
+    done = python("-m", "daamlib_lab.runs")
     assert (done.returncode, done.stdout) == (2, "")
     assert "--notebooks-dir CLONE/notebooks" in done.stderr

@@ -1,6 +1,6 @@
 """Sets of images with label maps: generated ones, and rendered scenes whose labels are exact.
 
-    labeller = TokenLabeller((car, person))  # or AnnotatorLabeller(labels_for(pipe)), of daamlib.urban.annotator
+    labeller = TokenLabeller((car, person))  # or AnnotatorLabeller(labels_for(pipe)), of daamlib_lab.urban.annotator
     dataset = generate(pipe, urban_prompts(200), "dataset", labeller=labeller)
     dataset = load("dataset")
     for i in dataset.with_class("car"):
@@ -14,7 +14,6 @@ import importlib
 from typing import Any
 
 from ..cityscapes import MIN_AREA as MIN_AREA
-from .dataset import CLASSES as CLASSES
 from .dataset import Dataset as Dataset
 from .dataset import load as load
 from .dataset import names as names
@@ -26,8 +25,7 @@ from .labelling import TokenLabeller as TokenLabeller
 from .labelling import WordLabeller as WordLabeller
 from .masks import check_masks as check_masks
 from .masks import import_masks as import_masks
-from .urban import render as render
-from .urban import urban_prompts as urban_prompts
+from .prompts import urban_prompts as urban_prompts
 from .workers import Job as Job
 from .workers import WorkerError as WorkerError
 from .workers import run_shards as run_shards

@@ -19,7 +19,6 @@ from . import folder as files
 with needs("datasets"):
     import pandas as pd
 
-CLASSES = ("car", "person", "traffic light", "rider")  # the thesis' four
 IRREGULAR = {"person": "people"}  # plurals that no rule makes
 
 

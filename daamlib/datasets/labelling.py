@@ -16,7 +16,7 @@ labeller may have attributes:
 import functools
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -26,7 +26,7 @@ from ..attention.readers import fingerprint_of
 from ..attention.record import AttentionRecord
 from ..cityscapes import BY_NAME
 from ..classes import Classes, ClassList, class_list
-from ..tokens.label_maps import STREET_WORDS, Threshold, assign_labels, check_tokens, label_map, of_each, text_of
+from ..tokens.label_maps import Threshold, assign_labels, check_tokens, label_map, of_each, text_of
 from ..tokens.token import OptimizedToken
 from .dataset import names
 from .folder import short_hash, whole_number
@@ -39,14 +39,14 @@ Labeller = Callable[[np.ndarray, AttentionRecord | None, str], np.ndarray]
 
 @dataclass(frozen=True, eq=False)
 class AnnotatorLabeller:
-    """The labeller of a segmentation network: AnnotatorLabeller(labels_for(pipe)), of `daamlib.urban.annotator`.
+    """The labeller of a segmentation network: AnnotatorLabeller(labels_for(pipe)), of `daamlib_lab.urban.annotator`.
 
     Attributes:
         annotate: images (B, H, W, 3) uint8 -> Cityscapes ids (B, H, W) uint8.
     """
 
     annotate: Callable[[np.ndarray], np.ndarray]
-    source: ClassVar[str] = "daamlib.urban.annotator.annotate"
+    source: ClassVar[str] = "daamlib_lab.urban.annotator.annotate"
     store: ClassVar[None] = None
 
     def __call__(self, image: np.ndarray, record: AttentionRecord | None, prompt: str) -> np.ndarray:
@@ -162,7 +162,7 @@ class WordLabeller:
         ValueError: for classes that are not in the class list, less than two words, and another margin than 0 ... 1.
     """
 
-    words: Mapping[str, str] = field(default_factory=lambda: dict(STREET_WORDS))
+    words: Mapping[str, str]
     margin: float = 0.1
     named_only: bool = True
     iterations: int = 1

@@ -3,7 +3,6 @@
 Maps are propagated along the image's self-attention, classes compete at every pixel, and each pixel takes the most
 probable one, or 255 (ignored) where the best two are close.
 
-    label_map(record)                                   # words alone, `STREET_WORDS`
     label_map(record, {"sky": "sky", "car": "cars"})    # {class: word}
     label_map(record, [token], size=(512, 512))         # optimised tokens
 """
@@ -24,19 +23,6 @@ from ..classes import class_list
 from .guided import guided_upsample
 from .optimize import BACKGROUND
 from .token import OptimizedToken, require_calibrated
-
-# class -> the word that stands for it; the surroundings take part, so that no thing need claim what is not its own
-STREET_WORDS = {
-    "car": "car",
-    "person": "person",
-    "traffic light": "traffic light",
-    "rider": "rider",
-    "building": "buildings",
-    "road": "road",
-    "sidewalk": "sidewalk",
-    "sky": "sky",
-    "vegetation": "trees",
-}
 
 # Of the softmax between words: at 1 the margin of `label_map` ignored 39 % of the pixels of 80 scenes, at 4 9 %
 # (tests/benchmarks/label_maps.py, as all numbers here)
@@ -72,7 +58,7 @@ def _with_article(word: str) -> str:
 
 def word_probabilities(
     record: AttentionRecord,
-    words: Mapping[str, str] | None = None,
+    words: Mapping[str, str],
     names: Collection[str] | None = None,
     *,
     iterations: int = 1,
@@ -89,7 +75,7 @@ def word_probabilities(
 
     Args:
         record: Of the image; one made with `store="maps"` must hold the text (`text_of`), which is one for all.
-        words: {class: word}, default `STREET_WORDS`.
+        words: {class: word}.
         names: Of the classes that a pixel may be of, default all; the text is that of all.
         iterations: Of `record.refine` on the words' maps, before they compete; 0 leaves them as they are.
 
@@ -99,7 +85,6 @@ def word_probabilities(
     Raises:
         ValueError: There are less than two words, or see `AttentionRecord.daam` and `refine`.
     """
-    words = STREET_WORDS if words is None else words
     return _competing_words(_word_scores(record, words, iterations=iterations), names)
 
 
@@ -231,7 +216,7 @@ def check_tokens(tokens: Sequence[OptimizedToken]) -> tuple[str, ...]:
 
 def label_map(
     record: AttentionRecord,
-    classes: Classes | None = None,
+    classes: Classes,
     *,
     size: tuple[int, int] | None = None,
     image: UInt8[np.ndarray, "height width 3"] | None = None,
@@ -249,7 +234,7 @@ def label_map(
 
     Args:
         record: Of the image, traced with `self_attention=True`.
-        classes: Tokens, or {class: word}; default `STREET_WORDS`.
+        classes: Tokens, or {class: word}.
         size: (height, width); default the image's, without one the record's grid.
         image: The picture itself, whose edges the probabilities follow (`guided_upsample`), at its size. (By tokens of
             five images the mean IoU over the four things of 80 rendered scenes was 73.7 % without and 76.4 with it.)
@@ -272,11 +257,10 @@ def label_map(
         raise ValueError(f"label maps that follow an image have its size {image.shape[:2]}, got size={size}")
     if image is not None and image.ndim == 3:
         require_ratio("the image", (image.shape[0], image.shape[1]), record.grid)
-    words = STREET_WORDS if classes is None else classes
-    if isinstance(words, Mapping):
-        compete = functools.partial(_competing_words, _word_scores(record, words, iterations=iterations))
+    if isinstance(classes, Mapping):
+        compete = functools.partial(_competing_words, _word_scores(record, classes, iterations=iterations))
     else:
-        compete = functools.partial(_competing, record, _token_logits(record, words), iterations=iterations)
+        compete = functools.partial(_competing, record, _token_logits(record, classes), iterations=iterations)
     maps, among = compete(), None if names is None else compete(names=names)
     competing = [name for name in maps.tokens if threshold is None or name != BACKGROUND]
     # what is not named takes no part in the softmax of what is

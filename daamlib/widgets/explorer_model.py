@@ -13,7 +13,7 @@ from PIL import Image
 from .. import metrics
 from ..attention.heatmaps import HeatMaps
 from ..attention.record import AttentionRecord
-from ..datasets.dataset import CLASSES
+from ..cityscapes import BY_NAME
 from ..tokens.token import OptimizedToken
 from .pictures import COLOUR_MAPS, rgb
 
@@ -125,7 +125,9 @@ class ExplorerModel(traitlets.HasTraits):
         self._map = lru_cache(maxsize=1)(self._read_map)
         self._token = lru_cache(maxsize=1)(_load_token)
         words = [word.text for word in record.prompt_embeddings.words]
-        word = next((name for name in CLASSES if name in " ".join(words)), words[-1] if words else "")
+        prompt = " ".join(words)
+        classes = sorted((name for name in BY_NAME if name in prompt), key=prompt.index)
+        word = (classes or words[-1:] or [""])[0]
         method = "ldaam" if record.pipe is not None else "daam"  # no other text can be embedded
         state = ExplorerState(word=word, text="", method=method, steps=(0, self.last_step), grids=self.grids)
         super().__init__(state=state, result=self._read(state))

@@ -14,9 +14,10 @@ import daamlib
 from daamlib import metrics
 from daamlib.attention.heatmaps import HeatMaps
 from daamlib.cityscapes import IGNORED, MIN_AREA, label_id
-from daamlib.experiments.tables import Example, fit, train_test_split
 from daamlib.tokens import label_maps
-from daamlib.urban.scenes import HELD_OUT, KINDS, render
+from daamlib_lab.experiments.tables import Example, fit, train_test_split
+from daamlib_lab.urban.captions import STREET_WORDS
+from daamlib_lab.urban.scenes import HELD_OUT, KINDS, render
 
 FIRST_SEED = HELD_OUT + 8_000_000
 IDS = [label_id(kind) for kind in KINDS]
@@ -56,7 +57,7 @@ def show_labels(title, found, truths):
 
 def words(scenes, examples, truths):
     """Words alone: the classes' maps, and label maps by the sharpness of their softmax."""
-    text = label_maps.text_of(label_maps.STREET_WORDS)
+    text = label_maps.text_of(STREET_WORDS)
     readers = {
         "words of one text": lambda record: record.daam(text),
         "words of one text, refined": lambda record: record.refine(record.daam(text)),
@@ -70,7 +71,7 @@ def words(scenes, examples, truths):
             for kind in KINDS
         }
         show_maps(title, pairs)
-    stuff = set(label_maps.STREET_WORDS) - set(KINDS)
+    stuff = set(STREET_WORDS) - set(KINDS)
     found = [
         label_maps.label_map(e.record, size=truths.shape[1:], names=stuff | set(e.masks), margin=0.0) for e in examples
     ]

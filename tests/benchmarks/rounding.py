@@ -15,8 +15,8 @@ import torch
 
 import daamlib
 from daamlib.cityscapes import BY_NAME
-from daamlib.experiments.tables import TEXT
-from daamlib.urban.scenes import HELD_OUT, KINDS, SIZE, render
+from daamlib_lab.experiments.tables import TEXT
+from daamlib_lab.urban.scenes import HELD_OUT, KINDS, SIZE, render
 
 FIRST_SEED = HELD_OUT + 5_000  # other scenes than those of the notebooks
 SCENES = 48

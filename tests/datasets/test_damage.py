@@ -18,6 +18,7 @@ from daamlib import datasets
 from daamlib.classes import VOC
 from daamlib.datasets import export
 from daamlib.datasets import folder as files
+from daamlib_lab.urban.dataset import render_dataset
 
 
 @pytest.fixture
@@ -147,9 +148,9 @@ def test_a_damaged_record_is_named(copy, again, damage):
 
 
 def test_a_damaged_scene_is_named(tmp_path):
-    dataset = datasets.render(tmp_path / "scenes", 2, size=32)
+    dataset = render_dataset(tmp_path / "scenes", 2, size=32)
     cut(dataset.path("images", 1))
-    for use in (lambda: datasets.load(dataset.folder), lambda: datasets.render(dataset.folder, 2, size=32)):
+    for use in (lambda: datasets.load(dataset.folder), lambda: render_dataset(dataset.folder, 2, size=32)):
         with pytest.raises(ValueError, match="images/00001.png"):
             use()
 
@@ -211,7 +212,7 @@ def test_an_edited_manifest_is_refused(copy, again):
 
 
 def test_an_edited_manifest_of_scenes_is_refused(tmp_path):
-    dataset = datasets.render(tmp_path / "scenes", 2, size=32)
+    dataset = render_dataset(tmp_path / "scenes", 2, size=32)
     text = (dataset.folder / "manifest.csv").read_text()
     for content in (text.split("\n", 1)[1], text.replace("prompt", "text"), text.replace("rendered", "") + "x,y\n", ""):
         (dataset.folder / "manifest.csv").write_text(content)
@@ -335,9 +336,9 @@ def test_a_dataset_grows(whole, sd1_pipe, tmp_path):
 
 
 def test_scenes_grow(tmp_path):
-    datasets.render(tmp_path / "set", 2, size=32)
-    datasets.render(tmp_path / "set", 3, size=32)
-    whole = datasets.render(tmp_path / "whole", 3, size=32)
+    render_dataset(tmp_path / "set", 2, size=32)
+    render_dataset(tmp_path / "set", 3, size=32)
+    whole = render_dataset(tmp_path / "whole", 3, size=32)
     assert contents(tmp_path / "set") == contents(whole.folder)
 
 

@@ -16,6 +16,7 @@ from daamlib import datasets
 from daamlib.cityscapes import BY_NAME, COLOURS, to_train_ids
 from daamlib.datasets import export
 from daamlib.datasets import folder as files
+from daamlib_lab.urban.dataset import render_dataset
 
 N = 3
 
@@ -23,7 +24,7 @@ N = 3
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
     """Rendered scenes; read-only."""
-    return datasets.render(tmp_path_factory.mktemp("scenes") / "set", N)
+    return render_dataset(tmp_path_factory.mktemp("scenes") / "set", N)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import daamlib
 from daamlib.datasets import AnnotatorLabeller, TokenLabeller, WordLabeller
 from daamlib.tokens.label_maps import assign_labels, label_map, token_probabilities
+from daamlib_lab.urban.captions import STREET_WORDS
 
 IMAGE = np.zeros((16, 24, 3), np.uint8)
 BOTH = "a car and a person"
@@ -63,7 +64,10 @@ def test_only_the_classes_of_the_prompt(tokens, record):
 
 def test_labels_follow_the_edges_of_the_image(tokens, record):
     image = np.random.default_rng(0).integers(0, 256, (16, 24, 3), np.uint8)
-    for labeller in (TokenLabeller(tuple(tokens), named_only=False), WordLabeller(named_only=False, margin=0.0)):
+    for labeller in (
+        TokenLabeller(tuple(tokens), named_only=False),
+        WordLabeller(STREET_WORDS, named_only=False, margin=0.0),
+    ):
         edges = dataclasses.replace(labeller, edge_aware=True)
         assert edges.settings != labeller.settings
         if isinstance(labeller, TokenLabeller):
@@ -174,7 +178,7 @@ def test_words_are_read_without_a_mask(sd1_pipe):
         ({"margin": 2}, "margin"),
     ):
         with pytest.raises(ValueError, match=message):
-            WordLabeller(**options)
+            WordLabeller(**({"words": STREET_WORDS} | options))
     with pytest.raises(TypeError, match="record"):
         labeller(IMAGE, None, "")
 

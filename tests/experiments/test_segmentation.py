@@ -8,9 +8,8 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from daamlib import datasets
 from daamlib.datasets import export
-from daamlib.experiments.segmentation import (
+from daamlib_lab.experiments.segmentation import (
     Labelled,
     augment,
     evaluate,
@@ -21,6 +20,7 @@ from daamlib.experiments.segmentation import (
     segmentation_loss,
     train,
 )
+from daamlib_lab.urban.dataset import render_dataset
 
 CLASSES = ("background", "left", "right")
 
@@ -44,7 +44,7 @@ def exported(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CI", "true")
         folder = tmp_path_factory.mktemp("scenes")
-        scenes = datasets.render(folder / "set", 2)
+        scenes = render_dataset(folder / "set", 2)
         return scenes, export.cityscapes(scenes, folder / "out", split="val", classes=("car", "person"))
 
 

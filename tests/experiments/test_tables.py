@@ -8,10 +8,12 @@ import pytest
 import torch
 
 import daamlib
-from daamlib import HeatMaps, experiments, metrics
-from daamlib.experiments import tables
-from daamlib.experiments.tables import Example
-from daamlib.tokens.label_maps import STREET_WORDS, text_of
+from daamlib import HeatMaps, metrics
+from daamlib.tokens.label_maps import text_of
+from daamlib_lab import experiments
+from daamlib_lab.experiments import tables
+from daamlib_lab.experiments.tables import Example
+from daamlib_lab.urban.captions import STREET_WORDS
 
 CLASSES = ("car", "tree")
 

@@ -17,13 +17,13 @@ import torch
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from papermill.exceptions import PapermillExecutionError
 
-from daamlib.runs import find_notebooks, main, timing, write_metrics
+from daamlib_lab.runs import find_notebooks, main, timing, write_metrics
 
 PARAMETERS = """MODEL = None  # the model
 DEVICE = None  # cpu or cuda
 SEED = 0  # the seed
 OUTPUT_DIR = 'outputs'  # where results go"""
-METRICS = """from daamlib.runs import write_metrics
+METRICS = """from daamlib_lab.runs import write_metrics
 write_metrics(OUTPUT_DIR, {"seed": SEED, "nested": {"half": 0.5}})"""
 
 
@@ -68,7 +68,7 @@ def without_kernels(monkeypatch):
             except ValueError as error:
                 raise PapermillExecutionError(number, number, source, "ValueError", str(error), []) from error
 
-    monkeypatch.setattr("daamlib.runs.run.papermill.execute_notebook", execute)
+    monkeypatch.setattr("daamlib_lab.runs.run.papermill.execute_notebook", execute)
 
 
 def printed(path):
@@ -78,7 +78,7 @@ def printed(path):
 
 def test_metrics_and_reports_of_a_run_are_gathered(tmp_path, launch, monkeypatch, capfd):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr("daamlib.runs.run._cores", lambda: 6)
+    monkeypatch.setattr("daamlib_lab.runs.run._cores", lambda: 6)
     where = "import os, sys\nprint(sys.executable, MODEL, os.environ['OMP_NUM_THREADS'], os.getcwd())"
     write_notebook(tmp_path / "notebooks/00_one.ipynb", where, METRICS)
     write_notebook(tmp_path / "notebooks/01_two.ipynb", "1 / 0", METRICS)
@@ -104,7 +104,7 @@ def test_metrics_and_reports_of_a_run_are_gathered(tmp_path, launch, monkeypatch
     assert "[IPKernelApp] WARNING" not in error  # such as one of every kernel that it listens to the network
 
 
-HEADLINE = """from daamlib.runs import write_metrics
+HEADLINE = """from daamlib_lab.runs import write_metrics
 metrics = {"best": {"car, DAAM": 1 / 3, "tree": 0.5}, "images": 12000, "verdict": "holds"}
 tables = {"mIoU (%)": {"thesis": {"DAAM": "53.2", "LDAAM": "38.3"}, "here": {"DAAM": "7.0"}}}
 write_metrics(OUTPUT_DIR, metrics, headline=["best.car, DAAM", "images", "verdict"], tables=tables)"""
@@ -156,7 +156,7 @@ def test_metrics_written_by_other_means_have_no_headline(tmp_path, launch, capsy
 
 
 def test_an_installed_package_says_where_the_notebooks_are(monkeypatch, capsys):
-    monkeypatch.setattr("daamlib.runs.run.CLONE", None)
+    monkeypatch.setattr("daamlib_lab.runs.run.CLONE", None)
     with pytest.raises(SystemExit):
         main([])
     assert "--notebooks-dir CLONE/notebooks" in capsys.readouterr().err
@@ -194,7 +194,7 @@ def test_so_many_run_at_a_time_as_asked_for_and_the_slowest_start_first(tmp_path
     "device, cuda, jobs", [("cpu", True, 5), ("cuda:1", True, 1), (None, True, 1), (None, False, 5)]
 )
 def test_a_gpu_runs_one_notebook_at_a_time(tmp_path, launch, monkeypatch, capsys, device, cuda, jobs):
-    monkeypatch.setattr("daamlib.runs.run._cores", lambda: 5)
+    monkeypatch.setattr("daamlib_lab.runs.run._cores", lambda: 5)
     monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a GPU")
     write_notebook(tmp_path / "notebooks/00_one.ipynb", METRICS)
@@ -209,7 +209,7 @@ def test_two_runs_in_one_second_have_a_folder_each(tmp_path, monkeypatch):
         def now(cls, zone):
             return datetime(2026, 1, 2, 3, 4, 5, tzinfo=zone)
 
-    monkeypatch.setattr("daamlib.runs.run.datetime", Now)
+    monkeypatch.setattr("daamlib_lab.runs.run.datetime", Now)
     write_notebook(tmp_path / "notebooks/00_one.ipynb", METRICS)
     folders = ["--notebooks-dir", str(tmp_path / "notebooks"), "--runs-dir", str(tmp_path / "runs")]
     assert [main(folders), main(folders)] == [0, 0]
@@ -224,7 +224,7 @@ def test_ctrl_c_stops_all_and_keeps_what_is_done(tmp_path):
     for name, of_notebook in cells.items():
         write_notebook(tmp_path / f"notebooks/{name}.ipynb", *of_notebook)
     folders = ["--notebooks-dir", tmp_path / "notebooks", "--runs-dir", tmp_path / "runs"]
-    command = [sys.executable, "-m", "daamlib.runs", "--jobs", "2", "--device", "cpu", *folders]
+    command = [sys.executable, "-m", "daamlib_lab.runs", "--jobs", "2", "--device", "cpu", *folders]
     run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while len(pids := list(tmp_path.glob("runs/*/0?_long/pid"))) < 2 and run.poll() is None:
         time.sleep(0.1)

@@ -13,13 +13,13 @@ from daamlib.attention.heatmaps import upsample
 from daamlib.tokens.guided import guided_upsample
 from daamlib.tokens.label_maps import (
     SHARPNESS,
-    STREET_WORDS,
     assign_labels,
     check_tokens,
     text_of,
     token_probabilities,
     word_probabilities,
 )
+from daamlib_lab.urban.captions import STREET_WORDS
 
 CAR, PERSON, TREE = 26, 24, 21
 WORDS = {"car": "car", "person": "a red person", "vegetation": "trees"}
@@ -176,13 +176,13 @@ def test_what_label_maps_of_tokens_may_hold(record, tokens):
 
 
 def test_label_maps_of_words(record):
-    found = label_map(record, margin=0)
-    expected = word_probabilities(record).values.argmax(dim=0)
+    found = label_map(record, STREET_WORDS, margin=0)
+    expected = word_probabilities(record, STREET_WORDS).values.argmax(dim=0)
     assert {*np.unique(found)} <= {26, 24, 19, 25, 11, 7, 8, 23, 21}
     order = [26, 24, 19, 25, 11, 7, 8, 23, 21]
     assert np.array_equal(found, np.array(order, np.uint8)[expected.cpu().numpy()])
-    assert (label_map(record, margin=0.2) == 255).any()
-    assert {*np.unique(label_map(record, margin=0, names=["sky", "road"]))} == {23, 7}
+    assert (label_map(record, STREET_WORDS, margin=0.2) == 255).any()
+    assert {*np.unique(label_map(record, STREET_WORDS, margin=0, names=["sky", "road"]))} == {23, 7}
     assert (label_map(record, names=[]) == 255).all()
 
 
@@ -214,7 +214,7 @@ def test_label_maps_follow_the_edges_of_their_image(record, tokens):
 def test_what_cannot_be_read(record, tokens):
     bare = dataclasses.replace(record, self_attention=None)
     with pytest.raises(ValueError, match="self_attention"):
-        label_map(bare)
+        label_map(bare, STREET_WORDS)
     assert label_map(bare, iterations=0).shape == record.grid
     for classes, message in (
         ({"car": "car"}, "two"),

@@ -11,11 +11,11 @@ from torchmetrics.classification import MulticlassConfusionMatrix, MulticlassJac
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
 from daamlib.cityscapes import BY_NAME
-from daamlib.urban.annotator import CLASSES, IDS, annotate, load_annotator
-from daamlib.urban.scenes import render
-from daamlib.urban.training.annotator import augment, class_ious, main, new_annotator, segmentation_loss, to_channels
-from daamlib.urban.training.data import render_scenes
-from daamlib.urban.training.networks import new_vae
+from daamlib_lab.urban.annotator import CLASSES, IDS, annotate, load_annotator
+from daamlib_lab.urban.scenes import render
+from training.annotator import augment, class_ious, main, new_annotator, segmentation_loss, to_channels
+from training.data import render_scenes
+from training.networks import new_vae
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,11 @@ from PIL import Image
 
 from daamlib.cityscapes import BY_NAME
 from daamlib.datasets import MIN_AREA
-from daamlib.urban.captions import TIMES, caption
-from daamlib.urban.scenes import HELD_OUT, KINDS, Thing, render
-from daamlib.urban.training import evaluate, networks, words
-from daamlib.urban.training.annotator import new_annotator
-from daamlib.urban.training.evaluate import (
+from daamlib_lab.urban.captions import TIMES, caption
+from daamlib_lab.urban.scenes import HELD_OUT, KINDS, Thing, render
+from training import evaluate, networks, words
+from training.annotator import new_annotator
+from training.evaluate import (
     PROMPTS,
     TEMPLATES,
     count_hits,

@@ -10,8 +10,9 @@ import daamlib
 from daamlib import datasets
 from daamlib.cityscapes import BY_NAME
 from daamlib.datasets.generation import draw
-from daamlib.urban.annotator import annotate, load_annotator
-from daamlib.urban.training import sample
+from daamlib_lab.urban.annotator import annotate, load_annotator
+from daamlib_lab.urban.scenes import KINDS
+from training import sample
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,7 @@ def dataset():
 def test_it_holds_images_labels_and_prompts_of_every_class(dataset):
     assert len(dataset) == 24
     assert dataset.settings["prompts"] == datasets.urban_prompts(24)
-    for name in datasets.CLASSES:
+    for name in KINDS:
         assert len(dataset.with_class(name)) >= 3
     image, labels = dataset.image(0), dataset.labels(0)
     assert image.mode == "RGB" and labels.shape == image.size[::-1] == (128, 128)
@@ -69,5 +70,5 @@ def test_the_command_makes_such_a_dataset(fresh, tmp_path, monkeypatch, capsys):
     sample.main()
     made = datasets.load(tmp_path / "made")
     assert len(made) == 4 and (tmp_path / "made" / "overlays.png").is_file()
-    assert made.settings["labels"] == ["daamlib.urban.annotator.annotate"]
+    assert made.settings["labels"] == ["daamlib_lab.urban.annotator.annotate"]
     assert "rider         named in 2 prompts, found in" in capsys.readouterr().out

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from daamlib.cityscapes import BY_ID, BY_NAME, LABELS, to_train_ids
-from daamlib.urban.captions import LONGEST, caption
-from daamlib.urban.scenes import KINDS, main, render
+from daamlib_lab.urban.captions import LONGEST, caption
+from daamlib_lab.urban.scenes import KINDS, main, render
 
 SEEDS = range(60)
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from daamlib.pipeline import BUNDLED
-from daamlib.urban.training import networks, run, train, trainer
+from training import networks, run, train, trainer
 
 
 def call(main, *arguments):

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from daamlib.cityscapes import BY_NAME
-from daamlib.urban import wide
-from daamlib.urban.backdrop import STUFF
-from daamlib.urban.captions import LONGEST, wide_caption
-from daamlib.urban.scenes import KINDS, SIZE, Canvas, main, render
+from daamlib_lab.urban import wide
+from daamlib_lab.urban.backdrop import STUFF
+from daamlib_lab.urban.captions import LONGEST, wide_caption
+from daamlib_lab.urban.scenes import KINDS, SIZE, Canvas, main, render
 
 # word -> Cityscapes class
 CLASS = {"sky": "sky", "buildings": "building", "trees": "vegetation", "a tree": "vegetation", "hills": "terrain"}

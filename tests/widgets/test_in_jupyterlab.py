@@ -23,7 +23,7 @@ from PIL import Image
 
 from daamlib import metrics
 from daamlib.cityscapes import BY_NAME
-from daamlib.urban.scenes import HELD_OUT, render
+from daamlib_lab.urban.scenes import HELD_OUT, render
 
 CAR, PERSON = BY_NAME["car"].id, BY_NAME["person"].id
 PROMPT = "a red car and a person in an urban environment"
@@ -31,9 +31,9 @@ CELLS = [
     # where it looks at a word of the prompt, with the labels of the bundled annotator as the truth
     f"""import json, torch, daamlib
 from daamlib.datasets import MIN_AREA
-from daamlib.urban.annotator import annotate as label_images, load_annotator
-from daamlib.urban.scenes import HELD_OUT
-from daamlib.urban.scenes import render
+from daamlib_lab.urban.annotator import annotate as label_images, load_annotator
+from daamlib_lab.urban.scenes import HELD_OUT
+from daamlib_lab.urban.scenes import render
 from daamlib.widgets import annotate, explore
 import numpy as np
 torch.set_num_threads(1)

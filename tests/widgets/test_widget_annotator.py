@@ -14,11 +14,12 @@ from daamlib import datasets, metrics
 from daamlib.cityscapes import BY_ID, BY_NAME
 from daamlib.classes import VOC
 from daamlib.datasets import folder as files
-from daamlib.urban.scenes import HELD_OUT, render
 from daamlib.widgets import annotate
 from daamlib.widgets.annotator import HERE
 from daamlib.widgets.editor import UNDO, LabelEditor, grow, inside, region, stroke
 from daamlib.widgets.session import AnnotationSession
+from daamlib_lab.urban.dataset import render_dataset
+from daamlib_lab.urban.scenes import HELD_OUT, render
 
 CAR, PERSON = BY_NAME["car"].id, BY_NAME["person"].id
 SHAPE = 24, 32
@@ -369,7 +370,7 @@ def test_proposals_that_do_not_fit(folder, proposals, message):
 
 
 def test_the_masks_become_labels_of_a_dataset(tmp_path, folder):
-    rendered = datasets.render(tmp_path / "scenes", 3)
+    rendered = render_dataset(tmp_path / "scenes", 3)
     session = AnnotationSession(rendered, ["car", "traffic light"], folder)
     np.testing.assert_array_equal(session.image, np.array(rendered.image(0)))
     session.apply({"type": "go", "position": 2})
@@ -422,7 +423,7 @@ def test_any_classes(folder, tmp_path):
 
 
 def test_drawn_classes_become_those_of_the_dataset(tmp_path, folder):
-    rendered = datasets.render(tmp_path / "scenes", 2)
+    rendered = render_dataset(tmp_path / "scenes", 2)
     with pytest.raises(ValueError, match="other classes"):  # its label maps are of Cityscapes
         session = AnnotationSession(rendered, {"car": 1}, folder)
         session.apply(brush(value=1))

@@ -7,6 +7,18 @@ import numpy as np
 TIMES = {"day": "by day", "sunset": "at sunset", "night": "at night", "fog": "in the fog"}
 PLACES = ("an urban environment", "a city street", "a street", "a city")
 RARE = {"car": "vehicle", "person": "pedestrian", "traffic light": "stop light", "rider": "cyclist"}
+# class -> the word that stands for it; the surroundings take part, so that no thing need claim what is not its own
+STREET_WORDS = {
+    "car": "car",
+    "person": "person",
+    "traffic light": "traffic light",
+    "rider": "rider",
+    "building": "buildings",
+    "road": "road",
+    "sidewalk": "sidewalk",
+    "sky": "sky",
+    "vegetation": "trees",
+}
 LONGEST = 29  # words and commas of a caption: with start and end token they fit a context of 32 tokens
 
 

@@ -1,13 +1,13 @@
 """Train `urban-tiny` from scratch, in stages that each continue where they were stopped.
 
-    python -m daamlib.urban.training.train data       # render the scenes (seeds 0 ... N-1) and train the tokenizer
-    python -m daamlib.urban.training.train vae --samples 100000    # the autoencoder
-    python -m daamlib.urban.training.train latents --size 64       # encode every scene once; then the same with 128
-    python -m daamlib.urban.training.train unet --size 64  --samples 300000   # U-Net and text encoder, jointly
-    python -m daamlib.urban.training.train unet --size 128 --samples 400000   # the same networks, continued
-    python -m daamlib.urban.training.train export     # write the Stable Diffusion folder in float16
+    python -m training.train data       # render the scenes (seeds 0 ... N-1) and train the tokenizer
+    python -m training.train vae --samples 100000    # the autoencoder
+    python -m training.train latents --size 64       # encode every scene once; then the same with 128
+    python -m training.train unet --size 64  --samples 300000   # U-Net and text encoder, jointly
+    python -m training.train unet --size 128 --samples 400000   # the same networks, continued
+    python -m training.train export     # write the Stable Diffusion folder in float16
 
-    python -m daamlib.urban.training.train restore    # instead: checkpoints from that folder, to train it further
+    python -m training.train restore    # instead: checkpoints from that folder, to train it further
 
 After `data --world wide` in a new work folder, `restore` lets that model go on in another world: it keeps the tokenizer
 of the world's captions, and the tokens that the model knew keep their embeddings but for those of `--forget`.
@@ -18,7 +18,7 @@ of the world's captions, and the tokens that the model knew keep their embedding
 `--samples` counts from the very beginning of a stage's network, so the second `unet` line trains 100,000 samples at
 128 px; `--minutes` counts from the beginning of the command. Checkpoints go to `--work` every few minutes; a stopped
 command is simply given again. On a CPU use one process per core (`--processes 2`); on a GPU one process and a larger
-`--batch`. `python -m daamlib.urban.training.run` does all stages within some minutes.
+`--batch`. `python -m training.run` does all stages within some minutes.
 """
 
 import argparse
@@ -36,7 +36,8 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from ..scenes import WORLDS, to_tensor
+from daamlib_lab.urban.scenes import WORLDS, to_tensor
+
 from . import networks
 from .data import encode_latents, render_scenes
 from .trainer import Trainer, add_options, launch
@@ -302,7 +303,7 @@ STAGES = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line and run one stage."""
     parser = argparse.ArgumentParser(
-        prog="python -m daamlib.urban.training.train",
+        prog="python -m training.train",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -4,7 +4,7 @@ The scene is laid out in fractions of the image's side and drawn at three times 
 same scene at every size. The image is averaged down; the label map is never anti-aliased: it takes the centre
 of each 3 x 3 cell. Shading is smooth and there is no noise, which an autoencoder could only blur.
 
-Deviation from Cityscapes: `rider` (25) is the person AND the bicycle, wheels as filled discs (see `labels`).
+Deviation from Cityscapes: `rider` (25) is the person AND the bicycle, wheels as filled discs.
 """
 
 import argparse
@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from ..cityscapes import BY_NAME, COLOURS
+from daamlib.cityscapes import BY_NAME, COLOURS, MIN_AREA, label_id
+
 from . import objects as ob
 from .backdrop import LABEL, SKIES, STUFF, backdrop, toner
-from .captions import TIMES, caption, wide_caption
+from .captions import TIMES, caption, join_words, wide_caption
 from .wide import GROUNDS, place
 
 KINDS = ("car", "person", "traffic light", "rider")
@@ -245,6 +246,19 @@ def render(seed: int, size: int = SIZE, world: str = "street") -> Scene:
     return replace(scene, caption=scene.say(0))  # the first of those it is trained with
 
 
+def scene_prompt(ids: np.ndarray) -> str:
+    """Return the short prompt of a rendered scene, which names the `KINDS` that cover `MIN_AREA` of its label map.
+
+    Args:
+        ids: (H, W) Cityscapes ids.
+
+    Returns:
+        Such as "a car and a rider in an urban environment", or "an urban environment".
+    """
+    seen = [f"a {name}" for name in KINDS if (ids == label_id(name)).mean() >= MIN_AREA]
+    return f"{join_words(seen)} in an urban environment" if seen else "an urban environment"
+
+
 def to_tensor(images: np.ndarray | torch.Tensor, size: int = SIZE) -> torch.Tensor:
     """Images as the networks take them.
 
@@ -267,7 +281,7 @@ def contact_sheet(tiles: Sequence[np.ndarray], columns: int) -> Image.Image:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write a contact sheet: `python -m daamlib.urban.scenes --out sheet.png --n 40 [--labels] [--captions]`."""
+    """Write a contact sheet: `python -m daamlib_lab.urban.scenes --out sheet.png --n 40 [--labels] [--captions]`."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--out", type=Path, required=True, help="the PNG to write")
     parser.add_argument("--n", type=int, default=40, help="number of scenes")

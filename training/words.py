@@ -10,14 +10,15 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
-from ... import metrics
-from ...attention.heatmaps import HeatMaps
-from ...attention.record import AttentionRecord
-from ...cityscapes import BY_NAME
-from ...tokens.label_maps import STREET_WORDS, label_map, text_of
-from ...tokens.optimize import optimize_token
-from ...tracing import trace_image
-from ..scenes import KINDS, SIZE, render
+from daamlib import metrics
+from daamlib.attention.heatmaps import HeatMaps
+from daamlib.attention.record import AttentionRecord
+from daamlib.cityscapes import BY_NAME
+from daamlib.tokens.label_maps import label_map, text_of
+from daamlib.tokens.optimize import optimize_token
+from daamlib.tracing import trace_image
+from daamlib_lab.urban.captions import STREET_WORDS
+from daamlib_lab.urban.scenes import KINDS, SIZE, render
 
 TIMESTEPS = (20, 100, 200, 300)  # noise levels at which a scene is read as a real image
 MIN_SHARE = 0.01  # a class is shown where it covers this part of the scene

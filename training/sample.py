@@ -1,4 +1,4 @@
-"""Make the small dataset of generated images that the repository holds: `python -m daamlib.urban.training.sample`.
+"""Make the small dataset of generated images that the repository holds: `python -m training.sample`.
 
 24 images of the bundled model, labelled by the annotator, and a sheet of the images under their labels.
 """
@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ... import datasets
-from ...cityscapes import overlay
-from ...pipeline import load_pipeline
-from ...resources import bundled
-from ..annotator import labels_for
-from ..scenes import contact_sheet
+from daamlib import datasets
+from daamlib.cityscapes import overlay
+from daamlib.pipeline import load_pipeline
+from daamlib.resources import bundled
+from daamlib_lab.urban.annotator import labels_for
+from daamlib_lab.urban.scenes import KINDS, contact_sheet
 
 FOLDER = bundled("urban-sample")
 
@@ -29,7 +29,7 @@ def sheet(dataset: datasets.Dataset, *, columns: int = 8) -> Image.Image:
 
 def main() -> None:
     """Read the command line, generate, label, write the sheet, print what was found."""
-    parser = argparse.ArgumentParser(prog="python -m daamlib.urban.training.sample", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m training.sample", description=__doc__)
     parser.add_argument("--out", type=Path, default=FOLDER, help="a new folder, or one to go on in")
     parser.add_argument("--images", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
@@ -39,7 +39,7 @@ def main() -> None:
     labeller = datasets.AnnotatorLabeller(labels_for(pipe, any_model=True))
     dataset = datasets.generate(pipe, prompts, args.out, seed=args.seed, labeller=labeller)
     sheet(dataset).save(args.out / "overlays.png", optimize=True)
-    for name in datasets.CLASSES:
+    for name in KINDS:
         named = sum(name in prompt for prompt in prompts)
         print(f"{name:13} named in {named} prompts, found in {len(dataset.with_class(name))} of their images")
 

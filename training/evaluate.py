@@ -1,7 +1,7 @@
 """Measure the bundled model: reconstructions, samples, whether it draws what it is asked for, its words, time.
 
-    python -m daamlib.urban.training.evaluate --model data/urban-tiny                # everything
-    python -m daamlib.urban.training.evaluate --model data/urban-tiny --only words  # or psnr, sheet, hits, time, street
+    python -m training.evaluate --model data/urban-tiny                # everything
+    python -m training.evaluate --model data/urban-tiny --only words  # or psnr, sheet, hits, time, street
 
 Writes `metrics.json` (parts that were not measured again keep their numbers) and `samples.png` to `--out`. The
 float16 weights that ship are run in float32, as a CPU has to.
@@ -23,10 +23,11 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
-from ...cityscapes import BY_NAME, MIN_AREA
-from ...pipeline import generators
-from ..annotator import annotate, load_annotator
-from ..scenes import HELD_OUT, KINDS, SIZE, WORLDS, render, to_tensor
+from daamlib.cityscapes import BY_NAME, MIN_AREA
+from daamlib.pipeline import generators
+from daamlib_lab.urban.annotator import annotate, load_annotator
+from daamlib_lab.urban.scenes import HELD_OUT, KINDS, SIZE, WORLDS, render, to_tensor
+
 from .words import measure_street, measure_words
 
 PARTS = ("psnr", "sheet", "hits", "words", "street", "time")
@@ -193,7 +194,7 @@ def folder_sizes(folder: Path) -> dict:
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line, measure, and write `metrics.json` and `samples.png`."""
     parser = argparse.ArgumentParser(
-        prog="python -m daamlib.urban.training.evaluate",
+        prog="python -m training.evaluate",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

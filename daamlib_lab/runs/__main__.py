@@ -1,4 +1,4 @@
-"""The command line, see `daamlib.runs.run`."""
+"""The command line, see `daamlib_lab.runs.run`."""
 
 import sys
 

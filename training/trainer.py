@@ -14,7 +14,7 @@ from accelerate.utils import broadcast
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ...io import atomic_write
+from daamlib.io import atomic_write
 
 
 def add_options(parser: argparse.ArgumentParser, **defaults) -> None:

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ...io import atomic_write
-from ..scenes import SIZE, render, to_tensor
+from daamlib.io import atomic_write
+from daamlib_lab.urban.scenes import SIZE, render, to_tensor
 
 CAPTIONS = 4  # of a scene
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ...pipeline import CHECK, check_values
+from daamlib.pipeline import CHECK, check_values
 
 TEXT_WIDTH = 128  # d_text: the width of the embeddings the U-Net attends to
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"

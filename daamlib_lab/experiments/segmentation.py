@@ -23,9 +23,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
-from ..cityscapes import IGNORED
-from ..extras import needs
-from ..pipeline import cpu_threads
+from daamlib.cityscapes import IGNORED
+from daamlib.extras import needs
+from daamlib.pipeline import cpu_threads
 
 with needs("experiments"):
     from torchmetrics.classification import MulticlassJaccardIndex

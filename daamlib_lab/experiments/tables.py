@@ -18,24 +18,27 @@ import torch
 from jaxtyping import Float
 from tqdm.auto import tqdm
 
-from .. import metrics
-from ..attention.heatmaps import HeatMaps
-from ..attention.record import AttentionRecord
-from ..extras import needs
-from ..resources import bundled
-from ..tokens.choose import choose_settings
-from ..tokens.label_maps import STREET_WORDS, text_of
-from ..tokens.optimize import optimize_token
-from ..tokens.token import OptimizedToken
-from ..tracing import trace_image
+from daamlib import metrics
+from daamlib.attention.heatmaps import HeatMaps
+from daamlib.attention.record import AttentionRecord
+from daamlib.extras import needs
+from daamlib.resources import bundled
+from daamlib.tokens.choose import choose_settings
+from daamlib.tokens.label_maps import text_of
+from daamlib.tokens.optimize import optimize_token
+from daamlib.tokens.token import OptimizedToken
+from daamlib.tracing import trace_image
+
+from ..urban.captions import STREET_WORDS
+from ..urban.scenes import KINDS as CLASSES
 
 with needs("experiments"):
     import pandas as pd
 
-    from ..datasets.dataset import CLASSES, Dataset
+    from daamlib.datasets.dataset import Dataset
 
 THESIS_TABLES = bundled("thesis_tables.csv")
-STORED_RUN = bundled("tables-200")  # the outputs of `python -m daamlib.runs --n-images 200 --steps 25 06`
+STORED_RUN = bundled("tables-200")  # the outputs of `python -m daamlib_lab.runs --n-images 200 --steps 25 06`
 TRAIN_IMAGES = (1, 2, 5)
 TEXT = "a {} in an urban environment"  # whose embeddings optimised DAAM fits
 COLUMNS = ["method", "optimised", "refined", "train_images", "class", "metric", "value", "low", "high"]

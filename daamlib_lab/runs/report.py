@@ -15,7 +15,8 @@ import pandas as pd
 import torch
 from nbconvert import MarkdownExporter
 
-from ..resources import CLONE
+from daamlib.resources import CLONE
+
 from .metrics import flatten
 
 # a notebook without its code, warnings and progress bars

@@ -1,4 +1,4 @@
-"""Which metrics of two runs differ by more than their tolerance: ``python -m daamlib.runs compare A B``."""
+"""Which metrics of two runs differ by more than their tolerance: ``python -m daamlib_lab.runs compare A B``."""
 
 import argparse
 import json
@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
         0 where there are none, 1 where there are some. A wrong choice ends the program with 2.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m daamlib.runs compare",
+        prog="python -m daamlib_lab.runs compare",
         description="Print which metrics of two runs differ by more than their tolerance. Durations never do, all "
         "others by default where they are 1 percent apart; what is no number has to be equal.",
     )

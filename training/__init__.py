@@ -1,6 +1,6 @@
 """How the bundled model and its annotator are made; nothing else in the package imports it."""
 
-from ...extras import needs
+from daamlib.extras import needs
 
 with needs("training"):
     import accelerate  # noqa: F401

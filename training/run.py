@@ -1,11 +1,11 @@
 """Train a model within some minutes, by one command: scenes, autoencoder, latents, denoiser, weights.
 
-    python -m daamlib.urban.training.run --minutes 9 --device cuda --out FOLDER
-    python -m daamlib.urban.training.run --minutes 9 --device cuda --out FOLDER --vae data/urban-tiny
+    python -m training.run --minutes 9 --device cuda --out FOLDER
+    python -m training.run --minutes 9 --device cuda --out FOLDER --vae data/urban-tiny
 
 It renders on all cores, computes in bfloat16 and writes a Stable Diffusion folder of float16 weights in files below
 16 MB. The minutes hold all of it but the loading of Python's packages. The same command goes on where it was stopped,
-or trains the denoiser for as many minutes more. The stages are those of `daamlib.urban.training.train`, in the same
+or trains the denoiser for as many minutes more. The stages are those of `training.train`, in the same
 `--work` folder.
 """
 
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line and train."""
     parser = argparse.ArgumentParser(
-        prog="python -m daamlib.urban.training.run",
+        prog="python -m training.run",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

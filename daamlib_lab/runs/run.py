@@ -1,6 +1,6 @@
-"""Run the notebooks headless and gather what they measured: ``python -m daamlib.runs``.
+"""Run the notebooks headless and gather what they measured: ``python -m daamlib_lab.runs``.
 
-``python -m daamlib.runs compare A B`` says which metrics of two runs differ.
+``python -m daamlib_lab.runs compare A B`` says which metrics of two runs differ.
 
 Every run writes one folder, ``papermill_runs/<UTC time>-<model>/``: the executed notebooks, a folder of
 outputs for each with its ``metrics.json``, the metrics of all of them, the environment, and a ``summary.md``.
@@ -31,7 +31,8 @@ from jupyter_client.kernelspec import NATIVE_KERNEL_NAME, KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from papermill.exceptions import PapermillException, PapermillExecutionError
 
-from ..resources import CLONE
+from daamlib.resources import CLONE
+
 from . import compare
 from .metrics import read_metrics
 from .report import Result, ending, environment, write_reports
@@ -239,7 +240,7 @@ def _positive(text: str) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m daamlib.runs",
+        prog="python -m daamlib_lab.runs",
         description="Run the notebooks headless. (`compare A B` instead: which metrics of two runs differ.)",
     )
     parser.add_argument("notebooks", nargs="*", metavar="NN", help="numbers of notebooks (default: all)")

@@ -15,11 +15,12 @@ from PIL import Image
 from torch.nn import functional as F
 from transformers import SegformerForSemanticSegmentation
 
-from ..attention.fingerprint import Fingerprint
-from ..attention.readers import fingerprint_of
-from ..cityscapes import BY_NAME
-from ..pipeline import load_pipeline, loading
-from ..resources import bundled
+from daamlib.attention.fingerprint import Fingerprint
+from daamlib.attention.readers import fingerprint_of
+from daamlib.cityscapes import BY_NAME
+from daamlib.pipeline import load_pipeline, loading
+from daamlib.resources import bundled
+
 from .scenes import to_tensor
 
 FOLDER = bundled("urban-tiny/annotator")
@@ -58,7 +59,7 @@ def load_annotator(
     """
     folder = Path(folder or FOLDER)
     if not (folder / "config.json").is_file():
-        raise ValueError(f"there is no annotator in {folder}: `python -m daamlib.urban.training.annotator` trains one")
+        raise ValueError(f"there is no annotator in {folder}: `python -m training.annotator` trains one")
     with loading(folder, exactly=True):
         model = SegformerForSemanticSegmentation.from_pretrained(folder, local_files_only=True).float()
     unknown = sorted(set(_names(model)) - set(BY_NAME))
@@ -101,7 +102,7 @@ def labels_for(pipe: DiffusionPipeline, *, any_model: bool = False) -> Callable[
 
     Args:
         pipe: the pipeline; the annotator computes where it does.
-        any_model: True for another model that draws the same streets, such as one of `daamlib.urban.training`.
+        any_model: True for another model that draws the same streets, such as one of `training`.
 
     Returns:
         A function from images (B, H, W, 3) uint8 to Cityscapes ids (B, H, W) uint8.

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .extras import needs
+from daamlib.extras import needs
 
 with needs("notebooks"):
     import matplotlib.pyplot as plt

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..io import atomic_write
+from daamlib.io import atomic_write
 
 
 def write_metrics(

@@ -1,10 +1,10 @@
 """Train the annotator on rendered scenes, whose labels are exact.
 
-    python -m daamlib.urban.training.annotator train --samples 30000   # continues where it was stopped
-    python -m daamlib.urban.training.annotator export                  # writes the averaged weights in float16
-    python -m daamlib.urban.training.annotator evaluate                # IoU of the exported weights on held-out scenes
+    python -m training.annotator train --samples 30000   # continues where it was stopped
+    python -m training.annotator export                  # writes the averaged weights in float16
+    python -m training.annotator evaluate                # IoU of the exported weights on held-out scenes
 
-The scenes are those of `python -m daamlib.urban.training.train data`.
+The scenes are those of `python -m training.train data`.
 """
 
 import argparse
@@ -19,8 +19,9 @@ from torch.nn import functional as F
 from torchmetrics.classification import MulticlassConfusionMatrix
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
-from ..annotator import CLASSES, FOLDER, IDS, annotate, load_annotator
-from ..scenes import HELD_OUT, SIZE, render, to_tensor
+from daamlib_lab.urban.annotator import CLASSES, FOLDER, IDS, annotate, load_annotator
+from daamlib_lab.urban.scenes import HELD_OUT, SIZE, render, to_tensor
+
 from .data import render_scenes
 from .train import begin
 from .trainer import Trainer, add_options, launch
@@ -181,7 +182,7 @@ def evaluate(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line and run one stage."""
     parser = argparse.ArgumentParser(
-        prog="python -m daamlib.urban.training.annotator",
+        prog="python -m training.annotator",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
