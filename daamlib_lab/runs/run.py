@@ -323,7 +323,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     run_dir = _new_folder(chosen.runs_dir.resolve(), parameters)
     jobs = _jobs(chosen.jobs, parameters)
     given = parameters or "as in the notebooks"
-    print(f"{len(notebooks)} notebooks, {jobs} at a time, parameters {given}, into {run_dir}", flush=True)
+    count = f"{len(notebooks)} notebook{'s' * (len(notebooks) > 1)}"
+    print(f"{count}, {jobs} at a time, parameters {given}, into {run_dir}", flush=True)
     results, stopped = _run(notebooks, parameters, run_dir, jobs)
     print("", ending(run_dir, results), sep="\n")
     return 130 if stopped else 0 if all(result.state == "passed" for result in results) else 1

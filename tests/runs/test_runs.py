@@ -199,7 +199,7 @@ def test_a_gpu_runs_one_notebook_at_a_time(tmp_path, launch, monkeypatch, capsys
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a GPU")
     write_notebook(tmp_path / "notebooks/00_one.ipynb", METRICS)
     assert launch(*(["--device", device] if device else []))[0] == 0
-    assert f"1 notebooks, {jobs} at a time" in capsys.readouterr().out
+    assert f"1 notebook, {jobs} at a time" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("without_kernels")
