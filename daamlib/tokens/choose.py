@@ -18,7 +18,7 @@ from .objective import Objective, loss_of
 from .optimize import token_objective
 from .solvers import newton
 
-ITERATIONS = 30  # of Newton's method in each fit; the comparison needs no more digits
+ITERATIONS, TOLERANCE = 30, 1e-6  # of Newton's method in each fit; the comparison needs no more digits
 WEIGHT_DECAYS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 STEPS = (0.75, 0.5, 0.25)  # parts of the passes, the least noisy ones
 PARTS = 5  # at most so many fits of each choice
@@ -79,10 +79,10 @@ def _objective(
 def _loss(objective: Objective, grids: Sequence[tuple[int, int]]) -> float:
     """The mean loss on the pixels that the fits have not seen."""
     sizes = [height * width for height, width in grids]
-    losses = []
+    losses, first = [], None
     for part in _parts(objective.targets, grids):
         fit, test = (_of_pixels(objective, pixels, sizes) for pixels in (~part, part))
-        x, bias, _, _ = newton(fit, ITERATIONS)
+        first = x, bias = newton(fit, ITERATIONS, tolerance=TOLERANCE, first=first)[:2]
         losses.append(replace(test, weight_decay=0.0)(x, bias).item())
     return sum(losses) / len(losses)
 

@@ -53,7 +53,14 @@ def solved(objective: Objective, solution: Solution) -> Fit:
     return Fit(x, fields)
 
 
-def newton(objective: Objective, iterations: int, max_bytes: int = NEWTON_BYTES) -> Solution:
+def newton(
+    objective: Objective,
+    iterations: int,
+    max_bytes: int = NEWTON_BYTES,
+    *,
+    tolerance: float = QUADRATIC,
+    first: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> Solution:
     """Newton's method with a backtracking line search for LDAAM with "bce": iteratively reweighted least squares.
 
     The unknowns are theta_k = (x_k / unit_k, b_k), the features of a pixel its row f of [A - mean, 1] with the weight
@@ -70,6 +77,8 @@ def newton(objective: Objective, iterations: int, max_bytes: int = NEWTON_BYTES)
         objective: Of LDAAM with the loss "bce".
         iterations: At most so many; 10 to 30 are usual.
         max_bytes: Of the Hessian and its factor.
+        tolerance: Of the Newton decrement, below which the fit ends.
+        first: The embeddings and the bias of a similar fit to begin with; None: those of the objective.
 
     Returns:
         The embeddings x, the (K, 1) bias, the (K, 1) scale, which is 1, and the objective before every iteration.
@@ -87,7 +96,8 @@ def newton(objective: Objective, iterations: int, max_bytes: int = NEWTON_BYTES)
         )
     features = objective.matrix - objective.matrix.mean(dim=0)
     features = torch.cat([features.T, features.new_ones(1, len(features))])  # (n, P)
-    theta = torch.cat([objective.start / objective.unit, objective.first_bias], dim=1)
+    x, bias = first or (objective.start, objective.first_bias)
+    theta = torch.cat([x / objective.unit, bias], dim=1)
 
     def value(theta: torch.Tensor) -> torch.Tensor:
         return objective(theta[:, :-1] * objective.unit, theta[:, -1:])
@@ -103,12 +113,12 @@ def newton(objective: Objective, iterations: int, max_bytes: int = NEWTON_BYTES)
             if objective.joint:  # a softmax does not see what all biases share
                 step[:, -1] -= step[:, -1].mean()
             decrement, length = (step * gradient).sum(), 1.0
-            while decrement > QUADRATIC and length > 1e-9:
+            while decrement > tolerance and length > 1e-9:
                 if value(theta - length * step) <= here - 0.25 * length * decrement:
                     break
                 length /= 2
             theta = theta - length * step
-        if not decrement > QUADRATIC:
+        if not decrement > tolerance:
             break
     theta = theta.detach()
     return theta[:, :-1] * objective.unit, theta[:, -1:], torch.ones_like(theta[:, -1:]), losses
