@@ -19,7 +19,7 @@ CORE, SEAM = ("attention", "tokens", "datasets", "widgets"), ("readers", "joint"
 FAMILY = re.compile(
     r"CLIP|(?i:(?<![a-z])(unet|t5|gpt2|gemma|qwen|flux|sana|pixart|audioldm|sdxl|sd[123]|(up|mid|down)_block))"
 )
-FLOORS = 6  # so many rooms stand on one another at most
+FLOORS = 7  # so many rooms stand on one another at most
 
 
 def module_name(path):
