@@ -1,5 +1,6 @@
 """The headless runner, on small notebooks of its own."""
 
+import functools
 import json
 import os
 import re
@@ -225,7 +226,10 @@ def test_ctrl_c_stops_all_and_keeps_what_is_done(tmp_path):
         write_notebook(tmp_path / f"notebooks/{name}.ipynb", *of_notebook)
     folders = ["--notebooks-dir", tmp_path / "notebooks", "--runs-dir", tmp_path / "runs"]
     command = [sys.executable, "-m", "daamlib_lab.runs", "--jobs", "2", "--device", "cpu", *folders]
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # a background job of a shell ignores SIGINT, and so would its children
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    run = subprocess.Popen(command, preexec_fn=heed, **pipes)
     while len(pids := list(tmp_path.glob("runs/*/0?_long/pid"))) < 2 and run.poll() is None:
         time.sleep(0.1)
     run.send_signal(signal.SIGINT)
