@@ -160,5 +160,10 @@ def overlay(
 
     Returns:
         (H, W, 3) uint8 pixels.
+
+    Raises:
+        ValueError: for a label map of another size.
     """
+    if labels.shape != (image.height, image.width):
+        raise ValueError(f"the label map has the shape {labels.shape}, the image {(image.height, image.width)}")
     return ((1 - opacity) * np.asarray(image) + opacity * colours[labels] + 0.5).astype(np.uint8)

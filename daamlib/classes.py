@@ -19,6 +19,7 @@ from PIL import ImageColor
 from .cityscapes import BY_NAME, IGNORED, LABELS
 
 RGB = tuple[int, int, int]
+ZERO = ("unlabeled", "background", "void", "none", "other")  # what the id 0 may be called
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,6 +174,9 @@ def _own(entries: Mapping[Any, Any]) -> ClassList:
             )
         ids[name] = int(number)
         colours[name] = _colour(colour, int(number))
+    zero = next((name for name, number in ids.items() if not number), ZERO[0])
+    if zero not in ZERO and len(ids) > 1:
+        raise ValueError(f"0 is none of the classes, not {zero!r}: number from 1, or name it {' or '.join(ZERO)}")
     if not any(ids.values()):
         raise ValueError("there is no class: give one or more, such as {'cat': 1, 'dog': 2}")
     if 0 not in ids.values():

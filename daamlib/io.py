@@ -22,6 +22,20 @@ def temporary_name(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def in_the_making(path: Path) -> bool:
+    """Whether a `temporary_name` is that of another process of this machine that runs."""
+    process = path.name.split(".")[-2]
+    if not process.isdigit() or int(process) in (1, os.getpid()) or os.name == "nt":  # 1: init, which writes none
+        return False  # and on Windows `kill` with 0 would end the process
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # of another user
+        pass
+    return True
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to; it becomes `path` on leaving, and is removed after an error."""
@@ -76,18 +90,21 @@ def load_tensors(path: str | Path, format: str) -> tuple[dict[str, torch.Tensor]
         raise _unreadable(path, format, error) from error
 
 
-def check_file(path: Path) -> None:
+def check_file(path: Path) -> dict[str, Any]:
     """Read the header of what `save_tensors` wrote.
 
     Args:
         path: Of the file.
+
+    Returns:
+        The header.
 
     Raises:
         ValueError: The file is cut, or of another program.
     """
     try:
         with safe_open(path, "pt") as file:
-            _header(file)
+            return dict(_header(file)["header"])
     except (SafetensorError, LookupError, TypeError, ValueError) as error:
         raise _unreadable(path, "daamlib", error) from error
 

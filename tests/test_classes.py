@@ -58,6 +58,7 @@ WRONG = {
     "mixed": (["car", "cat"], ValueError, r"'cat' is no Cityscapes label.*\{'car': 1, 'cat': 2\}"),
     "no pixels": (["license plate"], ValueError, "license plate"),
     "ignored": ({"cat": 255}, ValueError, "255"),
+    "from 0": ({"cat": 0, "dog": 1}, ValueError, "0 is none of the classes, not .cat"),
     "negative": ({"cat": -1}, ValueError, "-1"),
     "too many": ([f"class {i}" for i in range(255)], ValueError, "255"),
     "twice": ({"cat": 1, "dog": 1}, ValueError, "1 of 'dog'"),

@@ -1,7 +1,8 @@
 """One dataset of images with label maps, as it lies in its folder."""
 
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,16 +49,32 @@ class Dataset(torch.utils.data.Dataset):
     manifest: pd.DataFrame
     transform: Transform | None = None
 
+    def __post_init__(self) -> None:
+        if "index" not in self.manifest or list(self.manifest["index"]) != list(self.manifest.index):
+            raise ValueError("the manifest's index must be its column index: select rows, without reset_index")
+        if not self.manifest.index.is_unique:
+            raise ValueError("an image comes twice in the manifest: give a data loader a sampler instead")
+
     def __len__(self) -> int:
         return len(self.manifest)
 
     def __getitem__(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
-        i = self.indices[row]
+        i = int(self.manifest.index[files.whole_number("the row", row, -math.inf)])
         image, labels = np.array(self.image(i)), self.labels(i)
         if self.transform is not None:
-            image, labels = self.transform(image, labels)
+            image, labels = self._transformed(image, labels)
         pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
         return pixels.contiguous() / 255, torch.from_numpy(np.ascontiguousarray(labels)).long()
+
+    def _transformed(self, *pair: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What the transform returns. Raises ValueError unless it is an image and its label map, of one size."""
+        result = self.transform(*pair)
+        image, labels = map(np.asarray, result) if isinstance(result, Sequence) and len(result) == 2 else (None, None)
+        fits = image is not None and image.shape == (*labels.shape, 3) and labels.ndim == 2
+        if not fits or image.dtype != np.uint8 or not np.issubdtype(labels.dtype, np.integer):
+            got = "something else" if image is None else f"{image.shape} {image.dtype}, {labels.shape} {labels.dtype}"
+            raise ValueError(f"transform must return (H, W, 3) uint8 pixels and (H, W) integer ids of them, got {got}")
+        return image, labels
 
     @property
     def classes(self) -> ClassList:
@@ -81,7 +98,7 @@ class Dataset(torch.utils.data.Dataset):
 
     def path(self, part: str, i: int) -> Path:
         """Where the file of image `i` is or would be; part: "images", "labels" or "records". Raises IndexError."""
-        if i not in self.manifest.index:
+        if not isinstance(i, int | np.integer) or i not in self.manifest.index:
             raise IndexError(f"no image {i!r}: this dataset has {len(self)}, see the index of its manifest")
         return self.folder / files.file_name(part, i)
 
@@ -151,7 +168,9 @@ class Dataset(torch.utils.data.Dataset):
         path = self.path("records", i)
         if not path.is_file():
             raise ValueError(f"no record was kept of image {i} of {self.folder}: generate with keep_steps > 0")
-        return AttentionRecord.load(path, pipe=pipe)
+        record = AttentionRecord.load(path, pipe=pipe)
+        files.require_prompt(path, record.prompt, self.manifest.prompt[i])
+        return record
 
 
 _HOW_TO_LABEL = "generate again with a labeller, or use import_masks"

@@ -33,6 +33,7 @@ with needs("datasets"):
     from skimage.measure import label as connected
 
 CLASSES = "classes.json"
+DEVICES = ("CON", "PRN", "AUX", "NUL")  # of Windows
 BACKGROUND = 0  # of compact train ids
 
 
@@ -278,8 +279,9 @@ def _wanted(classes: Sequence[str] | None, min_pixels: int, table: ClassList) ->
     """The ids of some classes, None for all."""
     if isinstance(classes, str) or (classes is not None and not classes):
         raise ValueError(f"classes are names, one or more, got {classes!r}")
-    if min_pixels < 1:
-        raise ValueError(f"min_pixels must be 1 or more, got {min_pixels}")
+    files.whole_number("min_pixels", min_pixels, 1)
+    if 0 in (table.id(name) for name in classes or ()):
+        raise ValueError(f"{table.names[0]!r} is what is none of the classes: it has no pieces, leave it out")
     return None if classes is None else {table.id(name) for name in classes}
 
 
@@ -331,8 +333,11 @@ def _write_classes(path: Path, classes: dict[str, str]) -> None:
 
 def _check_names(separators: str, **names: str) -> None:
     for name, text in names.items():
-        if not text or set(text) & set("/\\" + separators) or text.startswith("."):
-            raise ValueError(f"{name} is part of the files' names, without {'/' + separators!r}, got {text!r}")
+        forbidden = "/\\" + separators + '<>:"|?*'  # some by Windows, to which a dataset may be copied
+        if not isinstance(text, str) or not text.isprintable() or set(text) & set(forbidden):
+            raise ValueError(f"{name} is part of the files' names, without {forbidden!r}, got {text!r}")
+        if text != text.strip(" .") or not text or text.split(".")[0].upper() in DEVICES:
+            raise ValueError(f"{name} is part of the files' names, got {text!r}: no file has this name on Windows")
 
 
 def _require_own(folder: Path, sources: Mapping[str, Path | None]) -> None:

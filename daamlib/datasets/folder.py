@@ -24,10 +24,11 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from ..classes import ClassList, class_list
 from ..extras import needs
-from ..io import atomic_write, check_file, temporary_name
+from ..io import atomic_write, check_file, in_the_making, temporary_name
 
 with needs("datasets"):
     import pandas as pd
@@ -39,7 +40,10 @@ SUFFIX = {"images": "png", "labels": "png", "records": "safetensors"}
 ROUNDING = ("batch_size", "device", "threads", "versions")
 COLUMNS = ("model", "weights", "scheduler", "steps", "guidance")  # of the manifest, as in the settings
 MOST_IMAGES = 10**7  # of a folder; more is a mistake
+BUSY = 60  # s after which nobody writes to the temporary file of an image
 STALE = 3600  # s after which a temporary file is nobody's
+MARK = "daamlib"  # the name of the text in a PNG that says of which image it is
+MASKS = "masks of "  # begins the source of label maps that a person drew
 PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 REPAIR = "Remove it and make the dataset again as before, or put the right file there"
 # dataset.json's keys that everything relies on, and their types
@@ -83,18 +87,35 @@ def write(path: Path, save: Callable[[Path], Any]) -> None:
         save(temporary)
 
 
-def write_png(path: Path, image: np.ndarray) -> None:
-    """Write (H, W, 3) uint8 pixels or (H, W) uint8 ids."""
-    write(path, lambda temporary: Image.fromarray(image).save(temporary, format="PNG"))
+def mark(settings: dict[str, Any], index: int) -> str | None:
+    """Return what the PNG files of an image say of its making, so that a file of another image is noticed.
+
+    Folders that were begun by older versions have none.
+    """
+    if not settings.get("marks"):
+        return None
+    made = [settings[name] for name in ("kind", "weights", "scheduler", "steps", "guidance")]
+    prompt = settings["prompts"][index] if "prompts" in settings else None
+    return short_hash([json.dumps([*made, index, image_seed(settings, index), prompt]).encode()])
+
+
+def write_png(path: Path, image: np.ndarray, mark: str | None = None) -> None:
+    """Write (H, W, 3) uint8 pixels or (H, W) uint8 ids, with the `mark` of its image."""
+    info = PngInfo()
+    if mark:
+        info.add_text(MARK, mark)
+    write(path, lambda temporary: Image.fromarray(image).save(temporary, format="PNG", pnginfo=info))
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Image.Image]:
-    """A picture. Raises ValueError, naming the file, where it is cut or no picture."""
+def opened(path: Path, formats: tuple[str, ...] = ("PNG",)) -> Iterator[Image.Image]:
+    """Open a picture. Raises ValueError, naming the file, where it is cut, no picture or of another format."""
     try:
         with Image.open(path) as image:
             if image.format == "PNG":
                 _require_end(path)
+            if formats and image.format not in formats:  # JPEG changes ids and pixels
+                raise ValueError(f"{path} is a {image.format} picture: expected PNG, whatever its name says")
             yield image
     except (OSError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # of the file system, which names the file
@@ -123,26 +144,41 @@ def read_image(path: Path) -> np.ndarray:
         return np.array(image)
 
 
-def read_labels(path: Path, classes: ClassList, size: tuple[int, int] | None = None) -> np.ndarray:
+def read_labels(
+    path: Path, classes: ClassList, size: tuple[int, int] | None = None, mark: str | None = None
+) -> np.ndarray:
     """(H, W) uint8 ids.
 
     Args:
         path: of a PNG.
         classes: whose ids they are, besides 255.
         size: (W, H) of the image, None: any.
+        mark: of the image, None: any.
 
     Returns:
         The ids, a new array.
 
     Raises:
-        ValueError: naming the file, where it is damaged, no label map, of another size, or has other ids.
+        ValueError: naming the file, where it is damaged, no label map, of another size or image, or has other ids.
     """
     with opened(path) as image:
         _require_mode(path, image, ("L", "P"), f"the {classes.name} id of each pixel")
         _require_size(path, image.size, size)
+        _require_mark(path, image, mark, optional=True)
+        bits = str(image.tile[0].args).partition(";")[2] if image.tile and image.mode == "L" else ""
+        if bits.isdigit():  # decoders multiply these by 255 / (2^bits - 1): an id of 1 would be read as 17 or 85
+            raise ValueError(f"{path} is a grey picture of {bits} bits a pixel: save the ids with 8 bits")
         ids = np.array(image)
     classes.check(ids, str(path))
     return ids
+
+
+def _require_mark(path: Path, image: Image.Image, expected: str | None, *, optional: bool) -> None:
+    """ValueError for the file of another image; `optional`: it may have no mark, as what a person has drawn."""
+    found = image.info.get(MARK)
+    if expected and found != expected and not (optional and found is None):
+        what = "was replaced, or saved anew by another program" if found is None else "is of another image"
+        raise ValueError(f"{path} {what}: the mark of its making is {found!r}, expected {expected!r}. {REPAIR}")
 
 
 def _require_mode(path: Path, image: Image.Image, modes: tuple[str, ...], what: str) -> None:
@@ -160,7 +196,8 @@ def _require_size(path: Path, found: tuple[int, int], size: tuple[int, int] | No
 def verify(folder: Path, settings: dict[str, Any], indices: Iterable[int]) -> None:
     """Read the images' files that are there.
 
-    An image's checksums are compared without decoding it; of a record only the header is read.
+    An image's checksums are compared without decoding it; of a record only the header is read. Each file must be of its
+    image: a label map that another program has saved may be of any.
 
     Args:
         folder: of the dataset.
@@ -169,7 +206,7 @@ def verify(folder: Path, settings: dict[str, Any], indices: Iterable[int]) -> No
 
     Raises:
         ValueError: naming the first file that is cut, no picture, of another size than the images of this dataset, or
-            has other ids than its classes.
+            has other ids than its classes, or is of another image.
     """
     size = (settings["size"][1], settings["size"][0]) if settings["size"] else None
     classes = class_list(settings.get("classes"))
@@ -180,11 +217,18 @@ def verify(folder: Path, settings: dict[str, Any], indices: Iterable[int]) -> No
                 _require_mode(paths["images"], image, ("RGB",), "RGB pixels")
                 _require_size(paths["images"], image.size, size)
                 size = image.size  # without one in the settings that of the first
+                _require_mark(paths["images"], image, mark(settings, i), optional=False)
                 image.verify()
         if paths["labels"].is_file():
-            read_labels(paths["labels"], classes, size)
+            read_labels(paths["labels"], classes, size, mark(settings, i))
         if settings["keep_steps"] and paths["records"].is_file():
-            check_file(paths["records"])
+            require_prompt(paths["records"], check_file(paths["records"]).get("prompt"), settings["prompts"][i])
+
+
+def require_prompt(path: Path, found: str | None, prompt: str) -> None:
+    """ValueError for a record of another prompt than its image has; embeddings have none."""
+    if found is not None and found != prompt:
+        raise ValueError(f"{path} is of another image: its prompt is {found!r}, expected {prompt!r}. {REPAIR}")
 
 
 def clean(folder: Path, mine: Container[int]) -> None:
@@ -192,14 +236,16 @@ def clean(folder: Path, mine: Container[int]) -> None:
     for path in [path for part in (".", *SUFFIX) for path in (folder / part).glob(".*.part")]:
         number = path.name[1:].split(".")[0]
         with suppress(FileNotFoundError):  # its process has just finished it
-            if (number.isdigit() and int(number) in mine) or path.stat().st_mtime < time.time() - STALE:
+            age = time.time() - path.stat().st_mtime
+            abandoned = number.isdigit() and int(number) in mine and (age > BUSY or not in_the_making(path))
+            if abandoned or age > STALE:
                 path.unlink()
 
 
 # -- settings ----------------------------------------------------------------------------------------------------
 
 
-def whole_number(name: str, value: Any, lowest: int, highest: float = float("inf")) -> int:
+def whole_number(name: str, value: Any, lowest: float, highest: float = float("inf")) -> int:
     """The value as an int. Raises TypeError unless it is a whole number, ValueError below or above the limits."""
     try:
         number = operator.index(value)
@@ -222,6 +268,7 @@ def common_settings(kind: str, n: int, seed: int, size: tuple[int, int] | None) 
         "size": size,
         **dict.fromkeys(("weights", "scheduler", "steps", "guidance", "keep_steps")),
         "batch_size": 1,
+        "marks": True,
         "labels": [],
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }
@@ -260,6 +307,8 @@ def compare(
     """
     # in this order: where another process has written an image, its settings were there before
     foreign = any(any((folder / part).glob("*")) for part in SUFFIX)
+    if missing(folder, drawn, indices):
+        _require_writable(folder)
     here = json.loads(json.dumps(settings))  # as they are read: tuples become lists
     if classes is not None and classes.stored() is not None:
         here["classes"] = classes.stored()
@@ -268,6 +317,10 @@ def compare(
             raise ValueError(f"{folder} holds files but no {SETTINGS}: it is no dataset to go on with, name another")
         return here
     there = read_settings(folder)
+    if "marks" not in there:
+        here.pop("marks", None)
+    if missing(folder, ["labels"], indices):
+        _require_one_labeller(folder, there, here)
     merged = _merged(there, here)
     _require_none_beyond(folder, there["images"])
     ignored = {"labels", "classes"} | (set() if missing(folder, drawn, indices) else set(ROUNDING))
@@ -313,6 +366,27 @@ def _merged(there: dict[str, Any], here: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def _require_writable(folder: Path) -> None:
+    """OSError, before hours of work, where no file can be written to the folder, which need not be there."""
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not place.is_dir():
+        raise NotADirectoryError(f"{place} is a file: name a folder for the dataset")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise PermissionError(f"{place} is read-only: make it writable, or name another folder for the dataset")
+
+
+def _require_one_labeller(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
+    """ValueError for a labeller that goes on with label maps of another one; masks of a person may stand among them."""
+    others = [source for source in there["labels"] if not source.startswith(MASKS)]
+    if here["labels"] and others and not set(here["labels"]) & set(others):
+        if any((folder / "labels").glob("[0-9]*.png")):
+            raise ValueError(
+                f"{folder} has label maps of {others[0]}, got the labeller {here['labels'][0]}: go on with that "
+                "one, or remove the folder labels to have all of them made anew"
+            )
+        there["labels"] = []
+
+
 def _require_none_beyond(folder: Path, n: int) -> None:
     """ValueError for numbered files of images that the dataset has not."""
     for path in [path for part in SUFFIX for path in (folder / part).glob(f"[0-9]*.{SUFFIX[part]}")]:
@@ -348,7 +422,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no dataset in {folder}: it has no {SETTINGS}")
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(path.read_text(encoding="utf-8-sig"))
         found = settings["format"]
     except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{path} is damaged, or of something else: {error!r}") from error
@@ -359,6 +433,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
     if not odd and settings["kind"] == "generated":
         prompts = settings.get("prompts")
         odd = [] if isinstance(prompts, list) and len(prompts) == settings["images"] else ["prompts"]
+    if not odd and settings["size"] is not None:
+        odd = [] if len(settings["size"]) == 2 and all(isinstance(s, int) for s in settings["size"]) else ["size"]
     if odd:
         raise ValueError(f"{path} is damaged or was edited: {odd[0]} is {settings.get(odd[0], 'missing')!r}"[:400])
     return settings

@@ -104,8 +104,10 @@ def generate(
             that are no numbers, a damaged file in the folder, and, naming the differences, a folder that was begun with
             other prompts, settings or weights.
     """
-    k, n = shard
-    if not 0 <= k < n:
+    if not isinstance(shard, Sequence) or len(shard) != 2:
+        raise TypeError(f"shard is (k, n) with 0 <= k < n, got {shard!r}")
+    k, n = (files.whole_number(f"each number of shard={shard}", number, 0) for number in shard)
+    if not k < n:
         raise ValueError(f"shard is (k, n) with 0 <= k < n, got {shard}")
     ours: dict[str, Any] = {"seed": seed, "steps": steps, "guidance": guidance, "size": size, "batch_size": batch_size}
     ours |= {"keep_steps": keep_steps, "self_attention": self_attention, "options": options}
@@ -231,10 +233,11 @@ class Generator:
             if kept is not None:
                 paths["records"].parent.mkdir(exist_ok=True)
                 kept.save(paths["records"])  # whole or not at all, too
+            mark = files.mark(self.settings, i)
             if labels is not None:
-                files.write_png(paths["labels"], labels)
+                files.write_png(paths["labels"], labels, mark)
             if "images" in lacking:
-                files.write_png(paths["images"], image)
+                files.write_png(paths["images"], image, mark)
             yield i
 
 
@@ -438,9 +441,13 @@ def _checked_options(pipe: Any, options: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_prompts(prompts: Sequence[str]) -> None:
     """TypeError or ValueError unless they are strings, one or more."""
-    if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+    one = isinstance(prompts, str) or not hasattr(prompts, "__len__")
+    if one or not all(isinstance(prompt, str) for prompt in prompts):
         raise TypeError("prompts must be a list of strings, one for each image: [prompt] * 4 makes four of one")
-    if not prompts:
+    for i, prompt in enumerate(prompts):
+        if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            raise ValueError(f"prompt {i}, {prompt!r}, has half of a surrogate pair, which no file can hold: remove it")
+    if not len(prompts):
         raise ValueError("there are no prompts: expected one or more")
     if len(prompts) > files.MOST_IMAGES:
         raise ValueError(f"{len(prompts):,} prompts are too many for a folder: at most {files.MOST_IMAGES:,}")

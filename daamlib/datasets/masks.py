@@ -1,8 +1,9 @@
 """Masks that a person drew, as label maps: a folder of PNGs, or a COCO JSON file."""
 
 import json
+import math
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from . import folder as files
 from .dataset import Dataset
 
 PROGRESS = "annotation.json"  # of the annotator, in the folder beside its labels
+ORIENTATION = 0x0112  # in EXIF, 1: upright
+SLACK = 1  # px by which a polygon may leave its image
 SAME = 8  # levels by which a resized copy of an image may differ from it on average
 
 
@@ -48,11 +51,12 @@ def import_masks(dataset: Dataset, source: str | Path, *, classes: Classes | Non
         image, name = dataset.image(i), dataset.path("images", i).name
         _require_same_image(source, name, image)
         masks[i] = _resized(ids, image.size, f"the mask of {name} in {source}")
-    files.add_label_source(dataset.folder, f"masks of {source.name}", table)
+    settings, noted = dataset.settings, f"{files.MASKS}{source.name}"
+    files.add_label_source(dataset.folder, noted, table)
     for i, ids in masks.items():
-        files.write_png(dataset.path("labels", i), ids)
-    if len(masks) == dataset.settings["images"]:
-        files.add_label_source(dataset.folder, f"masks of {source.name}", table, only=True)
+        files.write_png(dataset.path("labels", i), ids, files.mark(settings, i))
+    if len(masks) == settings["images"]:
+        files.add_label_source(dataset.folder, noted, table, only=True)
     return dataset
 
 
@@ -129,7 +133,9 @@ def _require_same_image(source: Path, name: str, image: Image.Image) -> None:
     path = beside / name
     if not path.is_file():
         return
-    with files.opened(path) as opened:
+    with files.opened(path, formats=()) as opened:
+        if opened.getexif().get(ORIENTATION, 1) != 1:
+            raise ValueError(f"{path} is shown turned (EXIF), so its mask may be turned: save the picture upright")
         drawn_on = opened.convert("RGB")
     levels = np.asarray(drawn_on.resize(image.size, Image.Resampling.BOX), float) - np.asarray(image, float)
     if levels.any() if drawn_on.size == image.size else np.abs(levels).mean() > SAME:
@@ -165,7 +171,8 @@ def _from_folder(folder: Path, numbers: Mapping[str, int], classes: ClassList) -
         raise ValueError(f"there are no masks in {folder}")
     masks = {}
     for path in paths:
-        masks[_number(path.name, numbers)] = files.read_labels(path, classes)
+        number = _number(path.name, numbers)
+        masks[number] = files.read_labels(path, classes)
     return masks
 
 
@@ -174,6 +181,7 @@ def _from_coco(coco: dict[str, Any], numbers: Mapping[str, int], classes: ClassL
 
     An image without any is left out: the file does not say whether anybody looked at it, unless `export.coco` wrote it.
     """
+    _require_once("two categories have the number", (category["id"] for category in coco["categories"]))
     names = {category["id"]: category["name"] for category in coco["categories"]}
     unknown = sorted(str(name) for name in names.values() if name not in classes.ids)
     if unknown:
@@ -184,22 +192,24 @@ def _from_coco(coco: dict[str, Any], numbers: Mapping[str, int], classes: ClassL
         )
     _require_once("two images have the number", (image["id"] for image in coco["images"]))
     images = {image["id"]: image for image in coco["images"]}
-    found = {key: _number(Path(image["file_name"]).name, numbers) for key, image in images.items()}
+    # of Windows' paths, too
+    found = {key: _number(PureWindowsPath(image["file_name"]).name, numbers) for key, image in images.items()}
+    shapes = {key: _shape(image) for key, image in images.items()}
     _require_once("two entries are of image number", found.values())
     masks: dict[int, np.ndarray] = {}
     if (coco.get("info") or {}).get("complete"):
-        masks = {found[key]: np.zeros((image["height"], image["width"]), np.uint8) for key, image in images.items()}
+        masks = {found[key]: np.zeros(shapes[key], np.uint8) for key in images}
     for annotation in coco["annotations"]:
-        key = annotation["image_id"]
-        shape = images[key]["height"], images[key]["width"]
-        where = _region(annotation["segmentation"], shape, f"annotation {annotation['id']}")
-        mask = masks.setdefault(found[key], np.zeros(shape, np.uint8))
-        mask[where] = classes.id(names[annotation["category_id"]])
+        key, category, what = annotation["image_id"], annotation["category_id"], f"annotation {annotation['id']}"
+        if key not in images or category not in names:
+            raise ValueError(f"{what} is of image {key!r} and category {category!r}, of which the file has no entry")
+        where = _region(annotation.get("segmentation"), shapes[key], what)
+        mask = masks.setdefault(found[key], np.zeros(shapes[key], np.uint8))
+        mask[where] = classes.id(names[category])
     for key, image in images.items():
         if "ignored" in image:
-            shape = image["height"], image["width"]
-            where = _region(image["ignored"], shape, f"what is ignored of image {key}")
-            masks.setdefault(found[key], np.zeros(shape, np.uint8))[where] = IGNORED
+            where = _region(image["ignored"], shapes[key], f"what is ignored of image {key}")
+            masks.setdefault(found[key], np.zeros(shapes[key], np.uint8))[where] = IGNORED
     if not masks:
         raise ValueError("it has no annotations")
     return masks
@@ -209,8 +219,16 @@ def _require_once(what: str, numbers: Iterable[Any]) -> None:
     seen: set[Any] = set()
     for number in numbers:
         if number in seen:
-            raise ValueError(f"{what} {number}: an image stands in the file once")
+            raise ValueError(f"{what} {number}: each stands in the file once")
         seen.add(number)
+
+
+def _shape(image: Mapping[str, Any]) -> tuple[int, int]:
+    """(H, W) of an entry of `images`."""
+    height, width = (files.whole_number(f"the {side} of an image", image[side], 1) for side in ("height", "width"))
+    if height * width > (Image.MAX_IMAGE_PIXELS or math.inf):
+        raise ValueError(f"{image['file_name']} has {height} x {width} pixels: no picture is so large")
+    return height, width
 
 
 def _region(segmentation: Any, shape: tuple[int, int], what: str) -> np.ndarray:
@@ -221,7 +239,9 @@ def _region(segmentation: Any, shape: tuple[int, int], what: str) -> np.ndarray:
         counts, size = segmentation["counts"], segmentation["size"]
         whole = tuple(size) == shape
         if whole and not isinstance(counts, str):
-            whole = min(counts) >= 0 and sum(counts) == shape[0] * shape[1]
+            whole = (
+                all(isinstance(count, int) and count >= 0 for count in counts) and sum(counts) == shape[0] * shape[1]
+            )
             segmentation = coco_mask.frPyObjects(segmentation, *shape) if whole else None
         region = coco_mask.decode(segmentation) if whole else None
         # pycocotools leaves the rest of the memory as it was where compressed run lengths are too few
@@ -231,6 +251,19 @@ def _region(segmentation: Any, shape: tuple[int, int], what: str) -> np.ndarray:
     if not segmentation:
         raise ValueError(f"{what} has no mask: a box alone is none")
     for points in segmentation:
-        if len(points) < 6 or len(points) % 2:
-            raise ValueError(f"{what} has a polygon of {len(points)} numbers: expected x, y of three points or more")
-    return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(segmentation, *shape))).astype(bool)
+        if not isinstance(points, list) or len(points) < 6 or len(points) % 2 or not all(map(_is_number, points)):
+            raise ValueError(f"{what} has the polygon {str(points)[:60]}: expected x, y, x, y ... of 3 points or more")
+        # pycocotools would cut it off at the border, or write beyond its memory
+        if min(points) < -SLACK or max(points[::2]) > shape[1] + SLACK or max(points[1::2]) > shape[0] + SLACK:
+            raise ValueError(
+                f"{what} has a polygon beyond the image, {shape[0]} x {shape[1]} (height x width): was it drawn on "
+                "another size of the image?"
+            )
+    region = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(segmentation, *shape))).astype(bool)
+    if not region.any():
+        raise ValueError(f"{what} covers no pixel: polygons are in pixels, not in shares of the image")
+    return region
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

@@ -27,8 +27,7 @@ def urban_prompts(n: int, *, seed: int = 0) -> list[str]:
         ValueError: for n < 1.
         FileNotFoundError: without the file.
     """
-    if not 1 <= n <= files.MOST_IMAGES:
-        raise ValueError(f"expected one prompt or more, at most {files.MOST_IMAGES:,}, got n={n}")
+    n = files.whole_number("the number of prompts, n,", n, 1, files.MOST_IMAGES)
     seed = files.whole_number("seed", seed, 0)
     if not PROMPTS.is_file():
         raise FileNotFoundError(f"the prompts are not at {PROMPTS}: install daamlib anew")

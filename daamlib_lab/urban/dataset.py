@@ -43,8 +43,8 @@ def render_dataset(
     files.clean(folder, range(n))
     for i in bar(files.missing(folder, parts, range(n)), "scenes"):
         scene = scenes.render(first_seed + i, size)
-        files.write_png(folder / files.file_name("labels", i), scene.labels)
-        files.write_png(folder / files.file_name("images", i), scene.image)
+        files.write_png(folder / files.file_name("labels", i), scene.labels, files.mark(settings, i))
+        files.write_png(folder / files.file_name("images", i), scene.image, files.mark(settings, i))
     prompts = [scenes.scene_prompt(files.read_png(folder / files.file_name("labels", i))) for i in range(n)]
     files.write_manifest(folder, settings, prompts)
     return load(folder)

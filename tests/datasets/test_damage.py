@@ -16,7 +16,7 @@ from small_sets import CAR, OPTIONS, PROMPTS, bright, contents, token_for, trace
 import daamlib
 from daamlib import datasets
 from daamlib.classes import VOC
-from daamlib.datasets import export
+from daamlib.datasets import export, generation
 from daamlib.datasets import folder as files
 from daamlib_lab.urban.dataset import render_dataset
 
@@ -272,6 +272,9 @@ REFUSED = {
     "three sides": ({"size": (16, 16, 16)}, "height and width"),
     "an odd size": ({"size": 7}, "multiple|divisible"),
     "a huge size": ({"size": 10**6}, "Pillow"),
+    "a shard": ({"shard": 3}, "shard is .k, n."),
+    "half a shard": ({"shard": (0.5, 1)}, "shard.* whole number"),
+    "half a letter": ({"prompts": ["\ud800"]}, "surrogate"),
     "a batch": ({"batch_size": 10**9}, "batch_size .*at most"),
     "guidance": ({"guidance": float("nan")}, "guidance"),
     "much guidance": ({"guidance": float("inf")}, "guidance"),
@@ -289,11 +292,11 @@ REFUSED = {
 
 @pytest.mark.parametrize(("change", "message"), REFUSED.values(), ids=REFUSED)
 def test_a_refused_call_leaves_nothing_in_the_way(sd1_pipe, tmp_path, change, message):
-    usual = {"steps": 1, "size": 16}
+    usual = {"prompts": ["a car"], "folder": tmp_path / "set", "steps": 1, "size": 16}
     with pytest.raises((ValueError, TypeError), match=message):
-        datasets.generate(sd1_pipe, ["a car"], tmp_path / "set", **{**usual, **change})
+        datasets.generate(sd1_pipe, **{**usual, **change})
     assert not list((tmp_path / "set").rglob("*"))
-    assert len(datasets.generate(sd1_pipe, ["a car"], tmp_path / "set", **usual)) == 1
+    assert len(datasets.generate(sd1_pipe, **usual)) == 1
 
 
 # -- the pipeline's own options, and more images -----------------------------------------------------------------
@@ -412,6 +415,104 @@ def test_pytorch_reads_a_dataset(whole):
     assert CAR in labels
     with pytest.raises(IndexError):
         few[2]
+    with pytest.raises(TypeError, match="whole number"):
+        few[0:2]
+    with pytest.raises(IndexError, match="no image 1.0"):
+        whole.image(1.0)
+
+
+TRANSFORMS = {
+    "another shape of one": lambda image, labels: (image[:8], labels),
+    "pixels in 0 ... 1": lambda image, labels: (image / 255, labels),
+    "channels first": lambda image, labels: (image.transpose(2, 0, 1), labels),
+    "blurred ids": lambda image, labels: (image, labels / 2),
+    "nothing": lambda image, labels: None,
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_a_transform_that_does_not_fit_is_refused(whole, transform):
+    with pytest.raises(ValueError, match="transform must return"):
+        dataclasses.replace(whole, transform=transform)[0]
+
+
+def test_rows_are_of_their_images(whole):
+    with pytest.raises(ValueError, match="reset_index"):
+        datasets.Dataset(whole.folder, whole.manifest.iloc[[3, 1]].reset_index(drop=True))
+    with pytest.raises(ValueError, match="twice"):
+        datasets.Dataset(whole.folder, whole.manifest.iloc[[3, 3]])
+
+
+# -- files of another image --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", ["images", "labels", "records"])
+def test_files_that_changed_places_are_named(copy, again, sd1_pipe, part):
+    first, second = (copy / files.file_name(part, i) for i in (1, 3))
+    content = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(content)
+    for call in (again, lambda: datasets.load(copy)):
+        with pytest.raises(ValueError, match=f"{first.name} is of another image"):
+            call()
+    if part == "records":
+        with pytest.raises(ValueError, match="of another image"):
+            datasets.load(copy, verify=False).record(1, sd1_pipe)
+
+
+def test_an_image_of_elsewhere_is_named(copy, sd1_pipe, tmp_path):
+    path = copy / "images" / "00001.png"
+    other = datasets.generate(sd1_pipe, PROMPTS[:2], tmp_path / "other", **{**OPTIONS, "seed": 4})
+    path.write_bytes(other.path("images", 1).read_bytes())
+    with pytest.raises(ValueError, match="00001.png is of another image"):
+        datasets.load(copy)
+    with Image.open(path) as image:
+        Image.fromarray(255 - np.asarray(image)).save(path)
+    with pytest.raises(ValueError, match="00001.png was replaced"):
+        datasets.load(copy)
+
+
+def test_a_label_map_of_another_program_and_a_folder_of_an_older_version_open(copy, again):
+    Image.fromarray(np.full((16, 24), CAR, np.uint8)).save(copy / "labels" / "00001.png")
+    assert (datasets.load(copy).labels(1) == CAR).all()
+    path = copy / "dataset.json"
+    settings = json.loads(path.read_text())
+    del settings["marks"]
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(settings).encode())  # as some editors save it
+    (copy / "images" / "00000.png").unlink()
+    assert len(again()) == 5
+    with Image.open(copy / "images" / "00000.png") as image:
+        assert not image.info
+
+
+# -- before work is lost -----------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_cannot_be_written_is_refused_at_once(sd1_pipe, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(generation, "draw", None)  # nothing may be drawn
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match="name a folder"):
+        datasets.generate(sd1_pipe, PROMPTS, tmp_path / "file", **OPTIONS)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(PermissionError, match="read-only"):
+        datasets.generate(sd1_pipe, PROMPTS, tmp_path / "new" / "set", **OPTIONS)
+    assert len(datasets.generate(sd1_pipe, PROMPTS, whole.folder, labeller=bright, **OPTIONS)) == 5  # all is there
+
+
+def dark(image, record, prompt):
+    return np.full(image.shape[:2], CAR, np.uint8)
+
+
+dark.store = None
+
+
+def test_another_labeller_does_not_go_on(copy, again):
+    (copy / "labels" / "00001.png").unlink()
+    with pytest.raises(ValueError, match="small_sets.bright, got the labeller test_damage.dark"):
+        again(labeller=dark)
+    shutil.rmtree(copy / "labels")
+    made = again(labeller=dark)
+    assert made.settings["labels"] == ["test_damage.dark"] and all((made.labels(i) == CAR).all() for i in range(5))
 
 
 def test_an_unlabelled_file_is_named(copy):

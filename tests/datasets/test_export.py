@@ -102,6 +102,9 @@ WRONG = {
     "a split": ({"split": "a/b"}, "split"),
     "a city": ({"city": "a_b"}, "city"),
     "a place": ({"city": ".."}, "city"),
+    "a drive": ({"city": "C:"}, "city"),
+    "a device": ({"split": "con"}, "Windows"),
+    "a number": ({"split": 5}, "split"),
 }
 
 
@@ -218,8 +221,10 @@ def test_wrong_arguments_for_coco(scenes, tmp_path):
         ({"classes": ["cat"]}, "cat"),
         ({"split": "../x"}, "split"),
         ({"min_pixels": 0}, "min_pixels"),
+        ({"min_pixels": float("nan")}, "min_pixels"),
+        ({"classes": ["car", "unlabeled"]}, "unlabeled.* none of the classes"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, TypeError), match=message):
             export.coco(scenes, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import weakref
 from pathlib import Path
 
@@ -233,6 +234,20 @@ def test_stale_temporary_files_of_the_folder_go_too(generated, sd1_pipe):
     os.utime(old, (0, 0))
     datasets.generate(sd1_pipe, PROMPTS[:3], generated.folder, steps=1, size=(16, 24))
     assert {path.name for path in generated.folder.glob(".*")} == {new.name, other.name}  # of processes at work
+
+
+def test_two_processes_make_one_image(generated, sd1_pipe):
+    """What another process is writing at the moment stays, though this one is to make the same image."""
+    expected = contents(generated.folder)
+    (generated.folder / "images" / "00001.png").unlink()
+    alive, dead = (generated.folder / "images" / f".00001.png.{pid}.part" for pid in (os.getppid(), 2**22 + 1))
+    for path in (alive, dead):
+        path.write_text("half")
+    datasets.generate(sd1_pipe, PROMPTS[:3], generated.folder, steps=1, size=(16, 24))
+    assert alive.exists() and not dead.exists()
+    os.utime(alive, (time.time() - 100,) * 2)  # nobody has written to it for long
+    datasets.generate(sd1_pipe, PROMPTS[:3], generated.folder, steps=1, size=(16, 24))
+    assert contents(generated.folder) == expected
 
 
 def test_a_lost_file_is_made_again(whole, sd1_pipe, tmp_path):

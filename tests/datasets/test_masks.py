@@ -2,6 +2,8 @@
 
 import functools
 import json
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from daamlib.datasets import folder as files
 
 
 def folder_of(path, **images):
-    path.mkdir()
+    path.mkdir(parents=True)
     for name, image in images.items():
         image.save(path / f"{name}.png")
     return path
@@ -47,6 +49,7 @@ WRONG_MASKS = {
     "colours": ({"00001": Image.new("RGB", (24, 16))}, "mode RGB"),
     "16 bits": ({"00001": Image.new("I;16", (24, 16))}, "mode I;16"),
     "other ids": ({"00001": Image.new("L", (24, 16), 99)}, "99"),
+    "another program's file": ({"00001.json": Image.new("L", (24, 16))}, "00001.json.* is not an image"),
     "nothing": ({}, "no masks"),
 }
 
@@ -271,8 +274,24 @@ WRONG_COCO = {
         coco((0, 1, TRIANGLE), images=[{"id": 10, "file_name": "dog.png", "height": 20, "width": 30}]),
         "dog.png",
     ),
-    "an image's number": (coco((0, 1, TRIANGLE), (7, 1, TRIANGLE)), "COCO"),
-    "a category's number": (coco((0, 3, TRIANGLE)), "COCO"),
+    "an image's number": (coco((0, 1, TRIANGLE), (7, 1, TRIANGLE)), "annotation 1 is of image 17"),
+    "a category's number": (coco((0, 3, TRIANGLE)), "category 3"),
+    "a category's number twice": (
+        coco((0, 1, TRIANGLE), categories=[{"id": 1, "name": "car"}, {"id": 1, "name": "person"}]),
+        "two categories",
+    ),
+    "shares of the image": (coco((0, 1, [box(0.1, 0.1, 0.4, 0.4)])), "covers no pixel"),
+    "of a larger image": (coco((0, 1, [box(5, 5, 300, 10)])), "beyond the image"),
+    "left of the image": (coco((0, 1, [box(-9, 5, 4, 10)])), "beyond the image"),
+    "beyond all numbers": (coco((0, 1, [[0, 0, float("inf"), 0, 4, 4]])), "polygon"),
+    "texts": (coco((0, 1, [["0", "0", "4", "0", "4", "4"]])), "polygon"),
+    "a flat list": (coco((0, 1, TRIANGLE[0])), "polygon"),
+    "half a pixel": (coco((0, 1, {"size": [20, 30], "counts": [0.5, 599.5]})), "run lengths"),
+    "a huge image": (
+        coco((0, 1, TRIANGLE), images=[{**coco()["images"][0], "width": 24_000_000, "height": 16_000_000}]),
+        "no picture is so large",
+    ),
+    "a negative size": (coco((0, 1, TRIANGLE), images=[{**coco()["images"][0], "width": -30}]), "width"),
     "a box": (coco((0, 1, TRIANGLE), (1, 1, [])), "annotation 1"),
     "two points": (coco((0, 1, [[0, 0, 4, 4]])), "polygon"),
     "another size": (coco((0, 1, {"size": [30, 20], "counts": [600]})), "run lengths"),
@@ -298,6 +317,34 @@ def test_wrong_coco_files(generated, tmp_path, content, message):
     with pytest.raises(ValueError, match=message):
         drawn(generated, tmp_path, content)
     assert contents(generated.folder) == before
+
+
+def test_lossy_and_scaled_ids_are_refused(generated, tmp_path):
+    source = folder_of(tmp_path / "drawn")
+    Image.new("L", (24, 16), CAR).save(source / "00000.png", format="JPEG")
+    with pytest.raises(ValueError, match="00000.png is a JPEG"):
+        datasets.import_masks(generated, source)
+    # a grey PNG of 4 bits, whose ids of 1 decoders show as 17, a pole
+    chunks = [b"IHDR" + struct.pack(">IIBBBBB", 24, 16, 4, 0, 0, 0, 0), b"IDAT" + zlib.compress(b"\0" + b"\x10" * 12)]
+    parts = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in (*chunks, b"IEND")]
+    (source / "00000.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    with pytest.raises(ValueError, match="4 bits"):
+        datasets.import_masks(generated, source)
+
+
+def test_a_picture_that_is_shown_turned_is_refused(generated, tmp_path):
+    source = folder_of(tmp_path / "drawn" / "labels", **{"00000": Image.new("L", (24, 16), CAR)})
+    (tmp_path / "drawn" / "images").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    generated.image(0).save(tmp_path / "drawn" / "images" / "00000.png", exif=exif)
+    with pytest.raises(ValueError, match="EXIF"):
+        datasets.import_masks(generated, source)
+
+
+def test_a_path_of_windows(large, tmp_path):
+    images = [{**coco()["images"][0], "file_name": "train\\00000.png"}]
+    assert drawn(large, tmp_path, coco((0, 1, TRIANGLE), images=images)).mask(0, "car").any()
 
 
 def test_a_file_that_is_no_json(generated, tmp_path):
