@@ -249,7 +249,7 @@ FITS = {
     "LDAAM without a word": {},
     "LDAAM, dice": {"word": "car", "loss": "dice"},
     "LDAAM, the thesis' loss": {"word": "car", "loss": "cross_entropy"},
-    "LDAAM, joint": {"word": ("car", "tree"), "joint": True},
+    "LDAAM, joint": {"word": ("car", "tree"), "multiclass": True},
     "LDAAM, background": {"word": ("car", "tree"), "background": True},
     "LDAAM of a word in a text": {"word": "car", "text": "a car and a tree"},
     "DAAM": {"method": "daam", "word": "car"},

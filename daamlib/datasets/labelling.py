@@ -246,6 +246,6 @@ def label_image(
 def _hash(token: OptimizedToken) -> str:
     """The `short_hash` of what a token's probabilities follow from."""
     parts: list[Any] = [token.method, token.words, token.rows, token.scale, token.bias]
-    parts += [token.info.get(name) for name in ("joint", "passes", "layers", "max_timestep")]
+    parts += [token.info.get(name) for name in ("multiclass", "passes", "layers", "max_timestep")]
     embedding = token.embedding.detach().cpu().float().contiguous()
     return short_hash([json.dumps(parts).encode(), embedding.numpy().tobytes()])

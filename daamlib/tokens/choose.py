@@ -41,7 +41,7 @@ def choose_settings(
         records: As for `optimize_token`; steps are chosen only of records that hold queries.
         masks: Likewise. Of one image, each class on both sides of a median line of the masks.
         weight_decays: To choose from.
-        **options: Of `optimize_token` as they will be: word, text, joint, background, seed.
+        **options: Of `optimize_token` as they will be: word, text, multiclass, background, seed.
 
     Returns:
         layers, max_timestep and weight_decay, as `optimize_token` takes them.
@@ -91,7 +91,7 @@ def _of_pixels(objective: Objective, pixels: Bool[torch.Tensor, " P"], sizes: Se
     """The same objective of some of the pixels alone."""
     weights = objective.weights * pixels
     weights = weights / weights.sum()
-    loss = loss_of("bce", objective.targets, weights, sizes, joint=objective.joint)
+    loss = loss_of("bce", objective.targets, weights, sizes, multiclass=objective.multiclass)
     return replace(objective, weights=weights, loss=loss)
 
 

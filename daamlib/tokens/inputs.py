@@ -56,7 +56,7 @@ def read_masks(
     masks: list,
     words: tuple[str, ...],
     *,
-    joint: bool,
+    multiclass: bool,
     background: str | None,
     kind: type = AttentionRecord,
 ) -> tuple[Masks, tuple[str, ...]]:
@@ -66,7 +66,7 @@ def read_masks(
         records: n images of one model.
         masks: n, each (H, W) or (K, H, W) boolean, of any size, but of the image's ratio of height and width.
         words: The names of the classes, or none.
-        joint: Whether each pixel belongs to one class at most.
+        multiclass: Whether each pixel belongs to one class at most.
         background: The name of a class more, the last, of the pixels of no class; None: without it.
         kind: Of the records.
 
@@ -93,9 +93,9 @@ def read_masks(
         wanted = f"{len(words)} words {list(words)}" if words else "one number of classes in all images"
         raise ValueError(f"the masks have {sorted(counts)} classes, expected {wanted}")
     count = len(grids[0])
-    if joint and not background and count == 1:
+    if multiclass and not background and count == 1:
         raise ValueError("a softmax needs two classes or more: give masks of several, or background=True")
-    if joint and any((grid.sum(dim=0) > 1).any() for grid in grids):
+    if multiclass and any((grid.sum(dim=0) > 1).any() for grid in grids):
         raise ValueError("masks overlap: a softmax between classes gives each pixel to one class")
     words = words or (tuple(f"class {k}" for k in range(count)) if count > 1 else ("token",))
     if background:

@@ -206,10 +206,10 @@ def check_tokens(tokens: Sequence[OptimizedToken]) -> tuple[str, ...]:
         raise ValueError(f"two tokens read {', '.join(twice)}: give one token a class")
     for token in tokens:
         require_calibrated(token)
-        if token.info.get("joint") and BACKGROUND not in token.words:
+        if token.info.get("multiclass") and BACKGROUND not in token.words:
             raise ValueError(
                 f"the token of {', '.join(token.words)} was fitted to tell its classes apart, not to tell them "
-                "from the rest of an image: use background=True, or joint=False"
+                "from the rest of an image: use background=True, or multiclass=False"
             )
     return tuple(classes)
 

@@ -40,7 +40,7 @@ class Objective:
         unit: The deviation of each map of x_0.
         centre: The mean of each map of x_0; None: of x, so that it does not fight the bias (LDAAM that is linear).
         weight_decay: w.
-        joint: Whether the loss has a softmax between the classes.
+        multiclass: Whether the loss has a softmax between the classes.
         words: The name of each of the K maps.
         rows: The rows of x that are averaged to each map.
     """
@@ -55,7 +55,7 @@ class Objective:
     unit: Float[torch.Tensor, "K 1"]
     centre: Float[torch.Tensor, "K 1"] | None
     weight_decay: float
-    joint: bool
+    multiclass: bool
     words: tuple[str, ...]
     rows: tuple[tuple[int, ...], ...]
 
@@ -166,7 +166,7 @@ def pixel_weights(sizes: Sequence[int]) -> Float[torch.Tensor, " P"]:
     return torch.cat([torch.full((size,), 1 / (size * len(sizes)), dtype=torch.float64) for size in sizes])
 
 
-def loss_of(kind: str, targets: torch.Tensor, weights: torch.Tensor, sizes: Sequence[int], *, joint: bool) -> Loss:
+def loss_of(kind: str, targets: torch.Tensor, weights: torch.Tensor, sizes: Sequence[int], *, multiclass: bool) -> Loss:
     """C of `Objective` against (K, P) targets, every class weighing the same; `optimize_token` says what kinds are."""
     sizes = list(sizes)
 
@@ -177,7 +177,7 @@ def loss_of(kind: str, targets: torch.Tensor, weights: torch.Tensor, sizes: Sequ
         return -((targets * logits.log_softmax(dim=0)).sum(dim=0) * weights).sum()
 
     def dice(maps: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        probabilities = logits.softmax(dim=0) * targets.any(dim=0) if joint else logits.sigmoid()
+        probabilities = logits.softmax(dim=0) * targets.any(dim=0) if multiclass else logits.sigmoid()
         scores = []
         for found, true in zip(probabilities.split(sizes, dim=1), targets.split(sizes, dim=1), strict=True):
             # + 1 pixel: an image without the class is right where nothing is found
@@ -192,4 +192,4 @@ def loss_of(kind: str, targets: torch.Tensor, weights: torch.Tensor, sizes: Sequ
         probabilities = torch.cat(scaled, dim=1).clamp(1e-6, 1 - 1e-6)
         return (F.binary_cross_entropy(probabilities, targets, reduction="none").mean(dim=0) * weights).sum()
 
-    return {"bce": between_classes if joint else binary, "dice": dice, "cross_entropy": thesis}[kind]
+    return {"bce": between_classes if multiclass else binary, "dice": dice, "cross_entropy": thesis}[kind]

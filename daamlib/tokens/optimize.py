@@ -42,7 +42,7 @@ def optimize_token(
     word: str | Sequence[str] | None = None,
     text: str | None = None,
     loss: str = "bce",
-    joint: bool = False,
+    multiclass: bool = False,
     background: bool = False,
     iterations: int | None = None,
     layers: Sequence[str] | None = None,
@@ -72,7 +72,7 @@ def optimize_token(
         text: See `method`.
         loss: "bce", the binary cross-entropy of sigmoid(scale * map + bias), both learned; "dice", the soft Dice loss
             of the same; "cross_entropy", the thesis': the binary cross-entropy of the map scaled to its own [0, 1].
-        joint: A softmax between the classes instead of a sigmoid each (not with "cross_entropy"); pixels of no class
+        multiclass: A softmax between the classes instead of a sigmoid each (not with "cross_entropy"); pixels of no class
             are left out.
         background: A softmax with one class more, of those pixels (LDAAM: a token of its own; DAAM: the start token).
         iterations: At most so many of Newton's method, which ends sooner (default 100), or so many of NovoGrad (80).
@@ -99,7 +99,7 @@ def optimize_token(
     records = list(records)
     reading = [select_part(record, layers, max_timestep) for record in records]
     objective = token_objective(
-        reading, masks, method=method, word=word, text=text, loss=loss, joint=joint, background=background,
+        reading, masks, method=method, word=word, text=text, loss=loss, multiclass=multiclass, background=background,
         weight_decay=weight_decay, seed=seed, max_bytes=max_bytes or MAX_BYTES
     )  # fmt: skip
     solve = newton if objective.centre is None and loss == "bce" else novograd
@@ -117,7 +117,7 @@ def optimize_token(
             "text": text,
             "word": [word] if isinstance(word, str) else list(word or ()) or None,
             "loss": loss,
-            "joint": objective.joint,
+            "multiclass": objective.multiclass,
             "optimizer": solve.__name__,
             "iterations": iterations,
             "layers": None if layers is None else list(layers),
@@ -136,7 +136,7 @@ def token_objective(
     word: str | Sequence[str] | None = None,
     text: str | None = None,
     loss: str = "bce",
-    joint: bool = False,
+    multiclass: bool = False,
     background: bool = False,
     weight_decay: float = 1e-5,
     seed: int = 0,
@@ -152,15 +152,15 @@ def token_objective(
     ):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
-    joint = joint or background
-    if joint and loss == "cross_entropy":
+    multiclass = multiclass or background
+    if multiclass and loss == "cross_entropy":
         raise ValueError('a softmax between classes needs calibrated maps: use loss="bce" or "dice"')
     if not 0 <= weight_decay < float("inf"):
         raise ValueError(f"weight_decay must be 0 or a positive number, got {weight_decay!r}")
     names = (word,) if isinstance(word, str) else tuple(word or ())
     records = list(records)
     outside = BACKGROUND if background else None
-    grids, words = read_masks(records, list(masks), names, joint=joint, background=outside)
+    grids, words = read_masks(records, list(masks), names, multiclass=multiclass, background=outside)
     if method == "ldaam":
         rows: Rows = tuple((k,) for k in range(len(words)))
         start = start_tokens(records[0], names, text, len(words), seed).to(records[0].device)
@@ -183,7 +183,7 @@ def token_objective(
     weights = pixel_weights(sizes).to(first)
     return Objective(
         maps=maps,
-        loss=loss_of(loss, targets, weights, sizes, joint=joint),
+        loss=loss_of(loss, targets, weights, sizes, multiclass=multiclass),
         start=start,
         targets=targets,
         weights=weights,
@@ -192,7 +192,7 @@ def token_objective(
         unit=first.std(dim=1, keepdim=True).clamp(min=torch.finfo(first.dtype).tiny),
         centre=None if linear else first.mean(dim=1, keepdim=True),
         weight_decay=weight_decay,
-        joint=joint,
+        multiclass=multiclass,
         words=words,
         rows=rows,
     )

@@ -36,7 +36,7 @@ def optimize_probe(
     masks: Iterable,
     *,
     word: str | Sequence[str] | None = None,
-    joint: bool = False,
+    multiclass: bool = False,
     background: bool = False,
     layers: Sequence[str] | None = None,
     weight_decay: float = 1e-5,
@@ -51,7 +51,7 @@ def optimize_probe(
         records: n images of one model, with their pipeline: their vectors are made anew.
         masks: n, as for `optimize_token`.
         word: the name of each class, K of them.
-        joint: a softmax between the classes instead of a sigmoid each; pixels of no class are left out.
+        multiclass: a softmax between the classes instead of a sigmoid each; pixels of no class are left out.
         background: a softmax with one class more, of those pixels.
         layers: names of the attentions to read, by default all (`JointRecord.layer_names`).
         weight_decay: w in the formula above.
@@ -69,11 +69,11 @@ def optimize_probe(
     started = time.perf_counter()
     if iterations < 1 or not 0 <= weight_decay < float("inf"):
         raise ValueError(f"expected iterations >= 1 and weight_decay >= 0, got {iterations!r} and {weight_decay!r}")
-    records, joint = list(records), joint or background
+    records, multiclass = list(records), multiclass or background
     names = (word,) if isinstance(word, str) else tuple(word or ())
     outside = BACKGROUND if background else None
-    grids, words = read_masks(records, list(masks), names, joint=joint, background=outside, kind=JointRecord)
-    matrix, channels_of = _reduced(records, chosen_layers(records[0], layers), len(words), joint, max_bytes)
+    grids, words = read_masks(records, list(masks), names, multiclass=multiclass, background=outside, kind=JointRecord)
+    matrix, channels_of = _reduced(records, chosen_layers(records[0], layers), len(words), multiclass, max_bytes)
     sizes = [grid[0].numel() for grid in grids]
     targets = torch.cat([grid.flatten(1) for grid in grids], dim=1).to(matrix)
     weights = pixel_weights(sizes).to(matrix)
@@ -85,7 +85,7 @@ def optimize_probe(
         raise ValueError("the images' vectors hold NaN or infinite values: look at the images that made them")
     objective = Objective(
         maps=maps,
-        loss=loss_of("bce", targets, weights, sizes, joint=joint),
+        loss=loss_of("bce", targets, weights, sizes, multiclass=multiclass),
         start=start,
         targets=targets,
         weights=weights,
@@ -94,7 +94,7 @@ def optimize_probe(
         unit=first.std(dim=1, keepdim=True).clamp(min=torch.finfo(first.dtype).tiny),
         centre=None,
         weight_decay=weight_decay,
-        joint=joint,
+        multiclass=multiclass,
         words=words,
         rows=tuple((k,) for k in range(len(words))),
     )
@@ -109,7 +109,7 @@ def optimize_probe(
             "passes": [len(record.timesteps) for record in records],  # whose sum a map is
             "word": list(names) or None,
             "loss": "bce",
-            "joint": joint,
+            "multiclass": multiclass,
             "optimizer": "newton",
             "iterations": iterations,
             "layers": None if layers is None else list(layers),
@@ -119,12 +119,12 @@ def optimize_probe(
 
 
 def _reduced(
-    records: Sequence[JointRecord], layers: Sequence[str], classes: int, joint: bool, max_bytes: int
+    records: Sequence[JointRecord], layers: Sequence[str], classes: int, multiclass: bool, max_bytes: int
 ) -> tuple[Float[torch.Tensor, "P r"], Callable[[torch.Tensor], torch.Tensor]]:
     """A Q, and the function z -> Q z of (K, r) vectors; Q = 1 where there are no more channels than pixels."""
     pixels, width = sum(record.grid[0] * record.grid[1] for record in records), denoiser_of(records[0].pipe).inner_dim
     rank = min(pixels, len(layers) * width)
-    hessian = (classes * (rank + 1)) ** 2 if joint else classes * (rank + 1) ** 2
+    hessian = (classes * (rank + 1)) ** 2 if multiclass else classes * (rank + 1) ** 2
     needed = 8 * (3 * pixels * rank + 3 * hessian)  # Newton's method, with its copies
     if needed > max_bytes:
         raise ValueError(

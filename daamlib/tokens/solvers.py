@@ -87,11 +87,11 @@ def newton(
         ValueError: The Hessian would be larger.
     """
     count, unknowns = len(objective.start), objective.start.shape[1] + 1
-    needed = 2 * torch.finfo(torch.float64).bits // 8 * (count * unknowns) ** 2 // (1 if objective.joint else count)
+    needed = 2 * torch.finfo(torch.float64).bits // 8 * (count * unknowns) ** 2 // (1 if objective.multiclass else count)
     if needed > max_bytes:
         raise ValueError(
             f"Newton's method for {count} classes of {unknowns} unknowns each needs {needed / 1e9:.1f} GB, max_bytes "
-            f"allows {max_bytes / 1e9:.1f}: fit fewer classes at once, each by itself (joint=False, background=False), "
+            f"allows {max_bytes / 1e9:.1f}: fit fewer classes at once, each by itself (multiclass=False, background=False), "
             'with loss="dice", which needs no Hessian, or give a larger max_bytes'
         )
     features = objective.matrix - objective.matrix.mean(dim=0)
@@ -110,7 +110,7 @@ def newton(
         losses.append(here.item())
         with torch.no_grad():
             step = _newton_step(_hessian(objective, features, theta), gradient)
-            if objective.joint:  # a softmax does not see what all biases share
+            if objective.multiclass:  # a softmax does not see what all biases share
                 step[:, -1] -= step[:, -1].mean()
             decrement, length = (step * gradient).sum(), 1.0
             while decrement > tolerance and length > 1e-9:
@@ -134,7 +134,7 @@ def _hessian(objective: Objective, features: torch.Tensor, theta: torch.Tensor) 
     def curvature(weights: torch.Tensor) -> torch.Tensor:
         return (features * weights) @ features.T
 
-    if not objective.joint:
+    if not objective.multiclass:
         p = logits.sigmoid()
         hessian = torch.stack([curvature(w) for w in objective.weights * p * (1 - p) / count])
         hessian.diagonal(dim1=1, dim2=2).add_(decay)

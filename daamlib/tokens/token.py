@@ -17,7 +17,7 @@ from ..attention.record import AttentionRecord
 from ..io import load_tensors, save_tensors
 from .inputs import select_part, select_steps
 
-FORMAT = "daamlib-token-2"
+FORMAT = "daamlib-token-3"
 FILE = "token.safetensors"  # in a repository of the hub
 
 # of a repository on the hub
@@ -106,14 +106,14 @@ class OptimizedToken:
 
         Returns:
             (k, H, W) in [0, 1], one map a word: a softmax between these words where the token was fitted with one
-            (`joint`), else a sigmoid each.
+            (`multiclass`), else a sigmoid each.
 
         Raises:
             ValueError: The record is of another model, a word is not the token's, or the token was fitted with
                 `loss="cross_entropy"`, which learns no scale and bias.
         """
         logits = self.logits(record, words)
-        return logits.softmax(dim=0) if self.info.get("joint") else logits.sigmoid()
+        return logits.softmax(dim=0) if self.info.get("multiclass") else logits.sigmoid()
 
     def logits(
         self, record: AttentionRecord | JointRecord, words: Sequence[str] | None = None

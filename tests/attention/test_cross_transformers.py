@@ -296,9 +296,9 @@ def test_a_fit_with_a_bias_in_the_keys_is_the_minimum(run):
     _, _, record = run("PixArt-alpha")
     mask = torch.arange(record.grid[0] * record.grid[1]).view(record.grid) % 7 < 3
     options = {"word": ("car", "tree"), "weight_decay": 1e-3}
-    for joint in (False, True):
+    for multiclass in (False, True):
         masks = [torch.stack([mask, ~mask])]
-        token = daamlib.optimize_token([record], masks, joint=joint, **options)
+        token = daamlib.optimize_token([record], masks, multiclass=multiclass, **options)
         assert token.gradient_norm < 1e-8
         assert len(token.losses) < 30
 

@@ -264,7 +264,7 @@ def test_a_probe_token_recovers_a_synthetic_mask(family):
     assert part.embedding.shape[1] == pipe.transformer.inner_dim
     assert part.maps(records[0]).values.shape == (1, *records[0].grid)
     both = [torch.stack([mask, ~mask]) for mask in masks]
-    classes = daamlib.optimize_probe(records, both, word=["car", "road"], joint=True)
+    classes = daamlib.optimize_probe(records, both, word=["car", "road"], multiclass=True)
     assert_close(classes.probabilities(records[0]).sum(dim=0), torch.ones(records[0].grid))
 
 

@@ -77,7 +77,7 @@ def test_labels_follow_the_edges_of_the_image(tokens, record):
 
 
 def test_a_joint_token_is_read_by_its_softmax(record):
-    token = token_for(record, "car", "person", "background", joint=True)
+    token = token_for(record, "car", "person", "background", multiclass=True)
     scale, bias = (torch.tensor(n, device=record.device).view(-1, 1, 1) for n in (token.scale, token.bias))
     logits = scale * token.maps(record).values + bias
     assert_close(token.probabilities(record), logits.softmax(dim=0))
@@ -133,7 +133,7 @@ def test_labellers_that_cannot_be(record, tokens):
         ((car, car), {}, "two tokens"),
         ((token_for(record, "background"),), {}, "no class"),
         ((token_for(record, "car", loss="cross_entropy"),), {}, "scale"),
-        ((token_for(record, "car", "person", joint=True),), {}, "background=True"),
+        ((token_for(record, "car", "person", multiclass=True),), {}, "background=True"),
         ((car,), {"threshold": {"person": 0.6}}, "threshold"),
         ((car,), {"ignore_from": 0.7}, "ignore_from"),
     ):

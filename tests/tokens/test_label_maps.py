@@ -221,7 +221,7 @@ def test_what_cannot_be_read(record, tokens):
         ({"cat": "cat", "car": "car"}, "cat"),
         ([], "no class"),
         ([tokens[0], tokens[0]], "two tokens"),
-        ([token_for(record, "car", "person", joint=True)], "background=True"),
+        ([token_for(record, "car", "person", multiclass=True)], "background=True"),
     ):
         with pytest.raises(ValueError, match=message):
             label_map(record, classes)

@@ -111,7 +111,7 @@ def test_ldaam_is_convex_every_start_and_descent_ends_in_one_map(records, masks)
     assert len(quick.losses) < 30
 
 
-@pytest.mark.parametrize("options", [{}, {"joint": True}, {"background": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"multiclass": True}, {"background": True}], ids=str)
 @pytest.mark.parametrize("weight_decay", [1e-2, 1e-5, 1e-8])
 def test_a_convex_fit_ends_at_the_minimum_whatever_the_order_of_the_pixels(records, options, weight_decay):
     """One image, which can be fitted without an error: only the weight decay keeps the token finite."""
@@ -124,7 +124,7 @@ def test_a_convex_fit_ends_at_the_minimum_whatever_the_order_of_the_pixels(recor
     objective = token_objective(records[:1], list(masks), **options)
     order = torch.randperm(len(objective.matrix), generator=torch.Generator().manual_seed(0))
     matrix, targets, weights = objective.matrix[order], objective.targets[:, order], objective.weights[order]
-    loss = loss_of("bce", targets, weights, [len(order)], joint=objective.joint)
+    loss = loss_of("bce", targets, weights, [len(order)], multiclass=objective.multiclass)
     mixed = replace(
         objective,
         maps=linear_maps(matrix, objective.offset),
@@ -226,7 +226,7 @@ def test_several_classes_with_a_softmax_between_them_and_a_background(records, m
     masks = list(blobs(3, classes=2))
     options = {"word": ("car", "tree"), "method": method, "weight_decay": 0, "iterations": 80}
     apart = optimize_token(records, masks, **options)
-    joint = optimize_token(records, masks, joint=True, **options)
+    joint = optimize_token(records, masks, multiclass=True, **options)
     whole = optimize_token(records, masks, background=True, **options)
     assert apart.words == joint.words == ("car", "tree")
     assert whole.words == ("car", "tree", "background")
@@ -351,10 +351,10 @@ def test_a_file_that_is_no_token(records, masks, tmp_path):
         ({"words": None}, "damaged"),
         ({"strange": 1}, "strange"),
     ):
-        save_tensors(path, {"embedding": token.embedding}, header | changed, "daamlib-token-2")
+        save_tensors(path, {"embedding": token.embedding}, header | changed, "daamlib-token-3")
         with pytest.raises(ValueError, match=word):
             OptimizedToken.load(path)
-    save_tensors(path, {}, header, "daamlib-token-2")
+    save_tensors(path, {}, header, "daamlib-token-3")
     with pytest.raises(ValueError, match="embedding"):
         OptimizedToken.load(path)
 
@@ -407,15 +407,15 @@ BAD = {
     "not finite of DAAM": (lambda r, m: (r, m, {"weight_decay": 1e300, "method": "daam"}), ValueError, "finite"),
     "decay": (lambda r, m: (r, m, {"weight_decay": -1}), ValueError, "weight_decay"),
     "iterations": (lambda r, m: (r, m, {"iterations": 0}), ValueError, "iterations"),
-    "joint": (lambda r, m: (r, m, {"loss": "cross_entropy", "joint": True}), ValueError, "calibrated"),
-    "joint of one": (lambda r, m: (r, m, {"joint": True}), ValueError, "two"),
+    "joint": (lambda r, m: (r, m, {"loss": "cross_entropy", "multiclass": True}), ValueError, "calibrated"),
+    "joint of one": (lambda r, m: (r, m, {"multiclass": True}), ValueError, "two"),
     "no such word": (
         lambda r, m: (r, m, {"word": "bus", "method": "daam"}),
         ValueError,
         "bus",
     ),
     "overlap": (
-        lambda r, m: (r, [np.stack([x, x]) for x in m], {"joint": True}),
+        lambda r, m: (r, [np.stack([x, x]) for x in m], {"multiclass": True}),
         ValueError,
         "overlap",
     ),
@@ -485,7 +485,7 @@ def test_newton_of_too_many_classes_is_refused_with_the_number(records):
     several = list(blobs(3, classes=2))
     options = {"word": ("car", "tree"), "background": True}
     bytes_needed = 2 * 8 * (3 * 25) ** 2  # the Hessian of three classes of 24 numbers and a bias, and its factor
-    with pytest.raises(ValueError, match=r"3 classes of 25 unknowns each needs 0\.0 GB.*joint=False"):
+    with pytest.raises(ValueError, match=r"3 classes of 25 unknowns each needs 0\.0 GB.*multiclass=False"):
         optimize_token(records, several, max_bytes=bytes_needed - 1, **options)
     fit, usual = (optimize_token(records, several, **options, **more) for more in ({"max_bytes": bytes_needed}, {}))
     assert torch.equal(fit.embedding, usual.embedding)
@@ -498,7 +498,7 @@ def test_newton_of_too_many_classes_is_refused_with_the_number(records):
 def test_a_hessian_that_no_machine_should_hold(records):
     """19 classes at SDXL's width: 12 GB, and its factor as much."""
     columns = np.arange(24) == np.arange(19)[:, None, None]  # a class a column
-    small = token_objective(records[:1], [np.broadcast_to(columns, (19, 16, 24))], joint=True)
+    small = token_objective(records[:1], [np.broadcast_to(columns, (19, 16, 24))], multiclass=True)
     objective = replace(small, start=torch.zeros(19, 2048), matrix=torch.zeros(len(small.matrix), 2048))
     with pytest.raises(ValueError, match=r"19 classes of 2049 unknowns each needs 24\.2 GB, max_bytes allows 4\.3"):
         newton(objective, 1)
