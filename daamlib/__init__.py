@@ -1,8 +1,5 @@
 """Cross-attention of latent diffusion models, read as segmentation masks."""
 
-import importlib
-from typing import Any
-
 from . import metrics as metrics
 from .attention.calls import Trace as Trace
 from .attention.heatmaps import HeatMaps as HeatMaps
@@ -12,6 +9,9 @@ from .attention.readers import encode as encode
 from .attention.record import AttentionRecord as AttentionRecord
 from .attention.record import require_same_model as require_same_model
 from .attention.text import TokenEmbeddings as TokenEmbeddings
+from .extras import lazy as _lazy
+from .attention.pictures import label_picture as label_picture
+from .attention.pictures import overlay as overlay
 from .pipeline import generators as generators
 from .pipeline import image_size as image_size
 from .pipeline import load_pipeline as load_pipeline
@@ -28,11 +28,4 @@ from .tracing import trace_image as trace_image
 
 __version__ = "0.2.0"
 
-_ROOMS = ("cityscapes", "classes", "datasets", "plots", "widgets")
-
-
-def __getattr__(name: str) -> Any:
-    """Import a room when it is asked for, as in `daamlib.plots.show_maps`: they take long, and need extras."""
-    if name in _ROOMS:
-        return importlib.import_module(f".{name}", __name__)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = _lazy(__name__, "datasets", "generate", "plots", "widgets")

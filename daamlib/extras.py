@@ -1,7 +1,9 @@
-"""The optional dependencies: pyproject.toml says which extra brings which packages."""
+"""Imports that may be missing or take long: pyproject.toml says which extra brings which packages."""
 
-from collections.abc import Iterator
+import importlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 @contextmanager
@@ -27,3 +29,17 @@ def needs(extra: str) -> Iterator[None]:
         raise ModuleNotFoundError(
             f"{error.name} is not installed: pip install 'daamlib[{extra}]'", name=error.name
         ) from error
+
+
+def lazy(package: str, *modules: str) -> Callable[[str], Any]:
+    """Return the `__getattr__` of a package (PEP 562), which imports these of its modules when they are asked for.
+
+    They take long to import or need an extra: `daamlib.plots.show_maps` works after `import daamlib` all the same.
+    """
+
+    def get(name: str) -> Any:
+        if name in modules:
+            return importlib.import_module(f".{name}", package)
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    return get

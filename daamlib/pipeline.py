@@ -1,4 +1,7 @@
-"""One way to a pipeline: the bundled model, a folder or a model id."""
+"""One way to a pipeline: the bundled model, a folder or a model id.
+
+diffusers and transformers take seconds to import: the functions that need them do it, so that `import daamlib` is quick.
+"""
 
 import json
 import logging
@@ -10,10 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-import transformers
-from diffusers import DiffusionPipeline
 from safetensors import safe_open
 
 from .resources import bundled
@@ -21,8 +21,6 @@ from .resources import bundled
 BUNDLED = bundled("urban-tiny")
 DENOISERS = ("unet", "transformer")  # the parts of pipelines that may denoise
 HALVES = {"F16": torch.float16, "BF16": torch.bfloat16}  # by their names in safetensors files
-# The argument of diffusers' `from_pretrained`: 0.40 renamed it, older versions ignore the new name
-DTYPE = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 40) else "torch_dtype"
 # What the text encoder made of a text when the bundled model was written, and how far it may be off: bfloat16 is off by
 # 0.007, random weights by about 1
 CHECK, CHECK_TOLERANCE = "check.json", 0.05
@@ -51,6 +49,8 @@ def load_pipeline(
         FileNotFoundError: if the bundled model is not there. diffusers raises what it finds wrong with another.
         ValueError: if a part has weights that its files lack, or the bundled model is not loaded as it was trained.
     """
+    import diffusers
+
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     options: dict[str, Any] = {}
     source = model or BUNDLED
@@ -60,8 +60,10 @@ def load_pipeline(
         # without accelerate diffusers would advise to install it, which matters to large models alone
         options = {"local_files_only": True, "low_cpu_mem_usage": diffusers.utils.is_accelerate_available()}
     dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else _half_precision(source))
+    # diffusers 0.40 renamed the argument, older versions ignore the new name
+    name = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 40) else "torch_dtype"
     with loading(source, exactly=model is None):
-        pipe = DiffusionPipeline.from_pretrained(source, **{DTYPE: dtype}, **options)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(source, **{name: dtype}, **options)
     if model is None:
         _check_bundled(pipe)
     pipe.set_progress_bar_config(disable=True)
@@ -70,6 +72,8 @@ def load_pipeline(
 
 def _half_precision(model: str | Path) -> torch.dtype:
     """The half precision that a model's denoiser is stored in, else the one that its kind is mostly trained in."""
+    from diffusers import DiffusionPipeline
+
     folder = Path(model if Path(model).is_dir() else DiffusionPipeline.download(str(model)))
     name = next((name for name in DENOISERS if (folder / name).is_dir()), DENOISERS[0])
     numbers: Counter[str] = Counter()
@@ -102,6 +106,8 @@ def check_values(pipe: Any, text: str) -> list[float]:
 
 def _check_bundled(pipe: Any) -> None:
     """Compare what the text encoder makes of a text with what it made when the model was written."""
+    import transformers
+
     expected = json.loads((BUNDLED / CHECK).read_text())
     found = check_values(pipe, expected["text"])
     error = max(abs(one - other) for one, other in zip(found, expected["values"], strict=True))
@@ -264,6 +270,9 @@ def loading(source: str | Path, *, exactly: bool = False) -> Iterator[None]:
 @contextmanager
 def _quiet_loading() -> Iterator[None]:
     """No loading bars, and no note that transformers does without torchvision; bars of downloads stay."""
+    import diffusers
+    import transformers
+
     bars = diffusers.utils.logging.is_progress_bar_enabled()
     set_hook = getattr(transformers.utils.logging, "set_tqdm_hook", lambda hook: None)  # before 5.4 the bars show
     hook = set_hook(lambda bar, args, options: bar(*args, **{**options, "disable": True}))

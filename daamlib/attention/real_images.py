@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers.image_processor import VaeImageProcessor
 
 Factor = torch.Tensor | float
 
@@ -79,6 +78,8 @@ def _wide_enough(vae: Any) -> Iterator[Any]:
 
 def pixels_of(image: Any, factor: int) -> torch.Tensor:
     """Return (1, 3, H, W) in [-1, 1] of an image. ValueError for another kind, or sides that are no multiples."""
+    from diffusers.image_processor import VaeImageProcessor
+
     if hasattr(image, "convert"):
         image = image.convert("RGB")
     height, width = (image.height, image.width) if hasattr(image, "convert") else _array_size(image)

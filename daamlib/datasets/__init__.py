@@ -10,10 +10,8 @@ Any of it can be killed at any moment and is finished by the same call again. `r
 ``python -m daamlib.generate`` do the same with many workers.
 """
 
-import importlib
-from typing import Any
-
 from ..cityscapes import MIN_AREA as MIN_AREA
+from ..extras import lazy as _lazy
 from .dataset import Dataset as Dataset
 from .dataset import load as load
 from .dataset import names as names
@@ -30,9 +28,4 @@ from .workers import Job as Job
 from .workers import WorkerError as WorkerError
 from .workers import run_shards as run_shards
 
-
-def __getattr__(name: str) -> Any:
-    """Import `export` when it is asked for: it takes long."""
-    if name == "export":
-        return importlib.import_module(".export", __name__)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = _lazy(__name__, "export")

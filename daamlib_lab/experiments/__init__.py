@@ -1,5 +1,7 @@
 """The experiments of the thesis: its tables, and networks trained on synthetic label maps (`segmentation`)."""
 
+from daamlib.extras import lazy as _lazy
+
 from .tables import STORED_RUN as STORED_RUN
 from .tables import TEXT as TEXT
 from .tables import THESIS_TABLES as THESIS_TABLES
@@ -19,3 +21,5 @@ from .tables import summary as summary
 from .tables import thesis_values as thesis_values
 from .tables import train_test_split as train_test_split
 from .tables import with_thesis as with_thesis
+
+__getattr__ = _lazy(__name__, "segmentation")

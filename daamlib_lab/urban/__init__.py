@@ -13,7 +13,8 @@ from .scenes import to_tensor as to_tensor
 
 
 def __getattr__(name: str) -> Any:
-    """Import `render_dataset` when it is asked for: it needs the extra `datasets`."""
-    if name == "render_dataset":
-        return importlib.import_module(".dataset", __name__).render_dataset
+    """Import `dataset` and its `render_dataset` when they are asked for: they need the extra `datasets`."""
+    if name in ("dataset", "render_dataset"):
+        module = importlib.import_module(".dataset", __name__)
+        return module if name == "dataset" else module.render_dataset
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,9 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel, SD3Transformer2DModel
-from diffusers.models.embeddings import apply_rotary_emb
-from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb_qwen
 
 from ...pipeline import denoiser_of
 from ..readers.words import BYTE_SPACE, Names, read_pieces, read_tokens, token_ids
@@ -27,7 +24,7 @@ class Family:
 
     Attributes:
         name: as its users know it.
-        denoiser: the class of `pipe.transformer`.
+        denoiser: the name of the class of `pipe.transformer`.
         blocks: the names of its lists of blocks, in the order they are called.
         embed: (denoiser, text values (m, d_text)) -> (m, channels), what the first block receives of a text.
         rotary: (denoiser, arguments of a pass, n) -> `image_rotary_emb` of the blocks for a text of n tokens.
@@ -46,7 +43,7 @@ class Family:
     """
 
     name: str
-    denoiser: type
+    denoiser: str
     blocks: tuple[str, ...]
     embed: Callable[[Any, torch.Tensor], torch.Tensor]
     rotary: Callable[[Any, Mapping[str, Any], int], Any]
@@ -68,8 +65,8 @@ def family_of(pipe: Any) -> Family | None:
     """The family of a pipeline's transformer; None if it is none of these."""
     if getattr(pipe, "transformer", None) is None:
         return None
-    denoiser = denoiser_of(pipe)
-    return next((family for family in FAMILIES if isinstance(denoiser, family.denoiser)), None)
+    kinds = {kind.__name__ for kind in type(denoiser_of(pipe)).__mro__}  # by name: diffusers takes seconds to import
+    return next((family for family in FAMILIES if family.denoiser in kinds), None)
 
 
 def _packed(latents: torch.Tensor) -> torch.Tensor:
@@ -122,7 +119,7 @@ def _sd3_arguments(pipe: Any, latents: torch.Tensor, level: float, encoded: Sequ
 
 SD3 = Family(
     name="SD 3",
-    denoiser=SD3Transformer2DModel,
+    denoiser="SD3Transformer2DModel",
     blocks=("transformer_blocks",),
     embed=lambda denoiser, values: denoiser.context_embedder(values),
     rotary=lambda denoiser, arguments, n: None,
@@ -147,6 +144,12 @@ SD3 = Family(
 def _flux_rotary(denoiser: Any, arguments: Mapping[str, Any], n: int) -> Any:
     image = arguments["img_ids"]
     return denoiser.pos_embed(torch.cat([image.new_zeros(n, image.shape[1]), image]))
+
+
+def _flux_rotate(x: torch.Tensor, table: Any) -> torch.Tensor:
+    from diffusers.models.embeddings import apply_rotary_emb
+
+    return apply_rotary_emb(x, table, sequence_dim=1)
 
 
 def _flux_grid(denoiser: Any, arguments: Mapping[str, Any]) -> tuple[int, int]:
@@ -178,12 +181,12 @@ def _flux_arguments(pipe: Any, latents: torch.Tensor, level: float, encoded: Seq
 
 FLUX = Family(
     name="Flux.1",
-    denoiser=FluxTransformer2DModel,
+    denoiser="FluxTransformer2DModel",
     blocks=("transformer_blocks", "single_transformer_blocks"),
     embed=lambda denoiser, values: denoiser.context_embedder(values),
     rotary=_flux_rotary,
     split=lambda rotary, n: (tuple(table[:n] for table in rotary), tuple(table[n:] for table in rotary)),
-    rotate=lambda x, table: apply_rotary_emb(x, table, sequence_dim=1),
+    rotate=_flux_rotate,
     grid=_flux_grid,
     timestep=1000.0,
     image_embedder="x_embedder",
@@ -203,6 +206,12 @@ FLUX = Family(
 def _qwen_rotary(denoiser: Any, arguments: Mapping[str, Any], n: int) -> Any:
     device = arguments["hidden_states"].device
     return denoiser.pos_embed(arguments["img_shapes"], max_txt_seq_len=n, device=device)
+
+
+def _qwen_rotate(x: torch.Tensor, table: Any) -> torch.Tensor:
+    from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb_qwen
+
+    return apply_rotary_emb_qwen(x, table, use_real=False)
 
 
 def _qwen_grid(denoiser: Any, arguments: Mapping[str, Any]) -> tuple[int, int]:
@@ -236,12 +245,12 @@ def _qwen_arguments(pipe: Any, latents: torch.Tensor, level: float, encoded: Seq
 
 QWEN_IMAGE = Family(
     name="Qwen-Image",
-    denoiser=QwenImageTransformer2DModel,
+    denoiser="QwenImageTransformer2DModel",
     blocks=("transformer_blocks",),
     embed=lambda denoiser, values: denoiser.txt_in(denoiser.txt_norm(values)),
     rotary=_qwen_rotary,
     split=lambda rotary, n: (rotary[1], rotary[0]),
-    rotate=lambda x, table: apply_rotary_emb_qwen(x, table, use_real=False),
+    rotate=_qwen_rotate,
     grid=_qwen_grid,
     timestep=1000.0,
     image_embedder="img_in",
