@@ -9,15 +9,16 @@ lie on a shared file system. daamlib is installed on all of them.
 """
 
 import argparse
+import inspect
 import json
 import re
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from .classes import ADE20K, CITYSCAPES, COCO, VOC, Classes
 from .datasets.folder import MOST_IMAGES
@@ -28,6 +29,8 @@ from .pipeline import cpu_threads
 from .tokens.label_maps import Threshold
 
 TABLES = {"cityscapes": CITYSCAPES, "voc": VOC, "coco": COCO, "ade20k": ADE20K}
+METAVARS = {"size": "PIXELS", "threshold": "P", "ignore_from": "P", "ids": "NAME=ID", "options": "NAME=VALUE"}
+FLAGS = {"named_only": "--all-classes", "ids": "--classes", "options": "--option"}  # not named as the fields of `Job`
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,35 +62,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _job(
-    *,
-    n: int | None,
-    prompts: Path | None,
-    size: list[int] | None,
-    threshold: list[str],
-    ignore_from: list[str],
-    all_classes: bool,
-    classes: list[str] | None,
-    option: list[str],
-    **same: Any,
-) -> Job:
-    """The job of the parsed arguments; `same` are those that have its own names."""
+def _job(*, n: int | None, prompts: Path | None, **same: Any) -> Job:
+    """Return the job of the parsed arguments; `same` are those that were given of the other fields of `Job`."""
     if n is None and prompts is None:
         raise ValueError("say how many images: --n, or --prompts with one prompt for each")
     if n is not None and not 1 <= n <= MOST_IMAGES:
         raise ValueError(f"expected one image or more, at most {MOST_IMAGES:,}, got --n {n}")
-    if size is not None and len(size) > 2:
-        raise ValueError(f"--size is a side, or height and width, got {size}")
-    return Job(
-        prompts=_read_prompts(prompts, n) if prompts else urban_prompts(n or 0, seed=same["seed"]),
-        size=None if size is None else (size[0], size[-1]),
-        threshold=_threshold(threshold),
-        ignore_from=_threshold(ignore_from),
-        named_only=not all_classes,
-        ids=_classes(classes),
-        options=_options(option),
-        **same,
-    )
+    same = {name: READ[name](value) if name in READ else value for name, value in same.items()}
+    texts = _read_prompts(prompts, n) if prompts else urban_prompts(n or 0, seed=same.get("seed", Job.seed))
+    return Job(prompts=texts, **same)
 
 
 def _read_prompts(path: Path, n: int | None) -> list[str]:
@@ -125,10 +108,8 @@ def _threshold(texts: Sequence[str]) -> Threshold:
         raise ValueError(f"a threshold is a number, or CLASS=NUMBER for every class, got {' '.join(texts)}") from error
 
 
-def _classes(texts: Sequence[str] | None) -> Classes | None:
+def _classes(texts: Sequence[str]) -> Classes:
     """The name of a table, or cat=1 dog=2. Raises ValueError for anything else."""
-    if not texts:
-        return None
     if len(texts) == 1 and texts[0].lower() in TABLES:
         return TABLES[texts[0].lower()]
     try:
@@ -151,31 +132,44 @@ def _options(texts: Sequence[str]) -> dict[str, Any]:
     return options
 
 
+def _size(sides: Sequence[str]) -> list[int]:
+    try:
+        return [int(side) for side in (sides * 2 if len(sides) == 1 else sides)]
+    except ValueError as error:
+        raise ValueError(f"--size is a side, or height and width, got {' '.join(sides)}") from error
+
+
+# how the texts after an option become a field of `Job`
+READ: dict[str, Callable[[Sequence[str]], Any]] = {
+    "size": _size,
+    "threshold": _threshold,
+    "ignore_from": _threshold,
+    "ids": _classes,
+    "options": _options,
+    "tokens": tuple,
+}
+
+
 def _parser() -> argparse.ArgumentParser:
+    """An option for each field of `Job`, with its line of the docstring as help, and those of the run."""
     parser = argparse.ArgumentParser(
         prog="python -m daamlib.generate", description="Generate images with the label maps of optimised tokens."
     )
-    add = parser.add_argument
-    add("folder", type=Path, help="of the dataset; with Ray on several machines on a shared file system")
-    add("--n", type=int, help="images (default: one for each line of --prompts)")
-    add("--prompts", type=Path, metavar="FILE", help="one a line (default: of data/prompts/urban.json)")
-    add("--tokens", type=Path, nargs="+", default=[], metavar="FILE", help="optimised tokens (default: no label maps)")
-    add("--model", help="id or folder of a diffusers pipeline (default: the bundled model)")
-    add("--device", help="such as cpu, cuda, cuda:1 (default: a GPU if there is one)")
-    add("--seed", type=int, default=0)
-    add("--steps", type=int, default=25, help="denoising steps (default: 25)")
-    add("--guidance", type=float, default=5.0, help="default: 5.0")
-    add("--size", type=int, nargs="+", metavar="PIXELS", help="a side, or height and width (default: the model's)")
-    add("--batch-size", type=int, help="images denoised at once; the bytes depend on it (default: 1; on a GPU 4)")
-    add("--threshold", nargs="+", default=["0.6"], metavar="P", help="label from this probability on (default: 0.6)")
-    add("--ignore-from", nargs="+", default=["0.4"], metavar="P", help="255 from this one on, 0 below (default: 0.4)")
-    add("--iterations", type=int, default=1, help="of refining along the self-attention (default: 1; 0: none)")
-    add("--edge-aware", action="store_true", help="let label maps follow the edges of their image")
-    add("--classes", nargs="+", metavar="NAME=ID", help=f"ids of the tokens' classes, or one of {', '.join(TABLES)}")
-    add("--option", nargs="+", default=[], metavar="NAME=VALUE", help="of the pipeline, as negative_prompt=blurry")
-    add("--all-classes", action="store_true", help="label also the classes that an image's prompt does not name")
+    add, hints = parser.add_argument, get_type_hints(Job)
+    lines = dict(re.findall(r"^    (\w+): (.*)$", inspect.getdoc(Job) or "", re.MULTILINE))
+    add("folder", help=lines["folder"])
+    add("--n", type=int, help="images; by default one for each line of --prompts")
+    add("--prompts", type=Path, metavar="FILE", help="one a line; by default those of data/prompts/urban.json")
+    for part in fields(Job)[2:]:
+        name, default, kinds = part.name, part.default, (hints[part.name], *get_args(hints[part.name]))
+        how: dict[str, Any] = {"type": next((kind for kind in (int, float) if kind in kinds), str)}
+        if isinstance(default, bool):
+            how = {"action": "store_false" if default else "store_true"}
+        elif name in READ:
+            how = {"nargs": "+", "metavar": METAVARS.get(name, "FILE")}
+        line = lines[name] + f" (default: {default})" * isinstance(default, bool | int | float)
+        add(FLAGS.get(name, f"--{name.replace('_', '-')}"), dest=name, default=argparse.SUPPRESS, help=line, **how)
     add("--workers", type=int, help="processes or Ray actors (default: 1; with Ray as many as there is room for)")
-    add("--threads", type=int, default=1, help="of each worker on a CPU; the bytes depend on it (default: 1)")
     add("--shard-size", type=int, default=SHARD, help=f"images handed to a worker at a time (default: {SHARD})")
     add("--ray", action="store_true", help="on a Ray cluster of this machine, or of --address")
     add("--address", help="of a Ray cluster, such as auto or HOST:PORT")

@@ -1,15 +1,19 @@
-"""Files that are complete or not there, and tensors with a JSON header in one safetensors file."""
+"""Files that are complete or not there, and tensors or dataclasses in one safetensors file with a JSON header."""
 
 import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -88,6 +92,89 @@ def load_tensors(path: str | Path, format: str) -> tuple[dict[str, torch.Tensor]
             return {name: file.get_tensor(name).clone() for name in file.keys()}, dict(found["header"])
     except (SafetensorError, LookupError, TypeError, ValueError) as error:
         raise _unreadable(path, format, error) from error
+
+
+def save_dataclass(path: str | Path, instance: Any, format: str) -> None:
+    """Write a dataclass to one safetensors file: its tensors as such, all else as JSON in the header.
+
+        save_dataclass("token.safetensors", token, "daamlib-token-2")
+        token = load_dataclass(daamlib.OptimizedToken, "token.safetensors", "daamlib-token-2")
+
+    Args:
+        path: Of the file; one that is there already is replaced.
+        instance: Of tensors, JSON's own types, tuples, mappings by text, and dataclasses of these.
+        format: Name and version of the layout, which `load_dataclass` asks for.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    save_tensors(path, tensors, _plain(instance, "", tensors), format)
+
+
+def load_dataclass(kind: type[T], path: str | Path, format: str) -> T:
+    """Read what `save_dataclass` wrote.
+
+    Args:
+        kind: The dataclass. Fields that the file does not have get their default.
+        path: Of the file.
+        format: The one that the file must have.
+
+    Returns:
+        The instance, its tensors on the CPU.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged, of another program or format, or has other fields or types.
+    """
+    tensors, header = load_tensors(path, format)
+    try:
+        return _restored(kind, header, "", tensors)
+    except (LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged, or of another format than {format}: {error}") from error
+
+
+def _plain(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Any:
+    """The value in JSON's own types; its tensors go to `tensors`, under places such as layers.0.queries."""
+    if isinstance(value, torch.Tensor):
+        tensors[place] = value
+        return None
+    if isinstance(value, list | tuple):
+        return [_plain(part, f"{place}.{number}", tensors) for number, part in enumerate(value)]
+    if is_dataclass(value):
+        value = {part.name: getattr(value, part.name) for part in fields(value)}
+    if not isinstance(value, Mapping):
+        return value
+    parts = {name: _plain(part, f"{place}.{name}".lstrip("."), tensors) for name, part in value.items()}
+    return {name: part for name, part in parts.items() if not isinstance(value[name], torch.Tensor)}
+
+
+def _restored(kind: Any, value: Any, place: str, tensors: Mapping[str, torch.Tensor]) -> Any:
+    """The inverse of `_plain`, by the type annotation `kind`. Raises TypeError or ValueError that names the place."""
+    if place in tensors:
+        return tensors[place]
+    if is_dataclass(kind):
+        hints, given = get_type_hints(kind), {}
+        for part in fields(kind):
+            inner = f"{place}.{part.name}".lstrip(".")
+            if part.name in value or inner in tensors:
+                given[part.name] = _restored(hints[part.name], value.get(part.name), inner, tensors)
+            elif part.default is MISSING and part.default_factory is MISSING:
+                raise ValueError(f"{inner} is missing")
+        if set(value) - set(given):
+            raise ValueError(f"{place or 'it'} has the unexpected {', '.join(sorted(set(value) - set(given)))}")
+        return kind(**given)
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        some = next(part for part in parts if part is not NoneType)
+        return None if value is None and NoneType in parts else _restored(some, value, place, tensors)
+    expected = {tuple: list, list: list, Mapping: dict, dict: dict, float: int | float}.get(origin or kind, kind)
+    if expected in (list, dict, str, bool, int, int | float) and not isinstance(value, expected):
+        raise TypeError(f"{place} is {value!r}, expected {kind}")
+    if origin in (tuple, list):
+        kinds = parts if origin is tuple and Ellipsis not in parts else parts[:1] * len(value)
+        pairs = enumerate(zip(kinds, value, strict=True))
+        return origin(_restored(inner, part, f"{place}.{number}", tensors) for number, (inner, part) in pairs)
+    if expected is dict and parts:
+        return {name: _restored(parts[1], part, f"{place}.{name}", tensors) for name, part in value.items()}
+    return value
 
 
 def check_file(path: Path) -> dict[str, Any]:

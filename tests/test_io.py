@@ -1,13 +1,17 @@
 """Files are complete or not there, and tensors come back as they were saved."""
 
+import dataclasses
 import json
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from daamlib.io import atomic_write, check_file, load_tensors, save_tensors
+from daamlib.io import atomic_write, check_file, load_dataclass, load_tensors, save_dataclass, save_tensors
 
 FORMAT = "test-2"
 
@@ -35,6 +39,70 @@ def test_tensors_and_their_header_come_back(tmp_path):
     for name, tensor in tensors.items():
         assert torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+@dataclass(frozen=True, eq=False)
+class Inner:
+    name: str
+    grid: tuple[int, int]
+    queries: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Outer:
+    weight: torch.Tensor
+    inner: tuple[Inner, ...]
+    rows: tuple[tuple[int, ...], ...]
+    seconds: float
+    text: str | None
+    one: Inner | None = None
+    by_name: Mapping[str, Inner] = field(default_factory=dict)
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+
+def an_outer():
+    first, second = Inner("a", (1, 2), torch.ones(2, 3)), Inner("b", (3, 4))
+    return Outer(torch.arange(4.0), (first, second), ((0, 1), ()), 1, None, second, {"ü.": first}, {"x": [1, None]})
+
+
+def test_a_dataclass_comes_back(tmp_path):
+    path, saved = tmp_path / "a.safetensors", an_outer()
+    save_dataclass(path, saved, FORMAT)
+    back = load_dataclass(Outer, path, FORMAT)
+    assert torch.equal(back.weight, saved.weight) and torch.equal(back.inner[0].queries, torch.ones(2, 3))
+    assert torch.equal(back.by_name["ü."].queries, torch.ones(2, 3))
+    assert back.inner[1].queries is back.text is back.one.queries is None
+    assert (back.rows, back.inner[0].grid, back.seconds, back.info) == (((0, 1), ()), (1, 2), 1, {"x": [1, None]})
+    assert load_tensors(path, FORMAT)[0].keys() == {"weight", "inner.0.queries", "by_name.ü..queries"}
+
+
+WRONG_FIELDS = {
+    "a text for a list": ({"rows": "01"}, "rows is '01'"),
+    "a text in a list": ({"rows": [["0"]]}, "rows.0.0 is '0'"),
+    "a list for a text": ({"text": ["a"]}, "text is"),
+    "a number for a name": ({"one": {"name": 1, "grid": [1, 2]}}, "one.name is 1"),
+    "too many": ({"one": {"name": "a", "grid": [1, 2, 3]}}, "zip"),
+    "a part that is missing": ({"one": {"name": "a"}}, "one.grid is missing"),
+    "a part more": ({"two": 1}, "the unexpected two"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG_FIELDS.values(), ids=WRONG_FIELDS)
+def test_a_dataclass_of_other_fields_is_refused(tmp_path, change, message):
+    path = tmp_path / "a.safetensors"
+    save_dataclass(path, an_outer(), FORMAT)
+    tensors, header = load_tensors(path, FORMAT)
+    save_tensors(path, tensors, header | change, FORMAT)
+    with pytest.raises(ValueError, match=f"a.safetensors.*{message}"):
+        load_dataclass(Outer, path, FORMAT)
+    save_tensors(path, {}, header, FORMAT)
+    with pytest.raises(ValueError, match="weight is missing"):
+        load_dataclass(Outer, path, FORMAT)
+
+
+def test_fields_that_an_older_file_does_not_have_get_their_default(tmp_path):
+    save_tensors(tmp_path / "a.safetensors", {}, {"name": "a", "grid": [1, 2]}, FORMAT)
+    assert dataclasses.astuple(load_dataclass(Inner, tmp_path / "a.safetensors", FORMAT)) == ("a", (1, 2), None)
 
 
 def test_what_cannot_be_saved_leaves_the_old_file(tmp_path):

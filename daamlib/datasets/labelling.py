@@ -15,7 +15,8 @@ labeller may have attributes:
 
 import functools
 import json
-from collections.abc import Callable, Iterable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -39,7 +40,10 @@ Labeller = Callable[[np.ndarray, AttentionRecord | None, str], np.ndarray]
 
 @dataclass(frozen=True, eq=False)
 class AnnotatorLabeller:
-    """The labeller of a segmentation network: AnnotatorLabeller(labels_for(pipe)), of `daamlib_lab.urban.annotator`.
+    """The labeller of a segmentation network.
+
+        labeller = AnnotatorLabeller(labels_for(pipe))  # of daamlib_lab.urban.annotator
+        ids = labeller(np.asarray(image), None, "a car")
 
     Attributes:
         annotate: images (B, H, W, 3) uint8 -> Cityscapes ids (B, H, W) uint8.
@@ -50,13 +54,77 @@ class AnnotatorLabeller:
     store: ClassVar[None] = None
 
     def __call__(self, image: np.ndarray, record: AttentionRecord | None, prompt: str) -> np.ndarray:
-        """The network's (H, W) uint8 ids of one image."""
+        """Return the network's (H, W) uint8 ids of one image."""
         return self.annotate(image[None])[0]
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _RecordLabeller(ABC):
+    """What labellers that read a record with `daamlib.tokens.label_maps.label_map` share; see their attributes."""
+
+    named_only: bool = True
+    iterations: int = 1
+    edge_aware: bool = False
+    ids: Classes | None = None
+
+    def __post_init__(self) -> None:
+        whole_number("iterations", self.iterations, 0, MOST_ITERATIONS)
+        classes, _, limits = self._reads()
+        limits = {name: of_each(limit, classes) for name, limit in limits.items()}
+        ids = [self.class_list.id(name) for name in classes]
+        assign_labels(np.zeros((len(ids), 1, 1)), ids, **limits)  # checks the limits
+
+    @abstractmethod
+    def _reads(self) -> tuple[tuple[str, ...], Any, dict[str, Any]]:
+        """Return the classes, what `label_map` reads them by, and its limits."""
+
+    @functools.cached_property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes, in their order."""
+        return self._reads()[0]
+
+    @functools.cached_property
+    def class_list(self) -> ClassList:
+        """The classes of its label maps."""
+        return class_list(self.classes if self.ids is None else self.ids)
+
+    @property
+    def self_attention(self) -> bool:
+        """Whether `trace` has to store what `record.refine` needs."""
+        return self.iterations > 0
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that a label map depends on besides the image, in JSON's own types."""
+        return {name: getattr(self, name) for name in ("named_only", "iterations", "edge_aware")}
+
+    def __call__(self, image: np.ndarray, record: AttentionRecord | None, prompt: str) -> np.ndarray:
+        """Return the (H, W) uint8 ids that are read in the record of an image of this prompt."""
+        if record is None:
+            raise TypeError("tokens and words read an image's record: expected an AttentionRecord, got None")
+        classes, reads, limits = self._reads()
+        named = [name for name in classes if self._takes_part(name, prompt)]
+        return label_map(
+            record,
+            reads,
+            size=(image.shape[0], image.shape[1]),
+            image=image if self.edge_aware else None,
+            iterations=self.iterations,
+            names=named if self.named_only else None,
+            ids=self.class_list.ids,
+            **limits,
+        )
+
+    def _takes_part(self, name: str, prompt: str) -> bool:
+        return names(name, prompt)
+
+
 @dataclass(frozen=True, eq=False)
-class TokenLabeller:
+class TokenLabeller(_RecordLabeller):
     """The labeller of optimised tokens, see `daamlib.tokens.label_maps.label_map`.
+
+        labeller = TokenLabeller((car, person), named_only=False)
+        ids = labeller(np.asarray(image), record, record.prompt)
 
     LDAAM tokens need memory that does not grow with the steps, DAAM tokens the queries of every step.
 
@@ -79,10 +147,6 @@ class TokenLabeller:
     tokens: tuple[OptimizedToken, ...]
     threshold: Threshold = 0.6
     ignore_from: Threshold = 0.4
-    named_only: bool = True
-    iterations: int = 1
-    edge_aware: bool = False
-    ids: Classes | None = None
     source: ClassVar[str] = "daamlib.datasets.TokenLabeller"
 
     def __post_init__(self) -> None:
@@ -90,38 +154,24 @@ class TokenLabeller:
             known = getattr(self, name)
             if isinstance(known, Mapping) and set(known) != set(self.classes):
                 raise ValueError(f"{name} has numbers for {sorted(known)}, the tokens read {sorted(self.classes)}")
-        whole_number("iterations", self.iterations, 0, MOST_ITERATIONS)
-        limits = [of_each(t, self.classes) for t in (self.threshold, self.ignore_from)]
-        assign_labels(np.zeros((len(self.classes), 1, 1)), _ids(self.class_list, self.classes), *limits)
+        super().__post_init__()
 
-    @functools.cached_property
-    def classes(self) -> tuple[str, ...]:
-        """The names of the classes, in the tokens' order."""
-        return check_tokens(self.tokens)
-
-    @functools.cached_property
-    def class_list(self) -> ClassList:
-        """The classes of its label maps."""
-        return class_list(self.classes if self.ids is None else self.ids)
+    def _reads(self) -> tuple[tuple[str, ...], Any, dict[str, Any]]:
+        limits = {"margin": 0.0, "threshold": self.threshold, "ignore_from": self.ignore_from}
+        return check_tokens(self.tokens), self.tokens, limits
 
     @property
     def store(self) -> str:
-        """What `trace` has to keep: sums over the steps are enough for LDAAM of all of them."""
+        """What `trace` has to store: sums over the steps are enough for LDAAM of all of them."""
         sums = [token.method == "ldaam" and token.info.get("max_timestep") is None for token in self.tokens]
         return "linear" if all(sums) else "queries"
 
     @property
-    def self_attention(self) -> bool:
-        """Whether `trace` has to keep what `record.refine` needs."""
-        return self.iterations > 0
-
-    @property
     def settings(self) -> dict[str, Any]:
-        """Everything that a label map depends on besides the image, in JSON's own types."""
+        """All that a label map depends on besides the image, in JSON's own types."""
         plain = [dict(t) if isinstance(t, Mapping) else float(t) for t in (self.threshold, self.ignore_from)]
         tokens = [{"words": list(t.words), "method": t.method, "sha256": _hash(t)} for t in self.tokens]
-        limits = {"threshold": plain[0], "ignore_from": plain[1]}
-        return {"tokens": tokens, **limits, **_common_settings(self)}
+        return {"tokens": tokens, "threshold": plain[0], "ignore_from": plain[1], **super().settings}
 
     def require_model(self, pipe: Any) -> None:
         """ValueError unless all tokens were optimised on this pipeline's model."""
@@ -129,25 +179,13 @@ class TokenLabeller:
         for token in self.tokens:
             token.require_model(fingerprint)
 
-    def __call__(self, image: np.ndarray, record: AttentionRecord | None, prompt: str) -> np.ndarray:
-        """The (H, W) uint8 ids that the tokens read in the record of an image of this prompt."""
-        return label_map(
-            _required(record),
-            self.tokens,
-            size=(image.shape[0], image.shape[1]),
-            image=image if self.edge_aware else None,
-            iterations=self.iterations,
-            margin=0.0,
-            threshold=self.threshold,
-            ignore_from=self.ignore_from,
-            names=[name for name in self.classes if names(name, prompt)] if self.named_only else None,
-            ids=self.class_list.ids,
-        )
-
 
 @dataclass(frozen=True, eq=False)
-class WordLabeller:
+class WordLabeller(_RecordLabeller):
     """The zero-shot labeller: words compete for each pixel, see `daamlib.tokens.label_maps.word_probabilities`.
+
+        labeller = WordLabeller({"car": "car", "person": "person", "road": "street"})
+        ids = labeller(np.asarray(image), record, record.prompt)
 
     Attributes:
         words: {class: word}.
@@ -164,70 +202,30 @@ class WordLabeller:
 
     words: Mapping[str, str]
     margin: float = 0.1
-    named_only: bool = True
-    iterations: int = 1
-    edge_aware: bool = False
-    ids: Classes | None = None
     source: ClassVar[str] = "daamlib.datasets.WordLabeller"
     store: ClassVar[str] = "maps"
 
     def __post_init__(self) -> None:
         if len(self.words) < 2:
             raise ValueError(f"words compete with each other: expected two or more, got {list(self.words)}")
-        whole_number("iterations", self.iterations, 0, MOST_ITERATIONS)
-        ids = _ids(self.class_list, self.words)
-        assign_labels(np.zeros((len(ids), 1, 1)), ids, margin=self.margin)  # checks the margin
-
-    @functools.cached_property
-    def class_list(self) -> ClassList:
-        """The classes of its label maps."""
-        return class_list(self.words.keys() if self.ids is None else self.ids)
+        super().__post_init__()
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """What `trace` has to keep the maps of."""
+        """The texts whose maps `trace` has to store."""
         return (text_of(self.words),)
 
     @property
-    def self_attention(self) -> bool:
-        """Whether `trace` has to keep what `record.refine` needs."""
-        return self.iterations > 0
-
-    @property
     def settings(self) -> dict[str, Any]:
-        """Everything that a label map depends on besides the image, in JSON's own types."""
-        return {"words": dict(self.words), "margin": float(self.margin), **_common_settings(self)}
+        """All that a label map depends on besides the image, in JSON's own types."""
+        return {"words": dict(self.words), "margin": float(self.margin), **super().settings}
 
-    def __call__(self, image: np.ndarray, record: AttentionRecord | None, prompt: str) -> np.ndarray:
-        """The (H, W) uint8 ids that the words read in the record of an image of this prompt."""
-        return label_map(
-            _required(record),
-            self.words,
-            size=(image.shape[0], image.shape[1]),
-            image=image if self.edge_aware else None,
-            iterations=self.iterations,
-            margin=self.margin,
-            names=[name for name in self.words if self._takes_part(name, prompt)] if self.named_only else None,
-            ids=self.class_list.ids,
-        )
+    def _reads(self) -> tuple[tuple[str, ...], Any, dict[str, Any]]:
+        return tuple(self.words), self.words, {"margin": self.margin}
 
     def _takes_part(self, name: str, prompt: str) -> bool:
         surroundings = name in BY_NAME and BY_NAME[name].category not in THINGS
         return surroundings or names(name, prompt) or names(self.words[name], prompt)
-
-
-def _common_settings(labeller: TokenLabeller | WordLabeller) -> dict[str, Any]:
-    return {name: getattr(labeller, name) for name in ("named_only", "iterations", "edge_aware")}
-
-
-def _ids(classes: ClassList, names: Iterable[str]) -> list[int]:
-    return [classes.id(name) for name in names]
-
-
-def _required(record: AttentionRecord | None) -> AttentionRecord:
-    if record is None:
-        raise TypeError("tokens and words read an image's record: expected an AttentionRecord, got None")
-    return record
 
 
 def label_image(

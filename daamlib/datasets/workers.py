@@ -48,20 +48,33 @@ class WorkerError(RuntimeError):
 
 @dataclass(frozen=True)
 class Job:
-    """One dataset to make: `generate`'s arguments, with a model's and tokens' places instead of themselves.
+    """One dataset to make: `generate`'s arguments, with the places of a model and of tokens instead of themselves.
 
-    Paths are made absolute, for processes that have another current folder.
+        job = Job("dataset", ["a car"] * 8, tokens=["car-token.safetensors"], steps=2)
+        dataset = run_shards(job)
+
+    Paths are made absolute, for processes that have another current folder. `python -m daamlib.generate` has an option
+    for each attribute, with these lines as its help.
 
     Attributes:
-        folder: of the dataset.
+        folder: of the dataset; with Ray on several machines on a shared file system.
         prompts: one for each image.
-        tokens: paths of optimised tokens, whose `TokenLabeller` makes the label maps; none: images alone.
-        model: as for `load_pipeline`.
-        device: as for `load_pipeline`.
-        seed: as for `generate`, and so are steps, guidance, size and batch_size.
-        threshold: as for `TokenLabeller`, and so are ignore_from, named_only, iterations, edge_aware and ids.
-        options: of the pipeline's own call, as for `generate`.
-        threads: of PyTorch on the CPU, in each worker; the bytes of a dataset that is made on a CPU depend on it.
+        tokens: files of optimised tokens, whose `TokenLabeller` makes the label maps; without any no label maps.
+        model: id or folder of a diffusers pipeline; by default the bundled model.
+        device: such as cpu, cuda, cuda:1; by default a GPU if there is one.
+        seed: of the noise.
+        steps: denoising steps.
+        guidance: scale of classifier-free guidance.
+        size: of the images in pixels, a side, or height and width; by default the model's.
+        batch_size: images denoised at once, on which the bytes depend; by default 1, on a GPU 4.
+        threshold: probability from which on a pixel is of a class; one number, or one for every class.
+        ignore_from: probability from which on it is ignored (255), and below it 0.
+        named_only: whether a pixel is only of classes that its image's prompt names.
+        iterations: of the refinement along the self-attention; 0 for none.
+        edge_aware: whether label maps follow the edges of their image.
+        ids: of the tokens' classes, or the name of a class list.
+        options: of the pipeline's own call, such as negative_prompt=blurry.
+        threads: of each worker on a CPU, on which the bytes depend.
 
     Raises:
         TypeError: for prompts that are no list of strings, and numbers of another type.

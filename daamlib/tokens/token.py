@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from ..attention.fingerprint import Fingerprint
 from ..attention.heatmaps import HeatMaps, upsample
 from ..attention.joint.record import JointRecord
 from ..attention.record import AttentionRecord
-from ..io import load_tensors, save_tensors
+from ..io import load_dataclass, save_dataclass
 from .inputs import select_part, select_steps
 
 FORMAT = "daamlib-token-3"
@@ -158,8 +158,7 @@ class OptimizedToken:
 
     def save(self, path: str | Path) -> None:
         """Write one `.safetensors` file, all but the embedding as JSON in its header, whole or not at all."""
-        header = {part.name: getattr(self, part.name) for part in fields(self) if part.name != "embedding"}
-        save_tensors(path, {"embedding": self.embedding}, header, FORMAT)
+        save_dataclass(path, self, FORMAT)
 
     @classmethod
     def load(cls, path: str | Path) -> "OptimizedToken":
@@ -178,11 +177,7 @@ class OptimizedToken:
         if not Path(path).is_file():
             raise FileNotFoundError(f"no optimised token at {path}")
         try:
-            tensors, header = load_tensors(path, FORMAT)
-            for name in ("words", "scale", "bias", "losses"):
-                header[name] = tuple(header[name])
-            header["rows"] = tuple(tuple(rows) for rows in header["rows"])
-            token = cls(tensors["embedding"], **header)
+            token = load_dataclass(cls, path, FORMAT)
             shape, count = tuple(token.embedding.shape), len(token.words)
             if len(shape) != 2 or not len(token.rows) == len(token.scale) == len(token.bias) == count > 0:
                 raise ValueError(f"its parts do not fit: embedding {shape}, words {token.words}")

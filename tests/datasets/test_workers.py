@@ -380,7 +380,7 @@ def test_a_cat_with_options_on_the_command_line(saved, record, tmp_path, capsys)
 WRONG = {
     "no number": ([], "--n"),
     "none": (["--n", "0"], "--n"),
-    "three sides": (["--n", "1", "--size", "1", "2", "3"], "--size"),
+    "three sides": (["--n", "1", "--size", "1", "2", "3"], "size is a side"),
     "no prompts": (["--prompts", "{}/empty.txt"], "empty.txt"),
     "no file": (["--prompts", "{}/nowhere.txt"], "nowhere.txt"),
     "no token": (["--n", "1", "--tokens", "{}/nowhere.safetensors"], "nowhere.safetensors"),
