@@ -346,6 +346,8 @@ class Recorder(abc.ABC):
             stack.callback(self._end)
             stack.enter_context(uncompiled(self.pipe))
             stack.enter_context(watch(self.pipe, "check_inputs", self._after_check))
+            sizes = getattr(self.pipe, "image_processor", None)  # of PixArt and Sana
+            stack.enter_context(watch(sizes, "classify_height_width_bin", self._after_rounding))
             embed = next((name for name in EMBED if hasattr(self.pipe, name)), EMBED[0])
             stack.enter_context(watch(self.pipe, embed, self._after_prompt))
             stack.enter_context(watch(self.pipe, "maybe_free_model_hooks", self._after_call))
@@ -405,6 +407,17 @@ class Recorder(abc.ABC):
             raise ValueError(
                 "padding_mask_crop: the denoiser sees a crop of the image, its maps would not lie where the image's "
                 "pixels are. Crop the image and the mask yourself, and trace the call of the crop"
+            )
+
+    def _after_rounding(self, caller: FrameType, arguments: dict, result: tuple[int, int]) -> None:
+        """ValueError if the image is made in a size of another ratio, and cut to the requested one afterwards."""
+        height, width = arguments["height"], arguments["width"]
+        scale = max(height / result[0], width / result[1])
+        if int(result[0] * scale) > height or int(result[1] * scale) > width:
+            raise ValueError(
+                f"use_resolution_binning: an image of {height} x {width} is cut out of one of {result[0]} x "
+                f"{result[1]}, its maps would not lie where its pixels are. Give height={result[0]}, width={result[1]} "
+                "or use_resolution_binning=False"
             )
 
     @torch.inference_mode(False)  # what is kept would else never be differentiable

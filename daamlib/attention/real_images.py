@@ -48,18 +48,21 @@ def noise_levels(scheduler: Any, step: int, device: torch.device) -> tuple[Facto
 def latents_of(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
     """Return the (1, channel, h, w) latents of pixels in [-1, 1], as the denoiser knows them, without noise.
 
-    The VAE's mean, moved and scaled as its config says.
+    The VAE's mean, moved and scaled as its config says; a VAE of videos takes the image for one frame.
     """
+    frames = (1,) * (next(weight.ndim for weight in vae.parameters() if weight.ndim > 3) - 4)
     with _wide_enough(vae) as wide:
-        encoded = wide.encode(pixels.to(wide.dtype))
-        latents = (encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latent).float()
+        encoded = wide.encode(pixels.to(wide.dtype).unflatten(1, (3, *frames)))
+    part = next(part for part in ("latent_dist", "latents", "latent") if hasattr(encoded, part))
+    latents = getattr(getattr(encoded, part), "mean", None) if part == "latent_dist" else getattr(encoded, part)
+    latents = latents.flatten(1, 1 + len(frames)).float()
     config = vae.config
     mean, deviation = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
-    shift = getattr(config, "shift_factor", None) or 0.0
+    scale, shift = (getattr(config, name, None) for name in ("scaling_factor", "shift_factor"))
     if mean is not None and deviation is not None:
         of_channel = lambda values: torch.tensor(values).to(latents).view(1, -1, 1, 1)  # noqa: E731
-        return (latents - of_channel(mean)) * config.scaling_factor / of_channel(deviation)
-    return (latents - shift) * config.scaling_factor
+        return (latents - of_channel(mean)) * (scale or 1.0) / of_channel(deviation)
+    return (latents - (shift or 0.0)) * (scale or 1.0)
 
 
 @contextmanager

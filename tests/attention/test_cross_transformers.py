@@ -601,3 +601,20 @@ def test_a_file_with_a_bias_of_another_length(run, tmp_path):
     replace(record, layers=(short, *others)).save(tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="bias"):
         AttentionRecord.load(tmp_path / "a.safetensors")
+
+
+def test_an_image_that_is_cut_out_of_a_larger_one_is_refused(monkeypatch):
+    """As by `use_resolution_binning` for a size of another ratio than the pipeline's own sizes."""
+    sizes = {"0.5": [32, 64], "1.0": [64, 64], "2.0": [64, 32]}
+    monkeypatch.setattr("diffusers.pipelines.sana.pipeline_sana.ASPECT_RATIO_1024_BIN", sizes)
+    pipe = build("Sana 1.0")
+    options = {"use_resolution_binning": True, "output_type": "np", "num_inference_steps": 1}
+    with daamlib.trace(pipe) as trace:
+        image = generate(pipe, height=64, width=128, **options)  # made at 32 x 64 and enlarged, none of it lost
+        assert image.shape == (1, 64, 128, 3) and trace[0].grid == (16, 32)
+        passes = []
+        pipe.transformer.register_forward_hook(lambda *_: passes.append(1))
+        with pytest.raises(ValueError, match="cut out of one of 32 x 64.*use_resolution_binning=False"):
+            generate(pipe, height=32, width=96, **options)
+    assert len(trace) == 1 and not passes
+    assert "classify_height_width_bin" not in vars(pipe.image_processor)

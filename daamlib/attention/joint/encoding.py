@@ -9,78 +9,88 @@ import torch
 from ..readers.sites import embedder_of
 from ..text import TokenEmbeddings, require_text
 from .families import Family
-from .text import one_after_another, side_by_side, without_padding
+from .text import one_after_another, side_by_side
 
 EMBEDDED_WITH = ("clip_skip", "lora_scale", "max_sequence_length")  # arguments of `encode_prompt` that later texts need
 MANY = 4096  # rows; more than any text has
-# Whether a text of ours is embedded, not an image's prompt: traces leave it out. Each thread has a value.
 
 
-@torch.no_grad()
-def embed_prompt(pipe: Any, family: Family, prompts: Mapping[str, str], options: Mapping[str, Any]) -> tuple:
-    """Return `pipe.encode_prompt`'s result for one prompt without a negative one.
+class JointTexts:
+    """Embeds texts by a pipeline's own `encode_prompt`.
 
     Args:
         pipe: the pipeline.
         family: its own.
-        prompts: by the argument of `encode_prompt`, as {"prompt": ..., "prompt_2": ...}.
-        options: further arguments, such as `clip_skip`.
-
-    Returns:
-        The embeddings, and what else the method returns.
-
-    Raises:
-        ValueError: the pipeline has no text encoder, or it embeds a text together with an image.
     """
-    if "image" in inspect.signature(pipe.encode_prompt).parameters:
-        raise ValueError(
-            f"{type(pipe).__name__} embeds a prompt together with other images, as when editing: not supported. Use "
-            "the text-to-image pipeline of the model"
-        )
-    lacking = [name for name in family.encoders if getattr(pipe, name, None) is None]
-    if lacking:
-        raise ValueError(
-            f"the pipeline has no {' and no '.join(lacking)}, so it cannot embed a text: bring it back, or give the "
-            "text's embeddings to daam_from or ldaam_from"
-        )
-    given = {**family.unused, **prompts, **options}
-    return embedder_of(pipe)(device=pipe._execution_device, num_images_per_prompt=1, **given)
 
+    def __init__(self, pipe: Any, family: Family):
+        self.pipe, self.family = pipe, family
 
-def name_prompt(pipe: Any, family: Family, texts: Mapping[str, str] | None, values: torch.Tensor) -> TokenEmbeddings:
-    """The (rows, d_text) embeddings of a prompt with the names of their tokens; numbers without a prompt.
+    @torch.no_grad()
+    def encode_prompt(self, prompts: Mapping[str, str], options: Mapping[str, Any]) -> tuple:
+        """Return `pipe.encode_prompt`'s result for one prompt without a negative one.
 
-    texts: the prompt by the argument of `encode_prompt`, as {"prompt": ..., "prompt_2": ...}.
-    """
-    if texts is None:
-        return TokenEmbeddings.unnamed(values)
-    tokens, words = side_by_side([(family.names(pipe, texts, len(values)), len(values))])
-    return TokenEmbeddings(values, tokens, words)
+        Args:
+            prompts: by the argument of `encode_prompt`, as {"prompt": ..., "prompt_2": ...}.
+            options: of its further arguments, those of `EMBEDDED_WITH` are used.
 
+        Returns:
+            The embeddings, and what else the method returns.
 
-def encode_text(pipe: Any, family: Family, text: str, options: Mapping[str, Any]) -> TokenEmbeddings:
-    """The tokens of any text, without padding: of each encoder whose tokens the model reads (SD 3: CLIP's, then T5's).
+        Raises:
+            ValueError: the pipeline has no text encoder, or it embeds a text together with an image.
+        """
+        embed = embedder_of(self.pipe)
+        if "image" in inspect.signature(embed).parameters:
+            raise ValueError(
+                f"{type(self.pipe).__name__} embeds a prompt together with other images, as when editing: not "
+                "supported. Use the text-to-image pipeline of the model"
+            )
+        missing = [name for name in self.family.encoders if getattr(self.pipe, name, None) is None]
+        if missing:
+            raise ValueError(
+                f"the pipeline has no {' and no '.join(missing)}, so it cannot embed a text: bring it back, or give "
+                "the text's embeddings to daam_from or ldaam_from"
+            )
+        given = {name: value for name, value in options.items() if name in EMBEDDED_WITH}
+        device = self.pipe._execution_device
+        return embed(device=device, num_images_per_prompt=1, **{**self.family.unused, **prompts, **given})
 
-    Raises TypeError for what is no string, ValueError for a text that is too long.
-    """
-    require_text(text)
-    values = embed_prompt(pipe, family, {"prompt": text}, options)[0][0]
-    found = without_padding(name_prompt(pipe, family, {"prompt": text}, values))
-    if len(found.words) < len(family.names(pipe, {"prompt": text}, MANY)[1]):
-        raise ValueError(f"the text is longer than the text encoder reads, {len(values)} rows: shorten {text!r}")
-    return found
+    def embed(self, text: str, options: Mapping[str, Any]) -> torch.Tensor:
+        """Return the (rows, d_text) embeddings of a text in the prompt's place."""
+        return self.encode_prompt({"prompt": text}, options)[0][0]
 
+    def named(self, prompts: Mapping[str, str] | None, values: torch.Tensor) -> TokenEmbeddings:
+        """Return the (rows, d_text) embeddings of a prompt with its tokens; numbers without a prompt."""
+        if prompts is None:
+            return TokenEmbeddings.unnamed(values)
+        try:
+            names = self.family.names(self.pipe, prompts, len(values))
+        except AttributeError as error:
+            raise ValueError(
+                f"the tokens of a prompt cannot be named, {error}: give trace.loop the text None in the prompt's place"
+            ) from error
+        return TokenEmbeddings(values, *side_by_side([(names, len(values))]))
 
-def encode_words(pipe: Any, family: Family, words: Sequence[str], options: Mapping[str, Any]) -> TokenEmbeddings:
-    """Words that stand side by side in one stream, each embedded alone; without special tokens.
+    def encode(self, text: str, options: Mapping[str, Any]) -> TokenEmbeddings:
+        """Return the tokens of any text without padding, those of each encoder in turn (SD 3: CLIP's, then T5's).
 
-    Raises TypeError or ValueError for what are no words.
-    """
-    return one_after_another([encode_text(pipe, family, word, options) for word in words], words)
+        Raises TypeError for what is no string, ValueError for a text that is too long.
+        """
+        require_text(text)
+        values = self.embed(text, options)
+        found = self.named({"prompt": text}, values).without_padding()
+        if len(found.words) < len(self.family.names(self.pipe, {"prompt": text}, MANY)[1]):
+            raise ValueError(f"the text is longer than the text encoder reads, {len(values)} rows: shorten {text!r}")
+        return found
+
+    def encode_words(self, words: Sequence[str], options: Mapping[str, Any]) -> TokenEmbeddings:
+        """Return words one after the other in one text, each embedded alone; without special tokens."""
+        return one_after_another([self.encode(word, options) for word in words], words)
 
 
 def check_words(words: Any) -> tuple[str, ...]:
-    """The words as a tuple; TypeError or ValueError unless they are two or more different strings."""
+    """Return the words as a tuple; TypeError or ValueError unless they are two or more different strings."""
     if isinstance(words, str) or not all(isinstance(word, str) for word in words):
         raise TypeError(f"words must be a list of strings, got {words!r}")
     if len(set(words)) != len(words) or len(words) < 2:

@@ -37,7 +37,6 @@ class Family:
         unused: arguments of `encode_prompt` that have no default.
         negative: where `encode_prompt` returns the negative text, None where it is called once more for it.
         names: (pipe, texts by the argument of `encode_prompt`, rows) -> the names of the text's tokens.
-        encode_image: (pipe, pixels (1, 3, H, W) in [-1, 1]) -> (1, channel, h, w) latents as the denoiser knows them.
         arguments: (pipe, noisy latents, noise level 0 ... 1, result of `encode_prompt`) -> arguments of a pass.
         sides: (pipe) -> what an image's sides must be multiples of.
     """
@@ -56,7 +55,6 @@ class Family:
     unused: Mapping[str, Any]
     negative: int | None
     names: Callable[[Any, Mapping[str, str], int], Names]
-    encode_image: Callable[[Any, torch.Tensor], torch.Tensor]
     arguments: Callable[[Any, torch.Tensor, float, Sequence[Any]], dict[str, Any]]
     sides: Callable[[Any], int]
 
@@ -73,13 +71,6 @@ def _packed(latents: torch.Tensor) -> torch.Tensor:
     """(1, channel, h, w) -> (1, h/2 * w/2, 4 * channel): squares of 2 x 2, a position each."""
     squares = latents.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # (1, c, h/2, 2, w/2, 2)
     return squares.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-
-
-def _scaled(pipe: Any, pixels: torch.Tensor) -> torch.Tensor:
-    """The VAE's mean, shifted and scaled as its config says (SD 3, Flux.1)."""
-    config = pipe.vae.config
-    latents = pipe.vae.encode(pixels.to(pipe.vae.dtype)).latent_dist.mean.float()
-    return (latents - (config.shift_factor or 0.0)) * config.scaling_factor
 
 
 def _default_guidance(pipe: Any, latents: torch.Tensor) -> torch.Tensor | None:
@@ -99,7 +90,7 @@ def _sd3_grid(denoiser: Any, arguments: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _sd3_names(pipe: Any, texts: Mapping[str, str], rows: int) -> Names:
-    clip = pipe.tokenizer_max_length
+    clip = pipe.tokenizer.model_max_length
     names: Names = ((), ())
     if pipe.text_encoder_3 is not None:  # without it the rows are zeros
         text = texts.get("prompt_3") or texts["prompt"]
@@ -132,7 +123,6 @@ SD3 = Family(
     unused={"prompt_2": None, "prompt_3": None, "do_classifier_free_guidance": False},
     negative=1,
     names=_sd3_names,
-    encode_image=_scaled,
     arguments=_sd3_arguments,
     sides=lambda pipe: pipe.vae_scale_factor * denoiser_of(pipe).config.patch_size,
 )
@@ -153,8 +143,18 @@ def _flux_rotate(x: torch.Tensor, table: Any) -> torch.Tensor:
 
 
 def _flux_grid(denoiser: Any, arguments: Mapping[str, Any]) -> tuple[int, int]:
-    rows, columns = (arguments["img_ids"][:, axis].unique() for axis in (1, 2))
-    return len(rows), len(columns)
+    ids = arguments["img_ids"]
+    h, w = (int(side) + 1 for side in ids.reshape(-1, 3).amax(dim=0)[1:])
+    if ids.shape != (h * w, 3) or not torch.equal(ids, _flux_ids(h, w).to(ids)):
+        raise ValueError(
+            f"the transformer is called with img_ids of shape {tuple(ids.shape)} that are not 0, row, column of the "
+            f"positions of one image of {h} x {w}: those of other images, as when editing, cannot be told apart"
+        )
+    return h, w
+
+
+def _flux_ids(h: int, w: int) -> torch.Tensor:
+    return torch.cartesian_prod(torch.zeros(1), torch.arange(float(h)), torch.arange(float(w)))
 
 
 def _flux_names(pipe: Any, texts: Mapping[str, str], rows: int) -> Names:
@@ -166,14 +166,12 @@ def _flux_names(pipe: Any, texts: Mapping[str, str], rows: int) -> Names:
 
 def _flux_arguments(pipe: Any, latents: torch.Tensor, level: float, encoded: Sequence[Any]) -> dict[str, Any]:
     h, w = latents.shape[-2] // 2, latents.shape[-1] // 2
-    rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-    ids = torch.stack([torch.zeros(h * w), rows.flatten(), columns.flatten()], dim=1)
     return {
         "hidden_states": _packed(latents),
         "encoder_hidden_states": encoded[0],
         "pooled_projections": encoded[1],
         "timestep": torch.full([len(latents)], level, device=latents.device),
-        "img_ids": ids.to(encoded[2]),
+        "img_ids": _flux_ids(h, w).to(encoded[2]),
         "txt_ids": encoded[2],
         "guidance": _default_guidance(pipe, latents),
     }
@@ -194,7 +192,6 @@ FLUX = Family(
     unused={"prompt_2": None},
     negative=None,
     names=_flux_names,
-    encode_image=_scaled,
     arguments=_flux_arguments,
     sides=lambda pipe: pipe.vae_scale_factor * 2,
 )
@@ -226,12 +223,6 @@ def _qwen_names(pipe: Any, texts: Mapping[str, str], rows: int) -> Names:
     return side_by_side([(read_pieces(pipe.tokenizer, ids, mark=BYTE_SPACE, end="<|im_end|>"), rows)])
 
 
-def _qwen_latents(pipe: Any, pixels: torch.Tensor) -> torch.Tensor:
-    latents = pipe.vae.encode(pixels.to(pipe.vae.dtype)[:, :, None]).latent_dist.mean.float()[:, :, 0]
-    mean, std = (torch.tensor(getattr(pipe.vae.config, name)) for name in ("latents_mean", "latents_std"))
-    return (latents - mean.to(latents).view(1, -1, 1, 1)) / std.to(latents).view(1, -1, 1, 1)
-
-
 def _qwen_arguments(pipe: Any, latents: torch.Tensor, level: float, encoded: Sequence[Any]) -> dict[str, Any]:
     return {
         "hidden_states": _packed(latents),
@@ -258,7 +249,6 @@ QWEN_IMAGE = Family(
     unused={},
     negative=None,
     names=_qwen_names,
-    encode_image=_qwen_latents,
     arguments=_qwen_arguments,
     sides=lambda pipe: pipe.vae_scale_factor * 2,
 )

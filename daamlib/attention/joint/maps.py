@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 
+from ..batches import Rows
 from ..fingerprint import random_signs
+from ..precision import without_autocast
 from ..softmax import MAX_BYTES
 
 
@@ -50,7 +52,7 @@ class JointAttention:
             found.append(((rows @ part.to(dtype)) * columns).sum(dim=2))
         return torch.stack(found, dim=1)
 
-    def rows(self, rows: slice) -> "JointAttention":
+    def rows(self, rows: Rows) -> "JointAttention":
         """The same of some images of the batch."""
         names = ("queries", "image_keys", "text_keys", "mask", "image_vectors", "text_vectors")
         parts = [(name, getattr(self, name)) for name in names]
@@ -180,6 +182,7 @@ class Sums(dict[str, torch.Tensor]):
         self._formulae = formulae
         self.numbers: list[torch.Tensor] = []
 
+    @without_autocast
     def read(self, image: JointAttention, texts: tuple[JointAttention, ...]) -> None:
         """Add what the formulae make of one block; blocks may lie on several devices."""
         self.numbers.append(image.numbers())

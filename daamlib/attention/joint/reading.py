@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ...pipeline import denoiser_of, uncompiled
+from ..watch import unwatched
 from .families import Family
 from .maps import Formulae, JointAttention, Sums, concept_map, open_vocabulary_daam, prompt_daam
 from .stream import Stream, check_readable, on_device, take_rows
@@ -123,21 +124,28 @@ def make_again(
     Raises:
         ValueError: the pipeline computes something else now.
     """
+    if not all(calls):
+        raise ValueError(
+            "the passes of an image with a ControlNet are not stored, for its states are too large, and cannot be "
+            "re-run: give the words beforehand, as trace(pipe, words=[...])"
+        )
     denoiser, sums = denoiser_of(pipe), Sums(formulae)
     try:
-        with torch.no_grad(), uncompiled(pipe), Stream(family, denoiser) as stream:
+        with torch.no_grad(), uncompiled(pipe), Stream(family, denoiser) as stream, stream.alone():
             for number, arguments in enumerate(calls):
                 moved = {name: on_device(value, pipe._execution_device) for name, value in arguments.items()}
                 _require_precision(pipe, family, moved["hidden_states"])
                 stream.begin(moved, slice(None), texts, sums.read)
                 denoiser.forward(**moved)  # past the hooks on the denoiser, of a trace that is open
-                stream.finish()
+                if problem := stream.finish():
+                    raise ValueError(problem)
                 if computed is not None:
                     now = sums.computed(0, number + 1)[-1]
                     _require_same(computed[number], now, TOLERANCE[moved["hidden_states"].dtype])
     finally:
-        # as at the end of the pipeline's own call: off-loaded models go back; past a trace that watches the method
-        type(pipe).maybe_free_model_hooks(pipe)
+        # as at the end of the pipeline's own call: off-loaded models go back; modular pipelines have no such method
+        if hasattr(pipe, "maybe_free_model_hooks"):
+            unwatched(pipe, "maybe_free_model_hooks")()
     return sums
 
 

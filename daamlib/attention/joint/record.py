@@ -1,7 +1,7 @@
 """The record of one image of a joint model: its maps, and the passes to make again for further ones."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
@@ -13,13 +13,15 @@ from ..fingerprint import Fingerprint, placed
 from ..heatmaps import HeatMaps
 from ..ldaam import LinearMap
 from ..readers.sites import place_of
+from ..readers.words import CHECK_TEXT
 from ..text import TokenEmbeddings, check_embeddings
-from .encoding import check_words, embed_prompt, encode_text, encode_words
+from ..weak import Weakly
+from .encoding import JointTexts, check_words
 from .families import NOT_LINEAR, Family, family_of
 from .maps import Formulae, JointAttention, Sums, concept_map, lone_word, open_vocabulary_daam
 from .reading import CONCEPTS, PROMPT, TOLERANCE, WORDS, make_again, while_generating
 from .stream import attentions
-from .text import averages, rows_of_text, without_padding
+from .text import averages
 
 FORMAT = "daamlib-joint-record-2"
 
@@ -54,7 +56,10 @@ class JointRecord:
         prompts: the prompt of each text encoder, by the argument of `encode_prompt`; None for given embeddings.
         selected: names of the attentions that are read; None for all.
         embedded_with: the arguments of `encode_prompt` that the prompt was embedded with.
-        pipe: the pipeline; None for a record that was loaded without one, which knows only `maps`.
+        encoder_check: of a prompt that was given as embeddings, those of `readers.words.CHECK_TEXT` by the text
+            encoders as they were while generating; None where they could not be asked.
+        pipe: the pipeline, which a record does not keep alive: None once nothing else holds it, of copies and pickles,
+            and of a record that was loaded without one. Such a record knows only `maps`. See `with_pipe`.
     """
 
     prompt: str | None
@@ -69,12 +74,13 @@ class JointRecord:
     prompts: Mapping[str, str] | None
     selected: tuple[str, ...] | None = None
     embedded_with: Mapping[str, Any] = field(default_factory=dict)
-    pipe: Any = field(default=None, repr=False)
+    encoder_check: torch.Tensor | None = None
+    pipe: Any = Weakly()
     self_attention: ClassVar[None] = None  # is not kept of a joint model
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles are without the pipeline; see `with_pipe`."""
-        return {name: value for name, value in vars(self).items() if name != "pipe"}
+        return {part.name: getattr(self, part.name) for part in fields(self) if part.name != "pipe"}
 
     @property
     def d_text(self) -> int:
@@ -118,13 +124,13 @@ class JointRecord:
             ValueError: it is too long, the record has no pipeline, or its text encoders would embed the prompt
                 otherwise now, as after a LoRA was unloaded.
         """
-        self._require_text_encoders()
-        return encode_text(self.pipe, self._family(), text, self.embedded_with)
+        return self._texts().encode(text, self.embedded_with)
 
     def text_embeddings(self, text: str | None = None, *, padding: bool = True) -> TokenEmbeddings:
         """Return the embeddings of the prompt (None, or its words), which need no pipeline, or of any other text."""
         if text is None or text == self.prompt:
-            return self.prompt_embeddings if padding else without_padding(self.prompt_embeddings)
+            prompt = self.prompt_embeddings
+            return replace(prompt, values=prompt.values.clone()) if padding else prompt.without_padding()
         return self.encode(text, padding=padding)
 
     def daam(self, text: str | Sequence[str] | None = None, *, padding: bool = True) -> HeatMaps:
@@ -147,9 +153,8 @@ class JointRecord:
             ValueError: see `encode`; or fewer than two words are listed.
         """
         if text is None or text == self.prompt:
-            names = without_padding(self.prompt_embeddings)
-            maps = _finite(self.maps[PROMPT][rows_of_text(self.prompt_embeddings)])
-            return HeatMaps(maps, names.tokens, names.words)
+            names = self.prompt_embeddings.without_padding()
+            return HeatMaps(_finite(self.maps[PROMPT][self.prompt_embeddings.rows]), names.tokens, names.words)
         return self.daam_from(self.encode(text)) if isinstance(text, str) else self._of_words(WORDS, check_words(text))
 
     def daam_from(self, embeddings: torch.Tensor | TokenEmbeddings) -> HeatMaps:
@@ -261,7 +266,7 @@ class JointRecord:
         )
         if part.timesteps == self.timesteps and len(names) == len(blocks):
             return part
-        words = [self._encode_words(self.words)] if self.words else []
+        words = [self._texts().encode_words(self.words, self.embedded_with)] if self.words else []
         sums = part._run(words, while_generating(averages(words[0]) if words else None))
         return replace(part, maps={name: self._on_grid(values) for name, values in sums.items()})
 
@@ -315,6 +320,7 @@ class JointRecord:
         return replace(
             self,
             prompt_embeddings=self.prompt_embeddings.to(device),
+            encoder_check=on(self.encoder_check),
             calls=tuple({name: on(value) for name, value in call.items()} for call in self.calls),
             maps={name: on(value) for name, value in self.maps.items()},
         )
@@ -325,6 +331,8 @@ class JointRecord:
         """Write the record to one `.safetensors` file: its maps, and the arguments of its passes."""
         tensors = {"prompt_embeddings": self.prompt_embeddings.values, "computed": self.computed}
         tensors |= {f"maps.{name}": values for name, values in self.maps.items()}
+        if self.encoder_check is not None:
+            tensors["encoder_check"] = self.encoder_check
         stored: dict[int, str] = {}
         calls = []
         for number, call in enumerate(self.calls):
@@ -391,6 +399,7 @@ class JointRecord:
                 prompts=header["prompts"],
                 selected=header["selected"] and tuple(header["selected"]),
                 embedded_with=header["embedded_with"],
+                encoder_check=tensors.get("encoder_check"),
                 pipe=pipe,
             )
             sizes = {tuple(values.shape[1:]) for values in record.maps.values()}
@@ -425,35 +434,29 @@ class JointRecord:
         blocks = [Block(name, self.grid, module.heads) for name, module in found.items()]
         return [block for block in blocks if self.selected is None or block.name in self.selected]
 
-    def _require_text_encoders(self) -> None:
-        """ValueError if the prompt would be embedded otherwise now."""
-        family = self._family()
-        if self.prompts is None:
-            return
-        then, now = self.prompt_embeddings, embed_prompt(self.pipe, family, self.prompts, self.embedded_with)[0][0]
-        rows = [row for row in rows_of_text(then) if row < len(now)]
+    def _texts(self) -> JointTexts:
+        """Return what embeds texts. ValueError if it embeds the prompt, or the check text, in another way now."""
+        texts = JointTexts(self.pipe, self._family())
+        prompts, then = self.prompts, self.prompt_embeddings
+        if self.encoder_check is not None:
+            prompts, then = {"prompt": CHECK_TEXT}, TokenEmbeddings.unnamed(self.encoder_check)
+        if prompts is None:
+            return texts
+        now = texts.encode_prompt(prompts, self.embedded_with)[0][0]
+        rows = [row for row in then.rows if row < len(now)]
         own, tolerance = then.values[rows].float(), max(TOLERANCE[values.dtype] for values in (then.values, now)) / 2
         same = (now[rows].to(own) - own).norm(dim=1) <= tolerance * own.norm(dim=1)  # of each token: of each encoder
-        if len(rows) < len(rows_of_text(then)) or not same.all():
+        if len(rows) < then.length or not same.all():
             raise ValueError(
                 "the pipeline's text encoders do not embed this record's prompt as they did (was a LoRA loaded or "
                 "unloaded since, or is it another model?): a new text would not fit the image. Bring the pipeline back "
                 "to what it was"
             )
-
-    def _encode_words(self, words: tuple[str, ...]) -> TokenEmbeddings:
-        """Words side by side, each embedded alone as the prompt was."""
-        self._require_text_encoders()
-        return encode_words(self.pipe, self._family(), words, self.embedded_with)
+        return texts
 
     def _run(self, texts: Sequence[TokenEmbeddings], formulae: Formulae) -> Sums:
         """What `make_again` makes of the blocks that are read."""
         family, values = self._family(), [text.values for text in texts]
-        if not all(self.calls):
-            raise ValueError(
-                "the passes of an image with a ControlNet are not stored, for its states are too large, and cannot be "
-                "re-run: give the words beforehand, as trace(pipe, words=[...])"
-            )
 
         def of_selected(image: JointAttention, along: tuple[JointAttention, ...]) -> Mapping[str, torch.Tensor | None]:
             return formulae(image, along) if self.selected is None or image.name in self.selected else {}
@@ -473,7 +476,7 @@ class JointRecord:
     def _of_words(self, name: str, words: tuple[str, ...]) -> HeatMaps:
         if words == self.words and name in self.maps:
             return HeatMaps.of_words(_finite(self.maps[name]).clone(), words)
-        embeddings = self._encode_words(words)
+        embeddings = self._texts().encode_words(words, self.embedded_with)
         pool = averages(embeddings)
         formula = open_vocabulary_daam if name == WORDS else concept_map
         maps = self._run([embeddings], lambda image, texts: {name: formula(image, texts[0], pool)})

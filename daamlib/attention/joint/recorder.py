@@ -12,9 +12,12 @@ from typing_extensions import override
 from ...pipeline import denoiser_of
 from ..batches import Encoding, Rows
 from ..calls import Call, Options, Pass, Recorder
-from ..real_images import add_noise, check_levels
+from ..readers.sites import embeds
+from ..readers.words import check_text
+from ..real_images import add_noise, check_levels, latents_of
 from ..text import TokenEmbeddings, texts_of_images
-from .encoding import EMBEDDED_WITH, check_words, embed_prompt, encode_words, name_prompt
+from ..watch import is_running
+from .encoding import EMBEDDED_WITH, JointTexts, check_words
 from .families import NOT_LINEAR, Family
 from .maps import Sums
 from .reading import PROMPT, check_arguments, keep_arguments, make_again, passes_to_keep, while_generating
@@ -34,14 +37,18 @@ class Kept:
         grid: (h, w) of the image's positions.
         words: extra texts that are read while generating.
         texts: (image, token, width), the prompts' embeddings.
+        prompts: of each image the same, with their tokens, and each text by the argument of `encode_prompt`.
+        check: of embeddings that `encode_prompt` did not return, what shows the text encoders as they are.
         calls: for each image the denoiser's arguments of its stored passes.
         timesteps: of these passes.
-        sums: of the maps that are read while generating; empty for a custom loop, whose passes are read at its end.
+        sums: of what is read while generating; of a custom loop no maps, its passes are made again at its end.
     """
 
     grid: tuple[int, int]
     words: TokenEmbeddings | None
     texts: torch.Tensor
+    prompts: list[tuple[TokenEmbeddings, dict[str, str] | None]]
+    check: torch.Tensor | None
     calls: list[list[dict[str, Any]]]
     timesteps: list[float]
     sums: Sums
@@ -69,7 +76,7 @@ class JointRecorder(Recorder):
         if odd:
             raise ValueError(f"{', '.join(odd)}: {family.name} is a joint model, it takes words and store_device only")
         self._family, self._words = family, check_words(options.words) if options.words else ()
-        self._stream = Stream(family, self.denoiser)
+        self._texts, self._stream = JointTexts(pipe, family), Stream(family, self.denoiser)
         self._signature = inspect.signature(self.denoiser.forward)
         self._made_by = fingerprint_of_joint(pipe)
         self._negatives: list[torch.Tensor] = []  # the very texts that later calls of `encode_prompt` returned
@@ -80,7 +87,6 @@ class JointRecorder(Recorder):
 
     @override
     def read(self, args: tuple, kwargs: Mapping[str, Any]) -> Pass:
-        self._stream.end()  # the pass before may have failed
         arguments = dict(self._signature.bind_partial(*args, **kwargs).arguments)
         return Pass(
             sample=arguments["hidden_states"],
@@ -94,7 +100,8 @@ class JointRecorder(Recorder):
     def encoding_of(self, arguments: Mapping[str, Any], result: Sequence[Any]) -> Encoding:
         positive, place, prompt = result[0], self._family.negative, arguments.get("prompt")
         prompts = texts_of_images(prompt, len(positive))
-        if place is None and self.encodings and self.loop is None:  # the second call embeds the negative text
+        # before the first pass of a pipeline's call the second text that is embedded is the negative one
+        if place is None and self.encodings and self.call is None and is_running(self._frame):
             first = self.encodings[0]
             self._negatives = [*self._negatives, positive] if len(self.encodings) > 1 else [positive]
             return Encoding(first.positive, positive.detach().clone(), first.prompts, prompts, options=first.options)
@@ -119,76 +126,90 @@ class JointRecorder(Recorder):
     def open_call(self, call: Call, told: Pass, rows: Rows) -> Kept:
         words = None
         if self._words:
-            words = encode_words(self.pipe, self._family, self._words, _embedded_with(call.options[0]))
+            words = self._texts.encode_words(self._words, call.options[0])
         texts = told.text[rows].detach().clone()
+        prompts: list[tuple[TokenEmbeddings, dict[str, str] | None]] = []
+        for prompt, options, values in zip(call.prompts, call.options, texts, strict=True):
+            further = {name: text for name, text in options.items() if name in FURTHER and text}
+            named = None if prompt is None else {"prompt": prompt, **further}
+            prompts.append((self._texts.named(named, values.clone()), named))
+        given = any(all(encoding.text_of(row) is None for encoding in self.encodings) for row in texts)
         return Kept(
             grid=check_arguments(self._family, self.denoiser, told.arguments),
             words=words,
             texts=texts,
+            prompts=prompts,
+            check=check_text(self._texts, call.options[0]) if given and embeds(self.pipe) else None,
             calls=[[] for _ in texts],
             timesteps=[],
-            sums=Sums(while_generating(None if words is None else averages(words))),
+            sums=Sums(
+                while_generating(None if words is None else averages(words)) if call.plan else lambda image, texts: {}
+            ),
         )
 
     @override
     def begin_pass(self, call: Call, told: Pass, rows: Rows) -> None:
-        kept, reads = call.kept, call.plan is not None
+        kept, in_loop = call.kept, call.plan is None
         if call.timesteps:
-            try:
-                check_arguments(self._family, self.denoiser, told.arguments)
-            except ValueError as error:
-                self.break_off(call, str(error))
+            if problem := self._later_problem(kept, told, rows):
+                self.break_off(call, problem)
                 return
-        if reads and len(call.timesteps) not in passes_to_keep(call.planned or len(self.pipe.scheduler.timesteps)):
+        planned = call.planned or len(self.pipe.scheduler.timesteps)
+        if not in_loop and len(call.timesteps) not in passes_to_keep(planned):
             return
         kept.timesteps.append(told.level)
         numbers = range(len(told.sample))[rows] if isinstance(rows, slice) else rows
         for stored, row in zip(kept.calls, numbers, strict=True):
             stored.append(keep_arguments(told.arguments, row, stored[-1] if stored else {}))
-        if reads:
-            assert isinstance(rows, slice)  # of a pipeline's call
-            texts = [] if kept.words is None else [kept.words.values]
-            self._stream.begin(told.arguments, rows, texts, kept.sums.read)
+        # how many passes a loop makes is not known: what it computed is noted, and maps are read of passes made again
+        texts = [] if kept.words is None or in_loop else [kept.words.values]
+        self._stream.begin(told.arguments, rows, texts, kept.sums.read, strict=not call.timesteps)
+
+    def _later_problem(self, kept: Kept, told: Pass, rows: Rows) -> str | None:
+        """Return why a pass after the first cannot be read."""
+        try:
+            check_arguments(self._family, self.denoiser, told.arguments)
+        except ValueError as error:
+            return str(error)
+        if not torch.equal(told.text[rows], kept.texts):
+            return (
+                "the text changed between passes, as when a callback swaps the prompt: no names hold for all passes. "
+                "Trace each part as a call of its own"
+            )
+        return None
 
     @override
-    def end_pass(self, call: Call) -> None:
-        self._stream.finish()
+    def end_pass(self, call: Call) -> str | None:
+        return self._stream.finish()
 
     @override
     def make_records(self, call: Call) -> list[JointRecord]:
         kept = call.kept
         if not kept.timesteps:
             raise ValueError("it ended before the first pass that is read")
-        if call.plan is None:
-            chosen = sorted(passes_to_keep(len(kept.timesteps)))
-            kept.timesteps = [kept.timesteps[number] for number in chosen]
-            kept.calls = [[stored[number] for number in chosen] for stored in kept.calls]
+        chosen = range(len(kept.timesteps)) if call.plan else sorted(passes_to_keep(len(kept.timesteps)))
         texts = [] if kept.words is None else [kept.words.values]
         records = []
-        for image, (prompt, calls) in enumerate(zip(call.prompts, kept.calls, strict=True)):
-            sums, row = kept.sums, image
-            if not sums:  # of a custom loop
+        for image, (prompt, stored) in enumerate(zip(call.prompts, kept.calls, strict=True)):
+            sums, row, calls = kept.sums, image, [stored[number] for number in chosen]
+            computed = sums.computed(image, len(stored))[chosen]
+            if call.plan is None:
                 formulae = while_generating(None if kept.words is None else averages(kept.words))
-                sums, row = make_again(self.pipe, self._family, calls, texts, formulae), 0
-            named = {name: text for name, text in call.options[image].items() if name in FURTHER and text}
-            texts_of = None if prompt is None else {"prompt": prompt, **named}
+                sums, row = make_again(self.pipe, self._family, calls, texts, formulae, computed), 0
+            embeddings, named = kept.prompts[image]
             record = JointRecord(
                 prompt=prompt,
-                prompt_embeddings=name_prompt(
-                    self.pipe,
-                    self._family,
-                    texts_of,
-                    kept.texts[image].clone(),
-                ),
-                timesteps=[round(level) for level in kept.timesteps],
+                prompt_embeddings=embeddings,
+                timesteps=[round(kept.timesteps[number]) for number in chosen],
                 grid=kept.grid,
                 calls=tuple(calls),
                 words=self._words,
                 maps={name: values[row].unflatten(1, kept.grid).clone() for name, values in sums.items()},
                 fingerprint=self._made_by,
-                computed=sums.computed(row, len(calls)),
-                prompts=texts_of,
-                embedded_with=_embedded_with(call.options[image]),
+                computed=computed,
+                prompts=named,
+                embedded_with={name: v for name, v in call.options[image].items() if name in EMBEDDED_WITH},
+                encoder_check=kept.check,
                 pipe=self.pipe,
             )
             records.append(record if self.options.device is None else record.to(self.options.device))
@@ -211,8 +232,8 @@ class JointRecorder(Recorder):
         check_readable(self.denoiser)
         check_levels(timesteps, LEVELS)
         family, device = self._family, self.pipe._execution_device
-        latents = family.encode_image(self.pipe, pixels.to(device))
-        encoded = embed_prompt(self.pipe, family, {"prompt": prompt}, {})
+        latents = latents_of(self.pipe.vae, pixels.to(device))
+        encoded = self._texts.encode_prompt({"prompt": prompt}, {})
         levels = [step / LEVELS for step in timesteps]
         calls: list[dict[str, Any]] = []
         for noisy, level in zip(add_noise(latents, [(1 - s, s) for s in levels], seed), levels, strict=True):
@@ -222,7 +243,7 @@ class JointRecorder(Recorder):
         maps = make_again(self.pipe, family, calls, [], while_generating(None))
         return JointRecord(
             prompt=prompt,
-            prompt_embeddings=name_prompt(self.pipe, family, {"prompt": prompt}, encoded[0][0]),
+            prompt_embeddings=self._texts.named({"prompt": prompt}, encoded[0][0]),
             timesteps=list(timesteps),
             grid=grid,
             calls=tuple(calls),
@@ -233,7 +254,3 @@ class JointRecorder(Recorder):
             prompts={"prompt": prompt},
             pipe=self.pipe,
         )
-
-
-def _embedded_with(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if name in EMBEDDED_WITH}

@@ -10,7 +10,7 @@ projections of its attentions, under any processor. Which attention is joint is 
 reaches.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from ..batches import Rows
 from .families import Family
 from .maps import JointAttention
 
@@ -32,8 +33,8 @@ BATCHED = (  # arguments of a pass or a block with a row for each image
     "guidance",
     "temb",
 )
-# Whose second call of a block is under way: the hooks of other streams must not see it. Each thread has a value.
-_SECOND_CALL: ContextVar["Stream | None"] = ContextVar("second call of a block", default=None)
+# The stream whose second call of a block, or re-run of a pass, is under way: others must not see it; one a thread.
+_ALONE: ContextVar["Stream | None"] = ContextVar("alone", default=None)
 HARMLESS = ("offload", "casting", "autocast", "tracker")  # hooks of diffusers that leave every block's call as it is
 
 
@@ -42,9 +43,10 @@ class Pass:
     """What is read of a pass; see `Stream.begin`."""
 
     arguments: Mapping[str, Any]
-    rows: slice
+    rows: Rows
     texts: Sequence[torch.Tensor]
     read: Read
+    strict: bool
 
 
 class Stream:
@@ -72,6 +74,7 @@ class Stream:
         self._found: list[JointAttention] = []  # in the block's call under way
         self._whole_batch = False  # whether this block's attention computes groups of rows one by one
         self._read = 0  # blocks of the pass
+        self._problem: str | None = None  # why the pass cannot be read
 
     def __enter__(self) -> "Stream":
         with ExitStack() as self._stack:  # an error half-way removes what was registered
@@ -87,27 +90,38 @@ class Stream:
         self.end()
         self._stack.close()
 
-    def begin(self, arguments: Mapping[str, Any], rows: slice, texts: Sequence[torch.Tensor], read: Read) -> None:
+    def begin(
+        self,
+        arguments: Mapping[str, Any],
+        rows: Rows,
+        texts: Sequence[torch.Tensor],
+        read: Read,
+        *,
+        strict: bool = True,
+    ) -> None:
         """Read the pass that is about to be made.
 
         Args:
             arguments: of the denoiser.
-            rows: of its batch, which are read.
+            rows: of its batch, which are read; a slice where there are texts.
             texts: (m, d_text) values each, as the denoiser receives a text; each is a stream of its own.
             read: is called after every block with what it computed for the prompt and for each text.
+            strict: whether what cannot be read is a ValueError at once; else `finish` returns it, and the pass goes on.
         """
-        self._pass, self._states, self._read = Pass(arguments, rows, texts, read), None, 0
+        self.end()
+        self._pass, self._read, self._problem = Pass(arguments, rows, texts, read, strict), 0, None
 
-    def finish(self) -> None:
-        """End a pass that was made. ValueError unless every block took part in it."""
+    def finish(self) -> str | None:
+        """End a pass that was made. Return why it cannot be read, as where a block took no part; None if it was."""
         skipped = self._pass is not None and self._read != len(self._blocks)
         self.end()
         if skipped:
-            raise ValueError(
+            return (
                 f"a pass called {self._read} of {len(self._blocks)} blocks once: a cache or another change of the "
                 "transformer skipped or repeated the others, so its maps would not be those of a denoising step. "
                 "Trace without it"
             )
+        return self._problem
 
     def end(self) -> None:
         """Read no more."""
@@ -141,7 +155,7 @@ class Stream:
 
     @property
     def _sees(self) -> bool:
-        return self._pass is not None and _SECOND_CALL.get() in (None, self)
+        return self._pass is not None and _ALONE.get() in (None, self)
 
     def _see(self, name: str, value: torch.Tensor) -> None:
         if self._sees:
@@ -155,9 +169,23 @@ class Stream:
         self._found, self._whole_batch = [], False
         self._lengths = (kwargs["encoder_hidden_states"].shape[1], kwargs["hidden_states"].shape[1])
 
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Leave a pass that cannot be read as it is, unless it is to be refused."""
+        try:
+            yield
+        except ValueError as error:
+            if self._pass is None or self._pass.strict:
+                raise
+            self.end()
+            self._problem = str(error)
+
     def _after_attention(self, module: Any, args: tuple, kwargs: Mapping[str, Any], output: Any) -> None:
-        if not self._sees:
-            return
+        if self._sees:
+            with self._reading():
+                self._read_attention(module, kwargs, output)
+
+    def _read_attention(self, module: Any, kwargs: Mapping[str, Any], output: Any) -> None:
         (text, image), split = self._lengths, len(self._parts.get("to_q", ())) > 1
         # perturbed-attention guidance computes its perturbed rows, the last of the batch, after the others
         parts = {name: torch.cat(found) if split else found[-1] for name, found in self._parts.items()}
@@ -202,21 +230,23 @@ class Stream:
 
     @torch.no_grad()
     def _after_block(self, block: Any, args: tuple, kwargs: Mapping[str, Any], output: Any) -> None:
-        told = self._pass
-        if told is None or _SECOND_CALL.get() is not None:
-            return
-        found = self._take(block).rows(told.rows)
-        if self._states is None:
-            self._states = self._board(told, kwargs["encoder_hidden_states"][told.rows])
-        batch = len(kwargs["hidden_states"])
-        # rows after the images' are perturbed copies of them: what splits the batch must be given the whole of it
-        whole = self._whole_batch or range(batch)[told.rows].stop != batch
-        own = kwargs if whole else take_rows(kwargs, told.rows)
-        texts = tuple(
-            self._along(block, own, number, told.rows if whole else slice(None)) for number in range(len(told.texts))
-        )
+        if self._pass is not None and self._sees:
+            with self._reading():
+                self._read_block(self._pass, block, kwargs)
+
+    def _read_block(self, told: "Pass", block: Any, kwargs: Mapping[str, Any]) -> None:
+        found, texts = self._take(block).rows(told.rows), list[JointAttention]()
+        if told.texts:
+            assert isinstance(told.rows, slice)
+            batch = len(kwargs["hidden_states"])
+            # rows after the images' are perturbed copies of them: what splits the batch must be given the whole of it
+            whole = self._whole_batch or range(batch)[told.rows].stop != batch
+            own, rows = (kwargs, told.rows) if whole else (take_rows(kwargs, told.rows), slice(None))
+            if self._states is None:
+                self._states = self._board(told, kwargs["encoder_hidden_states"][told.rows])
+            texts = [self._along(block, own, number, rows) for number in range(len(told.texts))]
         self._read += 1
-        told.read(found, texts)
+        told.read(found, tuple(texts))
 
     def _take(self, block: Any) -> JointAttention:
         if len(self._found) != 1:
@@ -249,18 +279,19 @@ class Stream:
         if "encoder_hidden_states_mask" in own:
             own["encoder_hidden_states_mask"] = None
         self._expect(own)
-        with self._calling():
+        with self.alone():
             state, _ = block.forward(**own)  # past the hooks on the block
         self._states[number] = None if state is None else state[rows]
         return self._take(block).rows(rows)
 
     @contextmanager
-    def _calling(self):
-        token = _SECOND_CALL.set(self)
+    def alone(self) -> Iterator[None]:
+        """Hide the calls of blocks made inside from other streams."""
+        before = _ALONE.set(self)
         try:
             yield
         finally:
-            _SECOND_CALL.reset(token)
+            _ALONE.reset(before)
 
 
 def take_rows(arguments: Mapping[str, Any], rows: slice) -> dict[str, Any]:

@@ -20,19 +20,6 @@ def side_by_side(parts: Sequence[tuple[Names, int]]) -> Names:
     return tokens, words
 
 
-def rows_of_text(embeddings: TokenEmbeddings) -> list[int]:
-    """The rows that are not padding, which stands after each encoder's tokens."""
-    return [row for row, token in enumerate(embeddings.tokens) if token != PAD]
-
-
-def without_padding(embeddings: TokenEmbeddings) -> TokenEmbeddings:
-    """The rows that are not padding, with their words."""
-    rows = rows_of_text(embeddings)
-    place = {row: number for number, row in enumerate(rows)}
-    words = tuple(Word(word.text, place[word.start], place[word.stop - 1] + 1) for word in embeddings.words)
-    return TokenEmbeddings(embeddings.values[rows], tuple(embeddings.tokens[row] for row in rows), words)
-
-
 def one_after_another(embeddings: Sequence[TokenEmbeddings], words: Sequence[str]) -> TokenEmbeddings:
     """The word tokens (no special ones) of each text, side by side; `words` names the texts, one Word each.
 
