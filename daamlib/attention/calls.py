@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import torch
 
-from ..pipeline import uncompiled
+from ..pipeline import denoiser_of, uncompiled
 from .batches import Encoding, Rows
 from .text import options_of_images, texts_of_images
 from .watch import is_running, watch
@@ -181,8 +181,8 @@ class Loop:
                 found = torch.arange(batch)[self._rows].flatten().tolist()
             except (IndexError, TypeError) as error:
                 raise ValueError(f"rows={self._rows!r} do not fit a pass of {batch} rows: {error}") from error
-            if len(found) != n:
-                raise ValueError(f"rows={self._rows!r} are {len(found)} of the pass' {batch} rows, for {n} images")
+            if len(set(found)) != n:
+                raise ValueError(f"rows={self._rows!r} are {len(set(found))} of the pass' {batch} rows, for {n} images")
             return found
         if batch == n and branch == "conditional":
             return slice(0, n)
@@ -219,9 +219,14 @@ class Pass:
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def levels(self) -> list[float]:
+        """The noise levels of its rows; one where it is one for all."""
+        return torch.as_tensor(self.timestep).flatten().tolist()
+
+    @property
     def level(self) -> float:
         """The noise level, which all rows share."""
-        return float(self.timestep.flatten()[0] if isinstance(self.timestep, torch.Tensor) else self.timestep)
+        return float(self.levels[0])
 
 
 class Plan:
@@ -242,6 +247,8 @@ class Plan:
             self._levels = []  # the denoiser is told its noise in units that are not the scheduler's
         self._last = level
         if not self._levels:
+            if last is not None and level > last:
+                return "a higher noise level, as in an inversion,"
             return "a noise level twice" if level == last else None
         following = [place for place in places if place > self._at]
         if not following:
@@ -263,7 +270,7 @@ class Call:
         kept: what the recorder collects.
         timesteps: of the passes made.
         broken: why it will leave no record.
-        previous: the latents and noise level of the loop's latest pass.
+        previous: the noisy latents and noise level of the loop's latest pass.
     """
 
     prompts: tuple[str | None, ...]
@@ -290,11 +297,12 @@ class Recorder(abc.ABC):
         self.pipe, self.denoiser, self.options = pipe, denoiser, options
         self.encodings: list[Encoding] = []
         self._frame: FrameType | None = None  # of the pipeline's function that makes the call
+        self._says_end = False  # whether that function, or one that it led through, calls `maybe_free_model_hooks`
         self.loop: Loop | None = None
         self.call: Call | None = None
         self.under_way: tuple[Pass, Rows] | None = None  # under way, and its rows to read
         self._latest: tuple[Any, Any] = (None, None)  # a text of this call, and what its rows are
-        self._gradients = 0  # passes of this call that computed gradients of the latents
+        self._gradients: set[float] = set()  # noise levels of this call's passes with gradients of the latents
         own = [inspect.unwrap(part) for kind in type(pipe).__mro__ for part in vars(kind).values() if callable(part)]
         self._methods = {part.__code__ for part in own if hasattr(part, "__code__")}
 
@@ -390,16 +398,22 @@ class Recorder(abc.ABC):
         if is_running(self._frame):
             return
         frame: FrameType | None = caller
-        outermost = None
+        outermost, says_end = None, False
         while frame is not None:
             # only a method's variables are looked at: looking keeps those of a frame alive until it ends
             if frame.f_code in self._methods and frame.f_locals.get("self") is self.pipe:
                 outermost = frame
+                says_end = says_end or "maybe_free_model_hooks" in frame.f_code.co_names
             frame = frame.f_back
         if outermost is not None:
             self._close()
-            self.encodings, self._frame = [], outermost
-            self._latest, self._gradients = (None, None), 0
+            self.encodings, self._frame, self._says_end = [], outermost, says_end
+            self._latest, self._gradients = (None, None), set()
+            if denoiser_of(self.pipe) is not self.denoiser:
+                raise ValueError(
+                    "the pipeline's denoiser was replaced inside the `with`: its passes cannot be seen. Replace it "
+                    "before tracing, and trace each denoiser by a `with` of its own"
+                )
 
     def _after_check(self, caller: FrameType, arguments: dict, result: Any) -> None:
         self._enter(caller)
@@ -429,9 +443,10 @@ class Recorder(abc.ABC):
     def _after_call(self, caller: FrameType, arguments: dict, result: Any) -> None:
         """The last act of a pipeline's call; an interrupted call has made fewer passes than planned."""
         if is_running(self._frame):
-            if self.call is None and self._gradients:
+            if levels := self._gradients.difference(() if self.call is None else self.call.timesteps):
                 self._drop(
-                    "all its passes computed gradients, so that none is known for a step: announce a custom loop"
+                    f"all its passes at the noise levels {sorted(levels, reverse=True)} computed gradients, so that "
+                    "none is known for a step: announce a custom loop"
                 )
             self._finish()
             self._frame = None
@@ -474,7 +489,7 @@ class Recorder(abc.ABC):
             return None
         told = self.read(args, kwargs)
         if inside and told.sample.requires_grad:  # to steer the latents, as in Attend-and-Excite
-            self._gradients += 1
+            self._gradients.add(told.level)
             return None
         if self.call is not None and self.call.broken:
             return None
@@ -482,14 +497,17 @@ class Recorder(abc.ABC):
         if rows is None or not told.is_step:
             return None
         call = self.call = self.call or self._begin_call(told, rows, encoding, inside)
-        problem = call.plan.problem(told) if call.plan is not None else _repeats(call, told, rows)
+        if len(set(told.levels)) > 1:
+            problem: str | None = "several noise levels at once"
+        else:
+            problem = self._repeats(call, told, rows) if call.plan is None else call.plan.problem(told)
         if problem:
             self.break_off(
                 call,
                 f"the denoiser was called at {problem} under the images' text (noise level {told.level:g}, pass "
                 f"{len(call.timesteps) + 1}): trace cannot tell which passes are the steps of one image, as with "
-                "tiles, several stages or perturbed passes. In a custom loop, put passes that are no step in "
-                "`with loop.pause():`",
+                "tiles, several stages or perturbed passes. Announce each custom loop of its own, and put passes that "
+                "are no step in `with loop.pause():`",
                 after=2,
             )
             return None
@@ -519,6 +537,13 @@ class Recorder(abc.ABC):
                 problem = str(error)
             if halves is not None:
                 break
+        if halves is not None and len(halves) == 2:
+            one, other = (self._noisy(told, rows) for rows in halves.values())
+            if not torch.equal(one, other):
+                halves, problem = None, (
+                    "under guidance, the prompts' rows and the negative texts' have other latents than each other, as "
+                    "tiles of several prompts do: trace cannot tell which rows are the images"
+                )
         if halves is None:
             self.break_off(self.call, problem)
             return None, None
@@ -530,6 +555,20 @@ class Recorder(abc.ABC):
         known = halves.get(branch), encoding
         self._latest = ((told.text, _version(told.text)), known)
         return known
+
+    def _noisy(self, told: Pass, rows: Rows) -> torch.Tensor:
+        """Return the latents of some rows, without the channels of an image that is given with them."""
+        return told.sample[rows][:, : getattr(self.denoiser.config, "out_channels", None)]
+
+    def _repeats(self, call: Call, told: Pass, rows: Rows) -> str | None:
+        """Return why a pass of a custom loop is no step of its images, None if it is one."""
+        if call.previous is None or _ALONE.get() is self:  # the levels of a real image are the user's, in any order
+            return None
+        latents, level = call.previous
+        if level == told.level:
+            same = torch.equal(latents, self._noisy(told, rows))
+            return "a noise level twice with the same latents" if same else None
+        return "its first noise level again" if told.level == call.timesteps[0] else None
 
     def _unknown_text(self, told: Pass) -> str:
         if not self.encodings:
@@ -589,7 +628,7 @@ class Recorder(abc.ABC):
 
     def _after_pass(self) -> None:
         under_way, self.under_way, call = self.under_way, None, self.call
-        if under_way is None or call is None:
+        if under_way is None or call is None or call.broken:
             return
         told, rows = under_way
         call.timesteps.append(told.level)
@@ -601,7 +640,7 @@ class Recorder(abc.ABC):
             self._drop(None)
             raise
         if call.plan is None:
-            call.previous = told.sample[rows].detach().clone(), told.level
+            call.previous = self._noisy(told, rows).detach().clone(), told.level
         if len(call.timesteps) == 1 and self.options.store == "queries":
             log.info("queries of %d images: %.1f MiB", len(call.prompts), self.trace.bytes_needed / 2**20)
 
@@ -626,7 +665,7 @@ class Recorder(abc.ABC):
     def complete(self) -> None:
         """Finish a call that made all its passes and has returned without saying so."""
         call = self.call
-        if call is not None and self.loop is None and not is_running(self._frame):
+        if call is not None and self.loop is None and not self._says_end and not is_running(self._frame):
             if self.under_way is None and len(call.timesteps) == call.planned:
                 self._finish()
 
@@ -651,10 +690,3 @@ class Recorder(abc.ABC):
 def _version(text: torch.Tensor) -> int:
     """Return what changes when a tensor is written to."""
     return -1 if text.is_inference() else text._version
-
-
-def _repeats(call: Call, told: Pass, rows: Rows) -> str | None:
-    """Return why a pass of a custom loop is no step of its images, None if it is one."""
-    if call.previous is None or call.previous[1] != told.level:
-        return None
-    return "a noise level twice with the same latents" if torch.equal(call.previous[0], told.sample[rows]) else None

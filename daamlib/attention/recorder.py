@@ -29,6 +29,7 @@ from .watch import unwatched
 MOST_PASSES = 128  # that room is made for at once
 CLOSE = {torch.float16: 0.03, torch.bfloat16: 0.1}  # relative differences that rounding explains
 CLOSE_IN_FLOAT32 = 1e-3
+UNMOVED = {torch.float16: 2**-9, torch.bfloat16: 2**-6}  # of one text's keys in batches of other sizes: two roundings
 PROBED = 4  # positions of a pass whose attention is compared with what the layer computed
 
 
@@ -45,7 +46,7 @@ class Kept:
         check: of embeddings that `encode_prompt` did not return, what shows the text encoder as it is (`check_text`).
         collectors: by the site's name; likewise `keys`, what makes the keys, and `made`, the keys of the first pass.
         moved: how far later passes' keys were from those, largest absolute difference.
-        seen: how many queries each site made in the pass under way.
+        seen: how many queries each site made in the pass under way, at how many `positions` in each.
         probe: queries of some positions, keys and values of the pass under way, by the site's name.
         errors: how far a layer's output was from softmax(q k) v there, of the largest value.
         self_attention: by the site's name, with the number of its positions in `self_positions`.
@@ -63,6 +64,7 @@ class Kept:
     made: dict[str, torch.Tensor] = field(default_factory=dict)
     moved: dict[str, torch.Tensor] = field(default_factory=dict)
     seen: dict[str, int] = field(default_factory=dict)
+    positions: dict[str, int] = field(default_factory=dict)
     probe: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     errors: dict[str, torch.Tensor] = field(default_factory=dict)
     self_attention: dict[str, SelfAttentionCollector] = field(default_factory=dict)
@@ -89,7 +91,6 @@ class AttentionRecorder(Recorder):
 
     def __init__(self, reader: Reader, options: Options):
         super().__init__(reader.pipe, reader.denoiser, options)
-        refuse_caches(reader.denoiser)
         self._reader, self._sites = reader, reader.sites
         self._keys: dict[str, KeyProjection] = {}  # the latest, shared by the records
 
@@ -125,6 +126,7 @@ class AttentionRecorder(Recorder):
         # zeros stand for no text
         unread = negative is None or not negative.any() or arguments.get("negative_prompt_embeds") is not None
         negatives = None if unread else arguments.get("negative_prompt") or ""
+        prompt = None if arguments.get("prompt_embeds") is not None else arguments.get("prompt")
         if self.options.branch == "unconditional":  # the negative text has a second one too, and no instruction (Sana)
             arguments = {**arguments} | {
                 "prompt_2": arguments.get("negative_prompt_2"),
@@ -133,7 +135,7 @@ class AttentionRecorder(Recorder):
         return Encoding(
             positive=positive.detach().clone(),
             negative=None if negative is None else negative.detach().clone(),
-            prompts=texts_of_images(arguments.get("prompt"), len(positive)),
+            prompts=texts_of_images(prompt, len(positive)),
             negatives=texts_of_images(negatives, len(positive)),
             guided=bool(guided),
             options={name: arguments[name] for name in self._reader.options if arguments.get(name) is not None},
@@ -145,6 +147,7 @@ class AttentionRecorder(Recorder):
     def open_call(self, call: Call, told: Pass, rows: Rows) -> Kept:
         if any(site.module.to_q is not site.to_q for site in self._sites):
             raise ValueError("layers of the denoiser were replaced inside the `with`, as a LoRA does: load it before")
+        refuse_caches(self.denoiser)
         text, mask = told.text[rows].detach().clone(), None if told.mask is None else told.mask[rows].clone()
         embed = self._reader.encode
         given = any(all(encoding.text_of(row) is None for encoding in self.encodings) for row in text)
@@ -164,7 +167,9 @@ class AttentionRecorder(Recorder):
 
     @override
     def begin_pass(self, call: Call, told: Pass, rows: Rows) -> None:
-        call.kept.seen = {}
+        call.kept.seen, latent = {}, tuple(told.sample.shape[-2:])
+        if latent != call.kept.latent:
+            self.break_off(call, f"latents of {latent} followed those of {call.kept.latent}: maps are of one size")
 
     def _under_way(self) -> tuple[Call, Kept, Pass, Rows] | None:
         """The call and pass that a hook belongs to; None for an attention that is called by itself."""
@@ -179,11 +184,14 @@ class AttentionRecorder(Recorder):
         if (now := self._under_way()) is None:
             return
         call, kept, told, rows = now
-        if len(output) != len(told.sample):
-            raise ValueError(
-                f"{site.name} made queries for a batch of {len(output)}, the denoiser was called with "
-                f"{len(told.sample)} latents: its positions are not those of one image"
+        if len(output) != len(told.sample) or output.shape[1] != kept.positions.setdefault(site.name, output.shape[1]):
+            self.break_off(
+                call,
+                f"{site.name} made queries of shape {tuple(output.shape)} for {len(told.sample)} latents, in pass 1 at "
+                f"{kept.positions.get(site.name)} positions: latents that change their size, tiles and merged positions "
+                "have no map of one image",
             )
+            return
         kept.seen[site.name] = kept.seen.get(site.name, 0) + 1
         queries = output.detach()[rows]
         if site.name not in kept.collectors:
@@ -234,8 +242,7 @@ class AttentionRecorder(Recorder):
             return
         call, kept, told, rows = now
         parts = kept.probe.pop(site.name, {})
-        # diffusers' own IP-Adapter adds what it reads of images to what the text gives
-        if "values" not in parts or "keys" not in parts or hasattr(site.module.processor, "to_k_ip"):
+        if "values" not in parts or "keys" not in parts or _adds_images(site.module.processor):
             return
         queries, keys, values = (  # (image, position or token, head, d_head)
             parts[name].float().unflatten(-1, (site.heads, -1)) for name in ("queries", "keys", "values")
@@ -365,7 +372,7 @@ class AttentionRecorder(Recorder):
     @override
     def make_records(self, call: Call) -> list[AttentionRecord]:
         kept, device = call.kept, self.options.device or call.kept.embeddings[0].values.device
-        moved = [name for name, far in kept.moved.items() if _is_far(float(far), kept.made[name])]
+        moved = [name for name, far in kept.moved.items() if _is_far(float(far), kept.made[name], UNMOVED)]
         if moved:
             raise ValueError(
                 f"the keys of {moved[0]} ({len(moved)} layers in all) changed between passes, as when a callback swaps "
@@ -418,9 +425,14 @@ def _processor(site: Site) -> str:
     return type(site.module.processor).__name__
 
 
-def _is_far(difference: float, like: torch.Tensor) -> bool:
+def _adds_images(processor: Any) -> bool:
+    """Return whether it is diffusers' own IP-Adapter, which adds what it reads of images to what the text gives."""
+    return hasattr(processor, "to_k_ip") and type(processor).__module__.startswith("diffusers.")
+
+
+def _is_far(difference: float, like: torch.Tensor, close: Mapping[torch.dtype, float] = CLOSE) -> bool:
     """Return whether a largest absolute difference is more than rounding in the type of `like` explains."""
-    return not difference <= CLOSE.get(like.dtype, CLOSE_IN_FLOAT32) * float(like.abs().amax())
+    return not difference <= close.get(like.dtype, CLOSE_IN_FLOAT32) * float(like.abs().amax())
 
 
 def _differ(one: torch.Tensor, other: torch.Tensor) -> bool:

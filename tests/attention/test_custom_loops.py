@@ -200,3 +200,44 @@ def test_a_processor_that_edits_the_attention_of_one_image(fresh, start):
         with refused if start == 0 else contextlib.nullcontext():
             generate(pipe, ["a car and a tree", "a bus and a tree"], num_inference_steps=4)
     assert len(trace) == 0
+
+
+def passes_of(pipe, levels, latents, prompts=("a car",), **options):
+    """Trace an announced loop of these noise levels and latents."""
+    text = embed(pipe, list(prompts))
+    with torch.no_grad(), daamlib.trace(pipe) as trace, trace.loop(prompts, **options):
+        for level, sample in zip(levels, latents, strict=True):
+            pipe.unet(sample, level, encoder_hidden_states=text)
+    return trace
+
+
+def test_rows_at_several_noise_levels_are_refused(sd1_pipe):
+    with pytest.raises(ValueError, match="several noise levels at once"):
+        passes_of(sd1_pipe, [torch.tensor([700, 300])], [noise(2)], ["a car", "a tree"])
+    passes_of(sd1_pipe, [torch.tensor([700, 700])], [noise(2)], ["a car", "a tree"])
+
+
+def test_a_row_that_is_named_twice_is_refused(sd1_pipe):
+    with pytest.raises(ValueError, match="are 1 of the pass' 2 rows, for 2 images"):
+        passes_of(sd1_pipe, [700], [noise(2)], ["a car", "a car"], rows=[0, 0])
+
+
+def test_a_loop_that_starts_again_leaves_no_record(sd1_pipe):
+    with pytest.warns(UserWarning, match="its first noise level again"):
+        trace = passes_of(sd1_pipe, [900, 400, 900, 400], noise(4).split(1))
+    assert len(trace) == 0
+
+
+def test_a_loop_whose_latents_grow_leaves_no_record(sd1_pipe):
+    with pytest.warns(UserWarning, match="followed"):
+        trace = passes_of(sd1_pipe, [900, 400], [noise(1), noise(1).repeat(1, 1, 2, 2)])
+    assert len(trace) == 0
+
+
+def test_the_same_latents_beside_another_image_are_refused(fresh):
+    """As in InstructPix2Pix a row at a time: the text is the same, the image is left out in the second pass."""
+    pipe = fresh("sd1")
+    pipe.unet.conv_in = torch.nn.Conv2d(8, 8, 3, padding=1)
+    image = torch.cat([noise(1), noise(1).flip(-1)], 1)
+    with pytest.raises(ValueError, match="twice with the same latents"):
+        passes_of(pipe, [900, 900], [image, torch.cat([noise(1), 0 * noise(1)], 1)])
