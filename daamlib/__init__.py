@@ -5,13 +5,13 @@ from .attention.calls import Trace as Trace
 from .attention.heatmaps import HeatMaps as HeatMaps
 from .attention.joint.record import JointRecord as JointRecord
 from .attention.ldaam import LinearMap as LinearMap
+from .attention.pictures import label_picture as label_picture
+from .attention.pictures import overlay as overlay
 from .attention.readers import encode as encode
 from .attention.record import AttentionRecord as AttentionRecord
 from .attention.record import require_same_model as require_same_model
 from .attention.text import TokenEmbeddings as TokenEmbeddings
 from .extras import lazy as _lazy
-from .attention.pictures import label_picture as label_picture
-from .attention.pictures import overlay as overlay
 from .pipeline import generators as generators
 from .pipeline import image_size as image_size
 from .pipeline import load_pipeline as load_pipeline

@@ -1,6 +1,6 @@
 """One way to a pipeline: the bundled model, a folder or a model id.
 
-diffusers and transformers take seconds to import: the functions that need them do it, so that `import daamlib` is quick.
+diffusers and transformers take seconds to import: only the functions that need them do it.
 """
 
 import json
@@ -33,8 +33,11 @@ def load_pipeline(
 ) -> Any:  # type checkers do not know a pipeline's parts
     """Load a diffusers text-to-image pipeline for tracing.
 
-    Of the progress bars only those of downloads show; that of the steps comes on with
-    `pipe.set_progress_bar_config(disable=False)`.
+        pipe = daamlib.load_pipeline()  # the bundled model
+        pipe = daamlib.load_pipeline(MODEL, device="cpu")
+
+    Of the progress bars only those of downloads show; `pipe.set_progress_bar_config(disable=False)` brings on that of
+    the steps.
 
     Args:
         model: a folder or a model id of the hub; None for the bundled `urban-tiny`.
@@ -46,8 +49,8 @@ def load_pipeline(
         The pipeline, on its device.
 
     Raises:
-        FileNotFoundError: if the bundled model is not there. diffusers raises what it finds wrong with another.
-        ValueError: if a part has weights that its files lack, or the bundled model is not loaded as it was trained.
+        FileNotFoundError: the bundled model is not there. diffusers raises what is wrong with another.
+        ValueError: files lack weights of a part, or the bundled model is not loaded as it was trained.
     """
     import diffusers
 
@@ -90,27 +93,19 @@ def _half_precision(model: str | Path) -> torch.dtype:
 
 
 def check_values(pipe: Any, text: str) -> list[float]:
-    """The first values of what a pipeline's text encoder makes of the last word of a text.
-
-    Args:
-        pipe: a pipeline with one tokenizer and one text encoder, of CLIP, on a CPU.
-        text: of words, each of them one token.
-
-    Returns:
-        Eight numbers.
-    """
+    """Return the first eight values of a text's last word, by a pipeline's one text encoder (CLIP, on a CPU)."""
     with torch.no_grad():
         states = pipe.text_encoder(pipe.tokenizer(text, return_tensors="pt").input_ids)[0]
     return states[0, -2, :8].tolist()
 
 
 def _check_bundled(pipe: Any) -> None:
-    """Compare what the text encoder makes of a text with what it made when the model was written."""
+    """Compare a text's embedding with the one of the day when the model was written."""
     import transformers
 
     expected = json.loads((BUNDLED / CHECK).read_text())
-    found = check_values(pipe, expected["text"])
-    error = max(abs(one - other) for one, other in zip(found, expected["values"], strict=True))
+    pairs = zip(check_values(pipe, expected["text"]), expected["values"], strict=True)
+    error = max(abs(one - other) for one, other in pairs)
     if not error <= CHECK_TOLERANCE:
         raise ValueError(
             f"the bundled model's text encoder is off by {error:.2g} for {expected['text']!r}: transformers "
@@ -119,18 +114,11 @@ def _check_bundled(pipe: Any) -> None:
 
 
 def image_size(pipe: Any) -> tuple[int, int]:
-    """The size of the images that a pipeline makes unless it is told another.
+    """Return the height and width, in pixels, of the images that a pipeline makes by default.
 
-    Args:
-        pipe: a diffusers pipeline with a U-Net or a transformer.
+        height, width = daamlib.image_size(pipe)
 
-    Returns:
-        Height and width in pixels.
-
-    Raises:
-        TypeError: for a pipeline without a denoiser.
-        ValueError: for a denoiser whose config does not say it, or a pipeline that does not say how many pixels a
-            latent's cell is wide.
+    Raises TypeError for a pipeline without a denoiser, ValueError where neither pipeline nor denoiser says the size.
     """
     cells = getattr(denoiser_of(pipe).config, "sample_size", None)
     height, width = cells if isinstance(cells, list | tuple) else (cells, cells)
@@ -146,31 +134,20 @@ def image_size(pipe: Any) -> tuple[int, int]:
 
 
 def generators(seeds: Iterable[int]) -> list[torch.Generator]:
-    """A random generator for each image of a batch, so that an image is the same however many are made together.
+    """Return a random generator for each image of a batch: an image is the same however many are made together.
 
         pipe(["a car"] * 3, generator=daamlib.generators(range(3)))
 
-    Args:
-        seeds: of the images.
-
-    Returns:
-        One generator a seed, on the CPU: the noise is then the same whatever the pipeline computes on.
+    They are on the CPU: the noise is the same whatever the pipeline computes on.
     """
     return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
 
 
 def denoiser_of(pipe: Any) -> Any:
-    """The pipeline's denoiser itself, out of all wrappers, whose signature and layer names are others.
+    """Return a pipeline's U-Net or transformer without its wrappers, whose signature and layer names are others.
 
-    Args:
-        pipe: a diffusers pipeline; its denoiser may be wrapped by `torch.compile`, PEFT's `get_peft_model` and
-            `DistributedDataParallel`, one in another.
-
-    Returns:
-        Its U-Net or transformer.
-
-    Raises:
-        TypeError: for a pipeline without one.
+    It may be wrapped by `torch.compile`, PEFT's `get_peft_model` and `DistributedDataParallel`, one in another. Raises
+    TypeError for a pipeline without one.
     """
     for part in DENOISERS:
         denoiser = getattr(pipe, part, None)
@@ -195,17 +172,12 @@ def _unwrapped(module: Any) -> Any:
 def uncompiled(pipe: Any) -> Iterator[None]:
     """Run nothing of the denoiser compiled inside the `with`: compiled code does not call new hooks.
 
-    Args:
-        pipe: a diffusers pipeline, its denoiser or parts of it compiled by `torch.compile(denoiser)`, by a module's
-            own `compile()`, or by `denoiser.forward = torch.compile(denoiser.forward)`.
-
-    Yields:
-        None.
+    It, or parts of it, may be compiled by `torch.compile(denoiser)`, by a module's `compile()`, or by
+    `denoiser.forward = torch.compile(denoiser.forward)`.
     """
     denoisers = [getattr(pipe, name, None) for name in DENOISERS]
-    parts = [part for each in denoisers if isinstance(each, torch.nn.Module) for part in each.modules()]
     with ExitStack() as stack:
-        for part in parts:
+        for part in (part for each in denoisers if isinstance(each, torch.nn.Module) for part in each.modules()):
             original = getattr(part.__dict__.get("forward"), "_torchdynamo_orig_callable", None)
             if original is not None:
                 stack.enter_context(_replaced(part, "forward", original))
@@ -216,7 +188,7 @@ def uncompiled(pipe: Any) -> Iterator[None]:
 
 @contextmanager
 def _replaced(module: torch.nn.Module, name: str, value: Any) -> Iterator[None]:
-    """Another value of an attribute of the module's own, and the one before afterwards."""
+    """Give an attribute of a module another value inside the `with`."""
     before = module.__dict__[name]  # past `__setattr__`, which the wrapper of torch.compile hands on
     module.__dict__[name] = value
     try:
@@ -229,15 +201,7 @@ def _replaced(module: torch.nn.Module, name: str, value: Any) -> Iterator[None]:
 def loading(source: str | Path, *, exactly: bool = False) -> Iterator[None]:
     """Load without bars (those of downloads stay), and raise where a library only warns of missing weights.
 
-    Args:
-        source: what is loaded, for the error.
-        exactly: whether weights that belong to no part of the model are an error too.
-
-    Yields:
-        None.
-
-    Raises:
-        ValueError: if a part of a model has weights that its files lack, which are random then.
+    The ValueError names the `source`. With `exactly`, weights that belong to no part of the model are an error too.
     """
     reports: list[str] = []
     shown: dict[str, int] = {}

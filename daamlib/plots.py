@@ -1,6 +1,6 @@
 """The figures of the notebooks: images in a row, heat maps over an image."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -26,18 +26,25 @@ CLASS_COLOURS = {  # of curves and masks; by Okabe and Ito, which colour-blind r
 METHOD_COLOURS = {"DAAM": "#D55E00", "LDAAM": "#56B4E9"}  # of curves and bars; by Okabe and Ito, no colour of a class
 
 
-def _grid(rows: int, columns: int, width: float, height: float, layout: str) -> tuple[Figure, np.ndarray]:
-    """A figure of that many bare axes; width and height in inches."""
-    figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False, layout=layout)
+def _grid(
+    count: int, columns: int, cell: tuple[float, float], edge: tuple[float, float] = (0.0, 0.0), layout="constrained"
+) -> tuple[Figure, np.ndarray]:
+    """A figure of `count` bare axes, at most `columns` in a row; widths and heights of a cell and the edge in inches."""
+    if not count:
+        raise ValueError("there is nothing to show: give one image or more")
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    size = (columns * cell[0] + edge[0], rows * cell[1] + edge[1])
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout=layout)
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[], frame_on=False)
     return figure, axes
 
 
-def _cells(count: int, columns: int) -> tuple[int, int]:
-    """Rows and columns of a grid of `count` pictures, at most `columns` in a row."""
-    columns = min(columns, count)
-    return -(-count // columns), columns
+def _name(axes: Iterable, titles: Iterable[str], *, row: bool = False) -> None:
+    """Write titles above the first axes, or to the left of them."""
+    for ax, title in zip(axes, titles, strict=False):
+        (ax.set_ylabel if row else ax.set_title)(title, fontsize=10)
 
 
 def _array(values) -> np.ndarray:
@@ -59,23 +66,16 @@ def _outline(ax, mask: np.ndarray, colour: str = "cyan", width: float = 0.8) -> 
 def show_images(
     images: Sequence[Picture], titles: Sequence[str] = (), *, columns: int = 6, size: float = 2.0
 ) -> Figure:
-    """Show images in a grid.
+    """Show PIL images or (H, W[, 3]) arrays in a grid.
 
-    Args:
-        images: PIL images or (H, W[, 3]) arrays.
-        titles: of the first images, as many as there are.
-        columns: how many images stand in a row at most.
-        size: width of an image in inches.
+        show_images(images, ["one", "two"], columns=2)
 
-    Returns:
-        The figure.
+    Each is `size` inches wide, at most `columns` stand in a row.
     """
-    rows, columns = _cells(len(images), columns)
-    figure, axes = _grid(rows, columns, size * columns, (size + 0.35) * rows, "tight")
+    figure, axes = _grid(len(images), columns, (size, size + 0.35), layout="tight")
     for ax, image in zip(axes.flat, images, strict=False):
         ax.imshow(image)
-    for ax, title in zip(axes.flat, titles, strict=False):
-        ax.set_title(title, fontsize=10)
+    _name(axes.flat, titles)
     return figure
 
 
@@ -89,22 +89,14 @@ def show_classes(
     columns: int = 6,
     size: float = 1.7,
 ) -> Figure:
-    """Show images in a grid, the masks of classes as outlines in their colours, and which colour is which.
+    """Show images with the outlines of their classes, {class: (H, W) boolean mask} each, and which colour is which.
 
-    Args:
-        images: PIL images or (H, W, 3) arrays.
-        masks: {class: (H, W) boolean mask} of each image.
-        row_titles: written beside the rows.
-        colours: of the classes; the legend names all of them.
-        opacity: of the colour inside an outline, in [0, 1].
-        columns: how many images stand in a row at most.
-        size: width of an image in inches.
+        show_classes([image], [{"car": mask}], opacity=0.3)
 
-    Returns:
-        The figure.
+    The legend names all of `colours`; `opacity` is that of the colour inside an outline; `columns` and `size` are as of
+    `show_images`, `row_titles` stand to the left of the rows.
     """
-    rows, columns = _cells(len(images), columns)
-    figure, axes = _grid(rows, columns, size * columns + 0.3, (size + 0.05) * rows + 0.4, "constrained")
+    figure, axes = _grid(len(images), columns, (size, size + 0.05), (0.3, 0.4))
     for ax, image, of_image in zip(axes.flat, images, masks, strict=False):
         ax.imshow(image)
         for name, mask in of_image.items():
@@ -112,36 +104,60 @@ def show_classes(
             inside[np.asarray(mask, bool)] = to_rgba(colours[name], opacity)
             ax.imshow(inside)
             _outline(ax, np.asarray(mask), colours[name], width=1.5)
-    for ax, title in zip(axes[:, 0], row_titles, strict=False):
-        ax.set_ylabel(title, fontsize=10)
+    _name(axes[:, 0], row_titles, row=True)
     patches = [Patch(color=colour, label=name) for name, colour in colours.items()]
     figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), fontsize=10, frameon=False)
     return figure
 
 
-def show_maps(image: Picture, maps: Mapping[str, torch.Tensor], *, columns: int = 6, size: float = 2.0) -> Figure:
+def show_maps(
+    image: Picture,
+    maps: HeatMaps | Mapping[str, torch.Tensor | np.ndarray | HeatMaps],
+    *,
+    columns: int = 6,
+    size: float = 2.0,
+) -> Figure:
     """Show an image, then each map in plain colours, up-sampled to the image and scaled to its own [0, 1].
+
+        show_maps(image, record.daam())  # every word of the prompt
+        show_maps(image, {"car": record.daam()["car"], "traffic light": record.ldaam("traffic light")})
 
     Args:
         image: PIL image or (H, W, 3) array.
-        maps: title -> (h, w) map. Its minimum and maximum, before scaling, stand under the picture.
+        maps: of a record, a picture a word; or title -> (h, w) map, or the maps of a text, whose words are averaged.
+            A map's minimum and maximum, before scaling, stand under the picture.
         columns: how many pictures stand in a row at most.
         size: width of a picture in inches.
 
     Returns:
         The figure.
+
+    Raises:
+        ValueError: for what is no (h, w) map.
     """
+    named = _by_word(maps) if isinstance(maps, HeatMaps) else {title: _one_map(each) for title, each in maps.items()}
+    wrong = {title: tuple(heat.shape) for title, heat in named.items() if heat.ndim != 2}
+    if wrong:
+        raise ValueError(f"expected an (h, w) map under each title, such as maps['car'], got the shapes {wrong}")
     pixels = np.asarray(image)
-    rows, columns = _cells(len(maps) + 1, columns)
-    figure, axes = _grid(rows, columns, size * columns, (size + 0.45) * rows, "tight")
+    figure, axes = _grid(len(named) + 1, columns, (size, size + 0.45), layout="tight")
     axes.flat[0].imshow(pixels)
-    axes.flat[0].set_title("image", fontsize=10)
-    for ax, (title, values) in zip(axes.flat[1:], maps.items(), strict=False):
-        heat = _array(values)
+    _name(axes.flat, ["image", *named])
+    for ax, heat in zip(axes.flat[1:], named.values(), strict=False):
         _draw_over(ax, heat, pixels)
-        ax.set_title(title, fontsize=10)
         ax.set_xlabel(f"{heat.min():.3g} ... {heat.max():.3g}", fontsize=9)
     return figure
+
+
+def _by_word(maps: HeatMaps) -> dict[str, np.ndarray]:
+    """The map of each word of a text, or of each row where the words are unknown."""
+    words = dict.fromkeys(word.text for word in maps.words)
+    return {word: _array(maps[word]) for word in words} or dict(zip(maps.tokens, _array(maps.values), strict=True))
+
+
+def _one_map(given: torch.Tensor | np.ndarray | HeatMaps) -> np.ndarray:
+    """A map; of the maps of a text their mean over its words."""
+    return np.mean(list(_by_word(given).values()), axis=0) if isinstance(given, HeatMaps) else _array(given)
 
 
 def show_map_rows(
@@ -154,20 +170,13 @@ def show_map_rows(
 ) -> Figure:
     """Show one row for each image: the image, then its maps in plain colours, each scaled to its own [0, 1].
 
-    Args:
-        images: PIL images or (H, W, 3) arrays.
-        maps: title -> one (h, w) map for each image.
-        masks: title -> one (H, W) boolean mask for each image, drawn as an outline.
-        row_titles: written beside the images.
-        size: width of a picture in inches.
+        show_map_rows(images, {"car": [each.daam()["car"] for each in records]}, masks={"car": masks})
 
-    Returns:
-        The figure.
+    Both map a title to one (h, w) map, or (H, W) boolean mask, for each image; masks are drawn as outlines.
     """
     rows, columns = len(images), len(maps) + 1
     lines = 1 + max(title.count("\n") for title in maps)
-    height = (size + 0.03) * rows + 0.35 + 0.17 * lines
-    figure, axes = _grid(rows, columns, size * columns + 0.9, height, "constrained")
+    figure, axes = _grid(rows * columns, columns, (size, size + 0.03), (0.9, 0.35 + 0.17 * lines))
     for row, image in enumerate(images):
         pixels = np.asarray(image)
         axes[row, 0].imshow(pixels)
@@ -176,21 +185,11 @@ def show_map_rows(
             drawn = _draw_over(ax, heat.numpy(), pixels, vmin=0, vmax=1)
             if masks:
                 _outline(ax, _array(masks[title][row]) > 0)
-    for ax, title in zip(axes[0], ("image", *maps), strict=True):
-        ax.set_title(title, fontsize=10)
-    for ax, title in zip(axes[:, 0], row_titles, strict=False):
-        ax.set_ylabel(title, fontsize=10)
+    _name(axes[0], ("image", *maps))
+    _name(axes[:, 0], row_titles, row=True)
     part = min(1.0, 2 / rows)  # of the height: no bar needs more than two rows
-    bar = figure.colorbar(
-        drawn,
-        ax=axes,
-        ticks=[0, 0.5, 1],
-        fraction=0.03,
-        pad=0.01,
-        shrink=part,
-        anchor=(0.0, 1.0),
-        aspect=12 * rows * part,
-    )
+    place = {"fraction": 0.03, "pad": 0.01, "shrink": part, "anchor": (0.0, 1.0), "aspect": 12 * rows * part}
+    bar = figure.colorbar(drawn, ax=axes, ticks=[0, 0.5, 1], **place)
     bar.set_label("of the map's own range", fontsize=9)
     bar.ax.tick_params(labelsize=9)
     return figure
@@ -206,28 +205,20 @@ def show_values(
     columns: int = 6,
     size: float = 1.7,
 ) -> Figure:
-    """Show numbers as colours, all on one scale, cells as they are.
+    """Show numbers as colours, all on one scale, cells as they are: title -> (h, w) array or tensor.
 
-    Args:
-        values: title -> (h, w) array or tensor.
-        label: what the colour bar says.
-        outline: (h, w) boolean mask, whose outline is drawn on each.
-        limits: the values at the ends of the colour bar; None for the smallest and the largest of all.
-        colour_map: one of matplotlib's.
-        columns: how many pictures stand in a row at most.
-        size: width of a picture in inches.
+        show_values({"car": record.daam()["car"], "a": record.daam()["a"]}, "sum of the attention")
 
-    Returns:
-        The figure.
+    `label` stands at the colour bar, whose ends are `limits` or the smallest and the largest value; the outline of the
+    (h, w) boolean mask `outline` is drawn on each; `columns` and `size` are as of `show_images`.
     """
     arrays = [_array(value) for value in values.values()]
+    figure, axes = _grid(len(arrays), columns, (size, size + 0.3), (1.1, 0.2))
     low, high = limits or (min(array.min() for array in arrays), max(array.max() for array in arrays))
-    rows, columns = _cells(len(arrays), columns)
-    figure, axes = _grid(rows, columns, size * columns + 1.1, (size + 0.3) * rows + 0.2, "constrained")
-    for ax, title, array in zip(axes.flat, values, arrays, strict=False):
+    for ax, array in zip(axes.flat, arrays, strict=False):
         drawn = ax.imshow(array, cmap=colour_map, vmin=low, vmax=high)
         if outline is not None:
             _outline(ax, np.asarray(outline))
-        ax.set_title(title, fontsize=10)
-    figure.colorbar(drawn, ax=axes, label=label, fraction=0.04, aspect=12 * rows, pad=0.01)
+    _name(axes.flat, values)
+    figure.colorbar(drawn, ax=axes, label=label, fraction=0.04, aspect=12 * len(axes), pad=0.01)
     return figure

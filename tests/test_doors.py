@@ -40,7 +40,10 @@ def test_importing_daamlib_imports_no_library_that_takes_seconds():
     code = "import daamlib, sys; print(*{name.partition('.')[0] for name in sys.modules})"
     loaded = set(run(code).split())
     assert "torch" in loaded
-    assert loaded & {"diffusers", "transformers", "matplotlib", "pandas", "skimage", "ipywidgets"} == set()
+    assert (
+        loaded & {"diffusers", "huggingface_hub", "transformers", "matplotlib", "pandas", "skimage", "ipywidgets"}
+        == set()
+    )
 
 
 def test_every_dotted_name_of_the_pages_is_there():

@@ -138,7 +138,11 @@ def optional_packages():
     return {name for name, of in owners.items() if extras & {canonicalize_name(one) for one in of}}
 
 
-SLOW = {"diffusers", "transformers"}  # `import daamlib` takes the time of torch alone, see test_doors.py
+SLOW = {
+    "diffusers",
+    "huggingface_hub",
+    "transformers",
+}  # `import daamlib` takes the time of torch alone, see test_doors.py
 
 
 def imports_in_functions():

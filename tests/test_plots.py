@@ -9,7 +9,7 @@ import torch
 from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 
-from daamlib import plots
+from daamlib import HeatMaps, plots
 
 SMALLEST = 9  # points
 IMAGE = np.full((16, 24, 3), 200, np.uint8)
@@ -63,3 +63,22 @@ def test_a_mask_is_outlined_in_its_class_colour_and_filled_as_asked():
     assert np.allclose(outline.get_edgecolor()[0][:3], colour)
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == list(plots.CLASS_COLOURS)
+
+
+def test_the_maps_of_a_record_and_of_texts_are_shown_by_word():
+    maps = HeatMaps.of_words(torch.stack([HEAT, 2 * HEAT, -HEAT]), ("a", "traffic", "light"))
+    shown = plots.show_maps(IMAGE, maps).axes
+    assert [ax.get_title() for ax in shown if ax.get_title()] == ["image", "a", "traffic", "light"]
+    np.testing.assert_array_equal(shown[2].get_images()[0].get_array(), 2 * HEAT)
+    shown = plots.show_maps(IMAGE, {"light": maps, "car": HEAT, "array": HEAT.numpy()}).axes
+    np.testing.assert_allclose(shown[1].get_images()[0].get_array(), HEAT * 2 / 3)  # the mean over the text's words
+    rows = plots.show_maps(IMAGE, HeatMaps.unnamed(HEAT[None])).axes
+    assert [ax.get_title() for ax in rows] == ["image", "0"]
+
+
+def test_what_is_no_map_or_no_image_is_refused():
+    with pytest.raises(ValueError, match=r"'car': \(1, 4, 6\)"):
+        plots.show_maps(IMAGE, {"car": HEAT[None]})
+    for show in (lambda: plots.show_images([]), lambda: plots.show_classes([], [])):
+        with pytest.raises(ValueError, match="nothing to show"):
+            show()

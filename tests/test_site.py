@@ -97,6 +97,17 @@ def test_every_link_within_the_site_leads_somewhere(site):
     assert missing == set()
 
 
+@pytest.mark.parametrize("page", ["index", "reading", "supported", "widgets", "scale", "results"])
+def test_a_guide_leads_to_the_reference(page):
+    links = re.findall(r"\]\((api/\w+\.md)\)", (ROOT / f"docs/{page}.md").read_text())
+    assert links and all((ROOT / "docs" / link).is_file() for link in links)
+
+
+def test_install_names_the_small_build_of_torch_where_pip_is_named():
+    commands = re.findall(r"^    (pip install .*)$", (ROOT / "docs/install.md").read_text(), re.MULTILINE)
+    assert "torch" in commands[0] and "--index-url" in commands[0] and "<clone>" in commands[1]
+
+
 def test_the_search_for_what_is_loaded_finds_it():
     for text in (
         '<script src="https://cdn.example/x.js">',

@@ -1,7 +1,9 @@
 """Pictures by Pillow alone: a heat map over its image, a label map in the colours of its classes.
 
-record.overlay("car", image).save("car.png")  # or overlay(image, any_map)
-label_picture(labels, image).save("labels.png")
+    overlay(image, record.daam()["car"]).save("car.png")  # as record.overlay("car", image)
+    label_picture(dataset.labels(0), dataset.image(0)).save("labels.png")
+
+The explorer shows its maps by `overlay`, too.
 """
 
 from typing import Any
@@ -11,8 +13,8 @@ import torch
 from PIL import Image
 
 from .. import cityscapes
-from .heatmaps import normalize, require_ratio, upsample
 from ..classes import Classes, class_list
+from .heatmaps import normalize, require_ratio, upsample
 
 # Perceptually uniform, each of them; a rainbow shows edges where there are none. Seventeen colours of matplotlib's maps
 # (van der Walt and Smith, 2015; Nunez et al., 2018), with straight lines between them

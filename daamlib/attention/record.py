@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
 from ..io import load_tensors, save_tensors
@@ -16,6 +17,7 @@ from .fingerprint import Fingerprint, placed
 from .heatmaps import HeatMaps, upsample
 from .layers import KeyProjection, Layer
 from .ldaam import LinearMap, NormedLinearMap, collapse
+from .pictures import overlay
 from .readers import fingerprint_of, reader_of
 from .readers.words import CHECK_TEXT
 from .self_attention import SelfAttention
@@ -211,6 +213,16 @@ class AttentionRecord:
         embeddings = self.prompt_embeddings if key is None else self.texts[key]
         maps = functools.reduce(torch.add, [upsample(layer.maps[key], self.grid) for layer in self.layers])
         return _without_padding(_named(self.finite(maps), embeddings), embeddings)
+
+    def overlay(self, word: str, image: Any, *, text: str | None = None, opacity: float = 0.65) -> Image.Image:
+        """Return the image under DAAM of a word of the prompt, or of `text`.
+
+            record.overlay("car", image).save("car.png")
+            record.overlay("tree", image, text="a car and a tree").save("tree.png")
+
+        Raises what `daam` and `pictures.overlay` raise.
+        """
+        return overlay(image, self.daam(text)[word], opacity=opacity)
 
     def ldaam(self, text: str | None = None) -> HeatMaps:
         """Linear DAAM of a text (None: the prompt): the same sums without the softmax (thesis: LD(x))."""

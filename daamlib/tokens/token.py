@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
 from jaxtyping import Float
 
 from ..attention.fingerprint import Fingerprint
@@ -204,6 +203,8 @@ class OptimizedToken:
         Returns:
             The address of the commit. `huggingface_hub` raises what it finds wrong.
         """
+        from huggingface_hub import CommitOperationAdd, HfApi
+
         card = CARD.format(words=", ".join(self.words), model=self.info.get("model", "unknown"), repo_id=repo_id)
         api = HfApi(token=token)
         api.create_repo(repo_id, private=private, exist_ok=True)
@@ -233,6 +234,8 @@ class OptimizedToken:
             ValueError: The file is damaged, of an older format, or no token. `huggingface_hub` raises what it finds
                 wrong.
         """
+        from huggingface_hub import hf_hub_download
+
         return cls.load(hf_hub_download(repo_id, FILE, revision=revision, token=token))
 
     def __repr__(self) -> str:

@@ -17,12 +17,9 @@ HERE = Path(__file__).parent
 
 
 class Annotator(anywidget.AnyWidget):
-    """What `annotate` returns: a view of an `AnnotationSession`, which holds all that is drawn.
+    """View of an `AnnotationSession`, which holds all that is drawn; `annotate` makes one.
 
     The browser sends each stroke as a message and shows the label map that comes back.
-
-    Args:
-        session: what it is a view of.
     """
 
     _esm = HERE / "annotator.js"
@@ -56,7 +53,7 @@ class Annotator(anywidget.AnyWidget):
 
     @property
     def folder(self) -> Path:
-        """Where the masks are; `folder / "labels"` is what `datasets.import_masks` reads."""
+        """Folder of the masks; `folder / "labels"` is what `datasets.import_masks` reads."""
         return self.session.folder
 
     @property
@@ -65,11 +62,7 @@ class Annotator(anywidget.AnyWidget):
         return self.session.labels
 
     def act(self, action: Mapping[str, Any]) -> None:
-        """Do what the browser asks for; what is wrong with it is shown, never raised.
-
-        Args:
-            action: as of `AnnotationSession.apply`.
-        """
+        """Do what the browser asks for (see `AnnotationSession.apply`); an error is shown, never raised."""
         message = ""
         try:
             self.session.apply(action)
@@ -102,16 +95,18 @@ def annotate(
 ) -> Annotator:
     """Draw masks of some images by hand: the last line of a notebook's cell.
 
+        annotator = annotate(images, ["car", "person"], "masks")
+        car = annotator.label_map == 26  # drawn on the open image
+
     `datasets.import_masks(dataset, folder / "labels")` makes them the labels of the dataset whose images they are.
 
     Args:
         images: PIL images or (H, W, 3) uint8 arrays, or a `Dataset`.
         classes: names of `daamlib.cityscapes`, such as ["car", "traffic light"]; any others, such as ["cat", "dog"],
             numbered from 1; {name: id} or {name: (id, colour)}; or a table of `daamlib.classes`.
-        folder: gets images/00000.png and labels/00000.png (ids) after every stroke, and where it has some, one goes on
-            with them.
-        proposals: label maps to begin with and correct, (H, W) uint8 ids, one for each image, such as
-            `daamlib.label_map`'s. One counts as drawn once something is drawn on it, or it is saved.
+        folder: gets images/00000.png and labels/00000.png (ids) after every stroke; what it has of them is continued.
+        proposals: label maps to correct, (H, W) uint8 ids, one for each image, such as `daamlib.label_map`'s. One
+            counts as drawn once something is drawn on it, or it is saved.
 
     Returns:
         The widget.

@@ -19,18 +19,11 @@ EDGE = 200  # beta of the random walker: the larger, the harder it is to cross a
 
 
 def stroke(points: ArrayLike, radius: float, shape: tuple[int, int]) -> np.ndarray:
-    """The pixels under a round brush drawn along some points.
+    """Return the (H, W) mask under a round brush of `radius` pixels drawn along one or more points [[x, y], ...].
 
-    Args:
-        points: [[x, y], ...], one or more.
-        radius: of the brush, in pixels.
-        shape: (H, W) of the image.
+        under = stroke([[10.5, 4.5], [30, 20]], radius=3, shape=(64, 64))
 
-    Returns:
-        (H, W) bool.
-
-    Raises:
-        ValueError: for points or a radius that cannot be.
+    Raises ValueError for bad points or a radius out of range, as do the other tools.
     """
     y, x = _points(points, 1, shape)
     if not 0 < radius <= max(shape):
@@ -46,18 +39,7 @@ def stroke(points: ArrayLike, radius: float, shape: tuple[int, int]) -> np.ndarr
 
 
 def inside(points: ArrayLike, shape: tuple[int, int]) -> np.ndarray:
-    """The pixels inside a polygon.
-
-    Args:
-        points: [[x, y], ...], three or more.
-        shape: (H, W) of the image.
-
-    Returns:
-        (H, W) bool.
-
-    Raises:
-        ValueError: for points that cannot be.
-    """
+    """Return the (H, W) mask inside of a polygon of three or more points."""
     y, x = _points(points, 3, shape)
     where = np.zeros(shape, bool)
     where[polygon_pixels(y, x, shape)] = True
@@ -65,18 +47,7 @@ def inside(points: ArrayLike, shape: tuple[int, int]) -> np.ndarray:
 
 
 def region(labels: np.ndarray, points: ArrayLike) -> np.ndarray:
-    """The pixels of the first point's label that hang together with it, side by side.
-
-    Args:
-        labels: (H, W) ids.
-        points: [[x, y], ...], of which the first counts.
-
-    Returns:
-        (H, W) bool.
-
-    Raises:
-        ValueError: for points that cannot be, or a first one outside of the image.
-    """
+    """Return the (H, W) mask of the first point's label, connected to it side by side."""
     y, x = (int(np.floor(value[0] + 0.5)) for value in _points(points, 1, labels.shape))
     if not (0 <= y < labels.shape[0] and 0 <= x < labels.shape[1]):
         raise ValueError(f"the point ({x}, {y}) lies outside of the image of {labels.shape} pixels")
@@ -86,21 +57,12 @@ def region(labels: np.ndarray, points: ArrayLike) -> np.ndarray:
 def grow(image: np.ndarray, seeds: np.ndarray) -> np.ndarray:
     """Give each pixel the seed that a random walker from there meets first; it hardly crosses edges (Grady 2006).
 
-    Images larger than `WALK_SIDE` are walked in blocks of pixels.
-
-    Args:
-        image: (H, W, 3) uint8.
-        seeds: (H, W) int, 0 where there is none, of two kinds or more.
-
-    Returns:
-        (H, W), one of the seeds everywhere.
-
-    Raises:
-        ValueError: for less than two kinds, seeds too close to each other, or an image of one flat colour.
+    `seeds` are (H, W) integers of two kinds or more, 0 where there is none. Images larger than `WALK_SIDE` are walked in
+    blocks of pixels. Raises ValueError for less than two kinds, seeds too close to each other, or a flat image.
     """
     kinds = np.unique(seeds[seeds > 0])
     if len(kinds) < 2:
-        raise ValueError("scribble on the object with its class, and beside it with another or unlabeled")
+        raise ValueError("scribble on the object with its class, and around it with another or unlabeled")
     if image.min() == image.max():
         raise ValueError("the image has one flat colour, there are no edges to grow to: use the brush")
     block = -(-max(seeds.shape) // WALK_SIDE)
@@ -132,7 +94,7 @@ def _points(points: ArrayLike, least: int, shape: tuple[int, int]) -> np.ndarray
 
 @dataclass(frozen=True, eq=False)
 class _Step:
-    """What undo goes back to. base: the labels before the scribbles of `seeds` began, which are 1 + id, 0 for none."""
+    """A state to undo to. base: the labels before the scribbles of `seeds`, which are 1 + id, 0 for none."""
 
     labels: np.ndarray
     base: np.ndarray
@@ -140,14 +102,13 @@ class _Step:
 
 
 class LabelEditor:
-    """One image and its label map, changed by tools, each of which can be undone.
+    """One (H, W, 3) uint8 image and its (H, W) uint8 label map, changed by tools, each of which can be undone.
 
-    Args:
-        image: (H, W, 3) uint8.
-        labels: (H, W) uint8 ids to begin with, None for all 0. Neither array is changed.
+        editor = LabelEditor(np.zeros((64, 64, 3), np.uint8))
+        editor.brush([[10, 10], [30, 20]], radius=3, value=26)
+        editor.undo()
 
-    Raises:
-        ValueError: for labels of another shape or type.
+    It begins with a copy of `labels`, or with zeros. Raises ValueError for labels of another shape or type.
     """
 
     def __init__(self, image: np.ndarray, labels: np.ndarray | None = None) -> None:

@@ -9,6 +9,7 @@ import ipywidgets as widgets
 import numpy as np
 from PIL import Image
 
+from ..attention.pictures import COLOUR_MAPS, overlay
 from ..attention.record import AttentionRecord
 from . import pictures
 from .explorer_model import METHODS, ExplorerModel, ExplorerResult
@@ -18,11 +19,7 @@ LOOK = {"style": {"description_width": LABEL_WIDTH}, "layout": {"width": "380px"
 
 
 class Explorer(widgets.VBox):
-    """What `explore` returns: shows itself in a notebook, and knows what it shows.
-
-    Args:
-        model: what it is a view of.
-    """
+    """View of an `ExplorerModel`, which knows all that is shown; `explore` makes one."""
 
     def __init__(self, model: ExplorerModel) -> None:
         self.model = model
@@ -51,28 +48,25 @@ class Explorer(widgets.VBox):
 
     @property
     def state(self) -> dict[str, Any]:
-        """All that is chosen, in plain values: the fields of `ExplorerState`."""
+        """Fields of `ExplorerState`, all that is chosen, in plain values."""
         return asdict(self.model.state)
 
     @property
     def result(self) -> ExplorerResult:
-        """The arrays of what is shown, or a message."""
+        """Arrays of what is shown, or a message."""
         return self.model.result
 
     @property
     def record(self) -> AttentionRecord:
-        """The record of the chosen layers and steps alone. Raises ValueError if none is chosen."""
+        """Record of the chosen layers and steps alone. Raises ValueError if none is chosen."""
         return self.model.select(self.model.state)
 
     def change(self, **values: Any) -> None:
-        """Turn knobs from code, as in `explorer.change(word="tree", threshold=0.4)`; nothing, where that raises.
+        """Set parts of the state from code; see `ExplorerModel.change`.
 
-        Args:
-            **values: parts of the state, by name.
+            explore(record, image).change(word="tree", threshold=0.4)
 
-        Raises:
-            TypeError: for a name that a state has not, or a value of another type.
-            ValueError: for a value that cannot be.
+        Where it raises, nothing changes.
         """
         self.model.change(**values)
 
@@ -88,11 +82,11 @@ class Explorer(widgets.VBox):
         return [
             widgets.HBox([left, right], layout=row),
             self._message,
-            widgets.HBox([image, self._pictures], layout={**row, "grid_gap": "0 14px"}),
+            widgets.HBox([image, self._pictures], layout={**row, "grid_gap": "0 6px"}),
         ]
 
     def _turned(self, name: str, value: Any) -> None:
-        """A hand turned a control; not `_follow`, which moves them one by one through states nobody chose."""
+        """Change the state by a control that a hand moved; `_follow` moves them through states nobody chose."""
         if not self._following:
             self.model.change(**{name: value})
 
@@ -115,18 +109,20 @@ class Explorer(widgets.VBox):
 
     def _show(self, _change=None) -> None:
         state, result, image = self.model.state, self.model.result, self.model.image
-        figures = []  # none with a message: the picture of another word under this one's name would be a lie
+        figures = []  # none with a message, so that the picture of another word is not mistaken for the result
         if result.heat is not None and result.mask is not None:
             name = f"{METHODS[state.method]} of “{state.word or 'the token'}”"
-            blended = pictures.overlay(image, result.heat, state.opacity, state.colour_map)
+            blended = overlay(image, result.heat, opacity=state.opacity, colour_map=state.colour_map)
             figures.append(pictures.figure(blended, f"heat map over the image, {name}", name))
             found = f"{result.mask.mean():.1%} of the image" if result.iou is None else f"IoU {result.iou:.3f}"
-            caption = f"map > {state.threshold:.2f}: {found}"
+            caption = f"map > {state.threshold:.2f}: {found}{'; outline: the mask' * (result.iou is not None)}"
             cut = pictures.cut_out(image, result.mask, self.model.true_mask)
             figures.append(pictures.figure(cut, f"thresholded mask, {caption}", caption))
         if result.iou is not None and result.thresholds is not None and result.curve is not None:
             figures.append(pictures.curve_figure(result.thresholds, result.curve, state.threshold, result.iou))
-        self._pictures.value = f'<div style="display:flex;flex-wrap:wrap;gap:0 14px">{"".join(figures)}</div>'
+        # as high without pictures, so that the cells below stay where they are
+        row = f"display:flex;flex-wrap:wrap;gap:0 10px;min-height:{pictures.WIDTH + 24}px"
+        self._pictures.value = f'<div style="{row}">{"".join(figures)}</div>'
         # read aloud by screen readers when it changes
         style = "color:var(--jp-error-color1, #b00020);min-height:1.4em;line-height:1.4"
         self._message.value = f'<div role="status" style="{style}">{html.escape(result.message)}</div>'
@@ -141,18 +137,20 @@ def explore(
 ) -> Explorer:
     """Look for a word's map by hand: the last line of a notebook's cell.
 
-    A word that cannot be read is said in the widget. Records made with `store="linear"` have no steps to choose and no
+        explorer = explore(record, image, mask, state={"word": "car"})
+        explorer.result.mask, explorer.result.iou
+
+    The widget says why a word cannot be read. Records made with `store="linear"` have no steps to choose and no
     DAAM.
 
     Args:
         record: of the image.
         image: PIL image or (H, W, 3) uint8 array.
-        mask: the true one, an (H, W) bool array or tensor, if the IoU is wanted.
-        state: where to begin, such as another explorer's `.state`; what it leaves out is as in a new explorer.
+        mask: the true one, an (H, W) bool array or tensor, for the IoU.
+        state: to begin with, such as another explorer's `.state`; what it leaves out is as in a new explorer.
 
     Returns:
-        An object whose `.state` is a dict of plain values; `.result` has the arrays and `.record` the chosen layers and
-        steps.
+        The widget; `.state` is a dict of plain values, `.result` has the arrays, `.record` the chosen layers and steps.
 
     Raises:
         TypeError: for a record, an image, a mask or a state of another type.
@@ -191,5 +189,5 @@ def _controls(model: ExplorerModel) -> dict[str, widgets.Widget]:
             description="Threshold", tooltip="of the map scaled to its own 0 ... 1", **fraction
         ),
         "opacity": widgets.FloatSlider(description="Opacity", tooltip="of the heat map over the image", **fraction),
-        "colour_map": widgets.Dropdown(description="Colours", options=pictures.COLOUR_MAPS, **LOOK),
+        "colour_map": widgets.Dropdown(description="Colours", options=list(COLOUR_MAPS), **LOOK),
     }

@@ -12,10 +12,11 @@ from PIL import Image
 
 from .. import metrics
 from ..attention.heatmaps import HeatMaps
+from ..attention.pictures import COLOUR_MAPS, rgb
 from ..attention.record import AttentionRecord
+from ..attention.text import occurrences
 from ..cityscapes import BY_NAME
 from ..tokens.token import OptimizedToken
-from .pictures import COLOUR_MAPS, rgb
 
 METHODS = {"ldaam": "LDAAM", "ov-daam": "OV-DAAM", "daam": "DAAM", "token": "optimised token"}
 
@@ -48,7 +49,7 @@ class ExplorerState:
     grids: tuple[tuple[int, int], ...]
     threshold: float = 0.5
     opacity: float = 0.65
-    colour_map: str = COLOUR_MAPS[0]
+    colour_map: str = "magma"
     token_path: str = ""
     refined: bool = False
 
@@ -56,7 +57,7 @@ class ExplorerState:
         for name in ("word", "text", "token_path"):
             if not isinstance(getattr(self, name), str):
                 raise TypeError(f"{name} must be a string, got {getattr(self, name)!r}")
-        for name, known in (("method", tuple(METHODS)), ("colour_map", COLOUR_MAPS)):
+        for name, known in (("method", tuple(METHODS)), ("colour_map", tuple(COLOUR_MAPS))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {getattr(self, name)!r}")
         for name in ("threshold", "opacity"):
@@ -71,7 +72,7 @@ class ExplorerState:
 
 @dataclass(frozen=True, eq=False)
 class ExplorerResult:
-    """What a state shows of one image; all None but the message where it cannot be read.
+    """Arrays of one image under a state; all None but the message where it cannot be read.
 
     Attributes:
         heat: (H, W) float32, the map at the image's size, scaled to its own [0, 1].
@@ -93,14 +94,11 @@ class ExplorerResult:
 class ExplorerModel(traitlets.HasTraits):
     """One image with its record; `change` makes a new `state`, and with it a new `result`.
 
-    Args:
-        record: of the image.
-        image: PIL image or (H, W, 3) uint8 array.
-        true_mask: (H, W) bool array or tensor, or None.
+        model = ExplorerModel(record, image, mask)
+        model.change(word="tree", threshold=0.4)
+        model.result.iou
 
-    Raises:
-        TypeError: if they are not that.
-        ValueError: if they do not agree, or the mask is empty.
+    Arguments and errors are those of `explore`; it works without a view.
     """
 
     state = traitlets.Instance(ExplorerState)
@@ -134,7 +132,7 @@ class ExplorerModel(traitlets.HasTraits):
 
     @property
     def summed(self) -> bool:
-        """Whether the record holds only sums over the steps, which cannot be taken apart."""
+        """True if the record holds only sums over the steps, which cannot be taken apart."""
         return self.record.layers[0].queries is None
 
     def change(self, **values: Any) -> None:
@@ -159,16 +157,9 @@ class ExplorerModel(traitlets.HasTraits):
             self.result = self._read(state)
 
     def select(self, state: ExplorerState) -> AttentionRecord:
-        """The record of a state's layers and steps alone.
+        """Return the record of a state's layers and steps alone, the whole record itself where nothing is left out.
 
-        Args:
-            state: of which `grids` and `steps` count.
-
-        Returns:
-            The whole record itself where nothing is left out.
-
-        Raises:
-            ValueError: if there are no such layers or steps.
+        Raises ValueError if there are no such layers or steps.
         """
         if not state.grids or not set(state.grids) <= set(self.grids):
             raise ValueError(f"no layers are left: choose among the grids {list(self.grids)}, got {list(state.grids)}")
@@ -185,9 +176,9 @@ class ExplorerModel(traitlets.HasTraits):
         return self.record.select(layers=lambda layer: layer.grid in grids, steps=numbers)
 
     def _read(self, state: ExplorerState) -> ExplorerResult:
-        """What the state shows; what is wrong with it comes back as a message, never as an exception."""
+        """Return what the state shows; an error comes back as a message, never as an exception."""
         # what a map depends on; not on the threshold or the colours
-        shown = replace(state, threshold=0.5, opacity=0.5, colour_map=COLOUR_MAPS[0])
+        shown = replace(state, threshold=0.5, opacity=0.5, colour_map="magma")
         try:
             heat, thresholds, curve = self._map(shown, _written(state))
         except (ValueError, TypeError, LookupError, OSError, RuntimeError) as error:  # also a GPU that is full
@@ -223,7 +214,12 @@ class ExplorerModel(traitlets.HasTraits):
         if not word:
             raise ValueError("type a word, such as car or traffic light")
         if state.method == "daam":
-            return selected.daam()[word]
+            maps = selected.daam()
+            if maps.words and not occurrences(word, maps.words):
+                raise ValueError(
+                    f"{word!r} is not in the prompt, which DAAM reads: choose OV-DAAM or LDAAM for any word"
+                )
+            return maps[word]
         maps = selected.ldaam if state.method == "ldaam" else selected.daam
         return maps(state.text if state.text.strip() else word)[word]
 

@@ -13,40 +13,31 @@ from typing import Any
 
 import numpy as np
 
+from ..attention.pictures import rgb
 from ..cityscapes import IGNORED
 from ..classes import CITYSCAPES, Classes, ClassList, class_list
 from ..datasets import folder as files
 from ..datasets.dataset import Dataset
 from ..datasets.masks import PROGRESS
 from .editor import LabelEditor
-from .pictures import rgb
 
 FORMAT = "daamlib-annotation-1"
 TOOLS = ("brush", "polygon", "fill", "grow")
 
 
 class AnnotationSession:
-    """The images, the folder, and the editor of the image that is open; `apply` does what a view asks for.
+    """The images, the folder, and the editor of the open image; `apply` does what a view asks for.
 
-    The image at a position has the same number in the file names, or a `Dataset`'s own.
+        session = AnnotationSession(images, ["car", "person"], "masks")
+        session.apply({"type": "brush", "points": [[10, 10], [30, 20]], "radius": 3, "value": 26})
 
-    Args:
-        images: PIL images or (H, W, 3) uint8 arrays, or a `Dataset`.
-        classes: {name: id}, {name: (id, colour)} or names, see `daamlib.classes.class_list`; names may be those of the
-            `Dataset`'s own classes.
-        folder: where images and labels go; one goes on with those that are there.
-        proposals: a label map for each image, (H, W) uint8 ids, to begin with where none is in the folder; 255, to be
-            ignored, becomes unlabeled. It is saved by the first action, or "save".
+    Arguments and errors are those of `annotate`. An image's position is its number in the file names, unless it is of a
+    `Dataset`. A proposal is saved by the first action, or "save"; its 255, to be ignored, becomes unlabeled.
 
     Attributes:
         class_list: the classes of the label maps.
         names: those of them to choose from, that of 0 first.
         position: of the open image, from 0.
-
-    Raises:
-        TypeError: for images or classes of another type.
-        ValueError: for unknown classes, no images, proposals that do not fit them, and a folder of other images, of
-            other classes or of a dataset.
     """
 
     def __init__(
@@ -69,8 +60,6 @@ class AnnotationSession:
         self.class_list, self.names, position = self._start(classes, own)
         self._open(position)
 
-    # -- what a view shows ---------------------------------------------------------------------------------------
-
     @property
     def image(self) -> np.ndarray:
         """(H, W, 3) uint8: the open image."""
@@ -83,20 +72,18 @@ class AnnotationSession:
 
     @property
     def done(self) -> int:
-        """How many images have a label map on disk."""
+        """Number of images with a label map on disk."""
         return len(self.numbers) - len(files.missing(self.folder, ["labels"], self.numbers))
 
     @property
     def saved(self) -> str:
-        """Where the open image's label map is, "" if it has none."""
+        """Place of the open image's label map, "" if it has none."""
         return f"saved as {files.file_name('labels', self.number)}" if self._path(self.number).is_file() else ""
 
     @property
     def number(self) -> int:
-        """Of the open image, as in its file's name."""
+        """Number of the open image in its file's name."""
         return self.numbers[self.position]
-
-    # -- what a view asks for ------------------------------------------------------------------------------------
 
     def apply(self, action: Mapping[str, Any]) -> None:
         """Carry out one action and save.
@@ -107,37 +94,33 @@ class AnnotationSession:
                 as done; {"type": "go", "position": k}.
 
         Raises:
-            TypeError: for a radius that is no number.
-            ValueError: for what is no action.
-            OSError: if it cannot be saved. The action is done but not on disk: the next one saves both.
+            TypeError: the radius is no number.
+            ValueError: it is no action.
+            OSError: it cannot be saved. The action is done but not on disk: the next one saves both.
         """
         kind = action.get("type") if isinstance(action, Mapping) else None
+        if kind == "go":
+            self._go(action.get("position"))
+            return
         if kind in TOOLS:
             self._draw(kind, action)
-            self._save()
         elif kind == "undo":
             self.editor.undo()
-            self._save()
         elif kind == "save":
             self._marked = True
-            self._save()
-        elif kind == "go":
-            self._go(action.get("position"))
         else:
             raise ValueError(f"unknown action {action!r}: expected one of {', '.join(TOOLS)}, undo, save or go")
+        self._save()
 
     def _draw(self, kind: str, action: Mapping[str, Any]) -> None:
         value, points = action.get("value"), action.get("points")
         ids = [self.class_list.id(name) for name in self.names]
         if value not in ids:
             raise ValueError(f"no class has the id {value!r}: expected one of {ids}")
-        if kind in ("polygon", "fill"):
-            getattr(self.editor, kind)(points, value)
-            return
-        radius = action.get("radius")
-        if not isinstance(radius, int | float):
-            raise TypeError(f"the radius must be a number, got {radius!r}")
-        getattr(self.editor, kind)(points, radius, value)
+        radius = () if kind in ("polygon", "fill") else (action.get("radius"),)
+        if radius and not isinstance(radius[0], int | float):
+            raise TypeError(f"the radius must be a number, got {radius[0]!r}")
+        getattr(self.editor, kind)(points, *radius, value)
 
     def _go(self, position: Any) -> None:
         if not isinstance(position, int) or not 0 <= position < len(self.numbers):
@@ -146,10 +129,8 @@ class AnnotationSession:
             self._save()
         self._open(position)
 
-    # -- the folder ----------------------------------------------------------------------------------------------
-
     def _start(self, classes: Classes, own: ClassList) -> tuple[ClassList, tuple[str, ...], int]:
-        """Look whether the folder is new, or one to go on in: the classes, and the position it was left at."""
+        """Look whether the folder is new, or to be continued: the classes, and the position it was left at."""
         if (self.folder / files.SETTINGS).is_file():
             raise ValueError(f"{self.folder} is a dataset: draw into another folder, then datasets.import_masks")
         if not (self.folder / PROGRESS).is_file():
@@ -177,9 +158,9 @@ class AnnotationSession:
     def _open(self, position: int) -> None:
         number = self.numbers[position]
         image = rgb(self._images.image(number) if isinstance(self._images, Dataset) else self._images[number])
-        kept = self.folder / files.file_name("images", number)
-        if kept.is_file() and not np.array_equal(files.read_png(kept), image):
-            raise ValueError(f"{kept} is another image than number {number} here: name another folder")
+        stored = self.folder / files.file_name("images", number)
+        if stored.is_file() and not np.array_equal(files.read_png(stored), image):
+            raise ValueError(f"{stored} is another image than number {number} here: name another folder")
         path, labels = self._path(number), None
         if path.is_file():
             labels = self._checked(files.read_png(path), image, str(path))
@@ -212,7 +193,7 @@ class AnnotationSession:
         return self.folder / files.file_name("labels", number)
 
     def _checked(self, labels: np.ndarray, image: np.ndarray, what: str) -> np.ndarray:
-        """The label map. Raises ValueError unless it is one of the image."""
+        """Return the label map. Raises ValueError unless it fits the image and the classes."""
         if labels.shape != image.shape[:2] or labels.dtype != np.uint8:
             raise ValueError(f"{what} is {labels.shape} {labels.dtype}, its image {image.shape[:2]}")
         self.class_list.check(labels, what)
@@ -220,19 +201,16 @@ class AnnotationSession:
 
 
 def _classes(classes: Classes, own: ClassList) -> tuple[ClassList, tuple[str, ...]]:
-    """The class list, and the names to choose from, that of 0 first. Raises TypeError or ValueError for what is none.
+    """Return the class list, and the names to choose from, that of 0 first.
 
-    own: the dataset's, whose names may be given alone.
+    own: the dataset's, whose names may be given alone. Raises TypeError or ValueError for what is no class list.
     """
-    given = (
-        tuple(classes.ids)
-        if isinstance(classes, ClassList)
-        else classes
-        if isinstance(classes, str)
-        else tuple(classes)
-    )
-    plain = not isinstance(classes, str | Mapping | ClassList)
-    table = own if plain and given and set(given) <= set(own.ids) else class_list(classes if not plain else given)
+    if isinstance(classes, str | Mapping | ClassList):
+        table = class_list(classes)
+        given = tuple(classes.ids if isinstance(classes, ClassList) else classes)
+    else:
+        given = tuple(classes)
+        table = own if given and set(given) <= set(own.ids) else class_list(given)
     names = tuple(dict.fromkeys([table.names[0], *given]))
     if len(names) == 1:
         raise ValueError("give one class or more to draw, such as ['car', 'person'] or {'cat': 1, 'dog': 2}")

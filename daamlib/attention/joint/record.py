@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
+from PIL import Image
 
 from ...io import load_tensors, save_tensors
 from ...pipeline import denoiser_of
 from ..fingerprint import Fingerprint, placed
 from ..heatmaps import HeatMaps
 from ..ldaam import LinearMap
+from ..pictures import overlay
 from ..readers.sites import place_of
 from ..readers.words import CHECK_TEXT
 from ..text import TokenEmbeddings, check_embeddings
@@ -156,6 +158,17 @@ class JointRecord:
             names = self.prompt_embeddings.without_padding()
             return HeatMaps(_finite(self.maps[PROMPT][self.prompt_embeddings.rows]), names.tokens, names.words)
         return self.daam_from(self.encode(text)) if isinstance(text, str) else self._of_words(WORDS, check_words(text))
+
+    def overlay(
+        self, word: str, image: Any, *, text: str | Sequence[str] | None = None, opacity: float = 0.65
+    ) -> Image.Image:
+        """Return the image under DAAM of a word of the prompt, or of `text`.
+
+            record.overlay("car", image).save("car.png")
+
+        Raises what `daam` and `pictures.overlay` raise.
+        """
+        return overlay(image, self.daam(text)[word], opacity=opacity)
 
     def daam_from(self, embeddings: torch.Tensor | TokenEmbeddings) -> HeatMaps:
         """Open-vocabulary DAAM of a text's embeddings, the softmax over exactly these tokens.
