@@ -226,12 +226,12 @@ def draw_masks(folder, n, size):
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpoint", ["sd1"], indirect=True)
 def test_the_tables_with_drawn_masks(run, pipe, tmp_path):
-    n, size = 24, image_size(pipe)
+    n, size = 28, image_size(pipe)
     draw_masks(tmp_path / "masks", n, size)
     (tmp_path / "masks" / f"{n - 1:05d}.png").unlink()  # not every image has to have one
     code, printed, folder, error = run("06", N_IMAGES=n, KEEP_STEPS=2, MASKS=tmp_path / "masks")
     assert code == 0, error
-    assert "car           named in  12 prompts, found in  12 of their images" in printed
+    assert "car           named in  14 prompts, found in  14 of their images" in printed
     generated, rendered = (datasets.load(folder / f"{kind}-0-{n}") for kind in ("images", "rendered"))
     assert generated.settings["labels"] == ["masks of masks"]
     assert generated.labelled == list(range(n - 1))
