@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 from PIL import Image
 
 IGNORED = 255
-# A class counts as found where it covers this share of the image. A thing of the bundled street world is larger: over
+# A class counts as shown where it covers this share of the image. A thing of the bundled street world is larger: over
 # 6,000 scenes the 1st percentile of the visible area is 3.7 % for a car, 4.7 % for a person, 3.8 % for a traffic light
 # (without its pole) and 6.8 % for a rider, and the smallest of all is 3.3 %. So a whole object passes although the
 # annotator misses a third of it, and a few stray pixels do not.
@@ -87,16 +87,11 @@ _TRAIN_IDS = np.array([BY_ID[i].train_id % 256 for i in range(-1, 34)], np.uint8
 
 
 def label_id(name: str) -> int:
-    """The id of a class in a label map.
+    """Return the Cityscapes id of a class in a label map.
 
-    Args:
-        name: of the class.
+        label_id("car")
 
-    Returns:
-        Its Cityscapes id.
-
-    Raises:
-        ValueError: for a name that is no label, or has no id in uint8 (the licence plate).
+    Raises ValueError for a name that is no label, or has no id in uint8 (the licence plate).
     """
     if name not in BY_NAME or BY_NAME[name].id < 0:
         raise ValueError(f"{name!r} is no Cityscapes label of a pixel: expected one such as 'car' or 'traffic light'")
@@ -106,7 +101,9 @@ def label_id(name: str) -> int:
 def class_masks(
     label_maps: Sequence[np.ndarray], name: str, *, min_area: float = MIN_AREA
 ) -> tuple[list[int], np.ndarray]:
-    """The masks of a class in the images that show it.
+    """Return the masks of a class in the images that show it.
+
+        numbers, masks = class_masks([dataset.labels(0)], "car")
 
     Args:
         label_maps: (H, W) integer Cityscapes ids each, all of one size.
@@ -128,6 +125,8 @@ def class_masks(
 
 def to_train_ids(ids: ArrayLike) -> np.ndarray:
     """Map Cityscapes ids to train ids.
+
+        to_train_ids(dataset.labels(0))
 
     Args:
         ids: integer array of any shape, with values in -1..33.
@@ -151,6 +150,8 @@ def overlay(
     image: Image.Image, labels: np.ndarray, *, opacity: float = 0.55, colours: np.ndarray = COLOURS
 ) -> np.ndarray:
     """Paint a label map over its image.
+
+        Image.fromarray(overlay(dataset.image(0), dataset.labels(0)))
 
     Args:
         image: of the size (W, H).

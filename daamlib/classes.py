@@ -52,16 +52,11 @@ class ClassList:
         return table
 
     def id(self, name: str) -> int:
-        """The id of a class in a label map.
+        """Return the id of a class in a label map.
 
-        Args:
-            name: of the class.
+            CITYSCAPES.id("car")
 
-        Returns:
-            Its id.
-
-        Raises:
-            ValueError: for a name that is not in the list.
+        Raises ValueError for a name that is not in the list.
         """
         if name not in self.ids:
             some = ", ".join(list(self.ids)[:4]) if self.name != CITYSCAPES.name else "car, traffic light"
@@ -72,17 +67,14 @@ class ClassList:
         return self.ids[name]
 
     def check(self, ids: np.ndarray, what: str) -> None:
-        """ValueError where a label map has an id that is neither in the list nor 255.
+        """Raise ValueError, naming `what`, where a uint8 label map has an id that is neither in the list nor 255.
 
-        Args:
-            ids: uint8, of any shape.
-            what: the label map, for the message.
+            CITYSCAPES.check(dataset.labels(0), "the first label map")
 
-        Raises:
-            ValueError: naming `what` and the first strange ids.
+        It names the first such ids.
         """
-        found = np.flatnonzero(np.bincount(ids.ravel(), minlength=256)).tolist()
-        strange = [number for number in found if number not in self.names and number != IGNORED]
+        present = np.flatnonzero(np.bincount(ids.ravel(), minlength=256)).tolist()
+        strange = [number for number in present if number not in self.names and number != IGNORED]
         if strange:
             some = ", ".join(f"{name} {number}" for name, number in list(self.ids.items())[:3])
             some = some if self.name != CITYSCAPES.name else "car 26 or 0 for unlabeled"
@@ -92,21 +84,18 @@ class ClassList:
             )
 
     def stored(self) -> dict[str, list[Any]] | None:
-        """What a file says of the list, and `class_list` reads; None for Cityscapes, which no file names."""
+        """Return what a file says of the list, and `class_list` reads; None for Cityscapes, which no file names."""
         if self.ids == CITYSCAPES.ids:
             return None
         return {name: [number, list(self.colours[name])] for name, number in self.ids.items()}
 
     def difference(self, other: "ClassList", names: Iterable[str] | None = None) -> str:
-        """What two lists disagree about.
+        """Return what two lists disagree about, "" if label maps of this list are label maps of the other.
 
-        Args:
-            other: the other list.
-            names: of this list's classes that matter; None: all.
+            class_list({"cat": 1}).difference(VOC)
 
-        Returns:
-            The first class of this list that has another id in the other one, or whose id another class has there; ""
-            if label maps of this list are label maps of the other.
+        It is the first of the classes `names` of this list (None: of all) that has another id in the other one, or
+        whose id another class has there.
         """
         for name in self.ids if names is None else names:
             number = self.id(name)
@@ -121,6 +110,9 @@ Classes = ClassList | Mapping[str, Any] | Iterable[str]  # what `class_list` tak
 
 def class_list(classes: Classes | None = None) -> ClassList:
     """Make a class list of names, ids and colours.
+
+        pets = class_list({"cat": 1, "dog": (2, "#ff8000")})
+        pets.palette[pets.id("dog")]
 
     Args:
         classes: {name: id} or {name: (id, colour)}, ids 1 ... 254, a colour as (red, green, blue) or as "#ff8000"; or
@@ -142,7 +134,7 @@ def class_list(classes: Classes | None = None) -> ClassList:
     if isinstance(classes, str):
         raise TypeError(f"classes are a list of names or {{name: id}}, got the string {classes!r}: write [{classes!r}]")
     if isinstance(classes, Mapping):
-        return _own(
+        return _custom(
             {name: entry if isinstance(entry, list | tuple) else (entry, None) for name, entry in classes.items()}
         )
     names = list(dict.fromkeys(classes))
@@ -156,10 +148,10 @@ def class_list(classes: Classes | None = None) -> ClassList:
         )
     for name in known:
         CITYSCAPES.id(name)  # the licence plate has none
-    return CITYSCAPES if known else _own({name: (number, None) for number, name in enumerate(names, start=1)})
+    return CITYSCAPES if known else _custom({name: (number, None) for number, name in enumerate(names, start=1)})
 
 
-def _own(entries: Mapping[Any, Any]) -> ClassList:
+def _custom(entries: Mapping[Any, Any]) -> ClassList:
     ids: dict[str, int] = {}
     colours: dict[str, RGB] = {}
     for name, entry in entries.items():
@@ -183,7 +175,7 @@ def _own(entries: Mapping[Any, Any]) -> ClassList:
         if "unlabeled" in ids:
             raise ValueError(f"'unlabeled' is what is none of the classes, its id is 0, got {ids['unlabeled']}")
         ids, colours = {"unlabeled": 0} | ids, {"unlabeled": (0, 0, 0)} | colours
-    return ClassList("own", ids, colours)
+    return ClassList("custom", ids, colours)
 
 
 def _colour(colour: Any, number: int) -> RGB:

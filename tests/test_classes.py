@@ -80,7 +80,7 @@ def test_lists_that_cannot_be(given, error, message):
 
 
 def test_names_and_ids_are_looked_up_or_refused():
-    with pytest.raises(ValueError, match="'cow' is no own label.*cat"):
+    with pytest.raises(ValueError, match="'cow' is no custom label.*cat"):
         class_list(["cat"]).id("cow")
     with pytest.raises(ValueError, match="no Cityscapes label"):
         CITYSCAPES.id("license plate")

@@ -88,7 +88,7 @@ class Dataset(torch.utils.data.Dataset):
 
     @property
     def indices(self) -> list[int]:
-        """The images' indices."""
+        """The images' indices, such as `dataset.indices[:3]`."""
         return [int(i) for i in self.manifest.index]
 
     @property
@@ -97,28 +97,53 @@ class Dataset(torch.utils.data.Dataset):
         return [i for i in self.indices if self.path("labels", i).is_file()]
 
     def path(self, part: str, i: int) -> Path:
-        """Where the file of image `i` is or would be; part: "images", "labels" or "records". Raises IndexError."""
+        """Return the path of a file of image `i`; part: "images", "labels" or "records".
+
+            dataset.path("labels", 0).is_file()
+
+        Raises IndexError.
+        """
         if not isinstance(i, int | np.integer) or i not in self.manifest.index:
             raise IndexError(f"no image {i!r}: this dataset has {len(self)}, see the index of its manifest")
         return self.folder / files.file_name(part, i)
 
     def image(self, i: int) -> Image.Image:
-        """Image `i`, RGB. Raises IndexError for an index that is not in the manifest, ValueError for a damaged file."""
+        """Return image `i`, RGB.
+
+            dataset.image(0).save("first.png")
+
+        Raises IndexError, or ValueError for a damaged file.
+        """
         return Image.fromarray(files.read_image(self.path("images", i)))
 
     def labels(self, i: int) -> np.ndarray:
-        """(H, W) uint8 ids of image `i`. Raises IndexError, or ValueError without a label map or with a damaged one."""
+        """Return the (H, W) uint8 ids of image `i`.
+
+            road = (dataset.labels(0) == dataset.classes.id("road")).mean()
+
+        Raises IndexError, or ValueError without a whole label map.
+        """
         path = self.path("labels", i)
         if not path.is_file():
             raise ValueError(f"image {i} of {self.folder} has no label map: {_HOW_TO_LABEL}")
         return files.read_labels(path, self.classes)
 
     def mask(self, i: int, name: str) -> np.ndarray:
-        """(H, W) bool: where image `i` shows the class. Raises ValueError for a name that is none of `classes`."""
+        """Return the (H, W) bool mask of a class in image `i`.
+
+            car = dataset.mask(0, "car")
+
+        Raises ValueError for a name that is none of `classes`.
+        """
         return self.labels(i) == self.classes.id(name)
 
     def require_labels(self) -> None:
-        """ValueError if an image has no label map, a file is damaged (all are read once), or there is no image."""
+        """Read all files once.
+
+            dataset.require_labels()
+
+        Raises ValueError if an image has no label map, a file is damaged, or there is no image.
+        """
         if not self.indices:
             raise ValueError(f"there is no image: none of {self.folder} is selected")
         without = files.missing(self.folder, ["labels"], self.indices)
@@ -129,11 +154,13 @@ class Dataset(torch.utils.data.Dataset):
         files.verify(self.folder, self.settings, self.indices)
 
     def with_class(self, name: str, min_area: float = MIN_AREA, *, in_prompt: bool = True) -> list[int]:
-        """The images that show a class; those without a label map are left out.
+        """Find the images that show a class; those without a label map are left out.
+
+            dataset.with_class("car", min_area=0.1)
 
         Args:
             name: of the class.
-            min_area: the share of the image, at most 1, that it covers at least.
+            min_area: the smallest share of the image that it covers.
             in_prompt: of generated images only those whose prompt names the class too, see `names`.
 
         Returns:
@@ -142,32 +169,36 @@ class Dataset(torch.utils.data.Dataset):
         Raises:
             ValueError: if no image has a label map, for a share that is none, or a name that is none of `classes`.
         """
-        found, labelled = self.classes.id(name), self.labelled
+        number, labelled = self.classes.id(name), self.labelled
         if not 0 < min_area <= 1:
             raise ValueError(f"min_area is a share of the image, above 0 and at most 1, got {min_area}")
         if not labelled:
             raise ValueError(f"{self.folder} has no label maps: {_HOW_TO_LABEL}")
         if in_prompt and self.settings["kind"] == "generated":
             labelled = [i for i in labelled if names(name, self.manifest.prompt[i])]
-        return [i for i in labelled if (self.labels(i) == found).mean() >= min_area]
+        return [i for i in labelled if (self.labels(i) == number).mean() >= min_area]
 
     def record(self, i: int, pipe: Any = None) -> AttentionRecord:
-        """The attention record of image `i`; its DAAM and LDAAM are sums over the steps that were kept.
+        """Return the attention record of image `i`, queries in float16; its maps are sums over the stored steps.
+
+            with_records = datasets.generate(pipe, ["a car"], "few", steps=2, keep_steps=1)
+            with_records.record(0, pipe).daam()["car"]
 
         Args:
             i: index of the image.
             pipe: the pipeline that made it, to embed further texts.
 
         Returns:
-            The record, its queries in float16.
+            The record.
 
         Raises:
             IndexError: for an index that is not in the manifest.
-            ValueError: if the images were made without `keep_steps`, or by another model than `pipe`.
+            ValueError: if the images were made without `keep_steps`, or by another model than `pipe`, or the record is
+                of another image.
         """
         path = self.path("records", i)
         if not path.is_file():
-            raise ValueError(f"no record was kept of image {i} of {self.folder}: generate with keep_steps > 0")
+            raise ValueError(f"no record was stored of image {i} of {self.folder}: generate with keep_steps > 0")
         record = AttentionRecord.load(path, pipe=pipe)
         files.require_prompt(path, record.prompt, self.manifest.prompt[i])
         return record
@@ -179,9 +210,11 @@ _HOW_TO_LABEL = "generate again with a labeller, or use import_masks"
 def load(folder: str | Path, *, verify: bool = True) -> Dataset:
     """Open a complete dataset of `generate` or `render`.
 
+        dataset = load(dataset.folder)
+
     Args:
         folder: where it is.
-        verify: whether to read all files once, so that a damaged one is found here (0.5 s for 1,000 images of 128
+        verify: whether to read all files once, so that a damaged one is noticed here (0.5 s for 1,000 images of 128
             pixels); False: only that all are there.
 
     Returns:
@@ -199,7 +232,12 @@ def load(folder: str | Path, *, verify: bool = True) -> Dataset:
 
 
 def names(class_name: str, prompt: str) -> bool:
-    """Whether a prompt names a class: in whole words, one or several of it, in any case and with any punctuation."""
+    """Return whether a prompt names a class.
+
+        names("traffic light", "Two traffic-lights!")
+
+    It does in whole words, one or several of it, in any case and with any punctuation.
+    """
     name = class_name.casefold()
     plural = re.sub(r"([^aeiou])y$", r"\1ie", name) + ("es" if name.endswith(("s", "x", "ch", "sh")) else "s")
     forms = "|".join(re.escape(form).replace(r"\ ", r"[\s-]+") for form in (name, plural, IRREGULAR.get(name, name)))

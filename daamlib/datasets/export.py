@@ -25,7 +25,6 @@ from ..classes import CITYSCAPES, ClassList, class_list
 from ..extras import needs
 from . import folder as files
 from .dataset import Dataset
-from .progress import bar
 
 with needs("datasets"):
     from pycocotools import mask as coco_mask
@@ -52,14 +51,15 @@ def cityscapes(
         gtFine/<split>/<city>/<city>_000000_000007_gtFine_labelTrainIds.png     what a network is trained on
         classes.json                                                            {train id: class}
 
-    labelIds has the ids of the classes alone: ignored pixels (255) become 0, unlabeled, which its tools ignore.
+        cityscapes(dataset, "out", split="val", classes=["car", "person"])
 
-    labelTrainIds, classes=None: Cityscapes' own 19 train ids, 255 elsewhere; of a dataset of other classes all of them,
-    as if they were named. With Cityscapes' own, 0, unlabeled, is 255 as well: right where every pixel has a class, as
-    in rendered scenes, but a dataset labelled by tokens of a few classes says by 0 "none of these", and a network never
-    shown that finds them everywhere. For such a dataset name its `classes`: the train ids are then 0 for the background
-    (every other id), 1 ... K for the classes in this order, 255 for what is to be ignored. Splits of one folder have
-    one classes.json; one with others is refused.
+    In labelIds ignored pixels (255) are 0, unlabeled, which Cityscapes' tools ignore.
+
+    In labelTrainIds the ids are 0 for the background, 1 ... K for `classes` in their order, and 255 for what is to be
+    ignored. Without `classes` they are Cityscapes' own 19, with 255 elsewhere (of a dataset of other classes: all of
+    them, as if they were named). That is right where every pixel has a class, as in rendered scenes. A dataset labelled
+    by tokens of a few classes says by 0 "none of these", which a network has to be shown: name its classes. Splits of
+    one folder share one classes.json; one with others is refused.
 
     Args:
         dataset: all its images have a label map.
@@ -81,10 +81,10 @@ def cityscapes(
     stems = {i: f"{city}_000000_{i:06d}_" for i in dataset.indices}
     pictures, maps = (folder / part / split / city for part in ("leftImg8bit", "gtFine"))
     endings = ("gtFine_labelIds.png", "gtFine_labelTrainIds.png")
-    _require_own(pictures, {stem + "leftImg8bit.png": dataset.path("images", i) for i, stem in stems.items()})
-    _require_own(maps, {stem + ending: None for stem in stems.values() for ending in endings})
+    _require_same_export(pictures, {stem + "leftImg8bit.png": dataset.path("images", i) for i, stem in stems.items()})
+    _require_same_export(maps, {stem + ending: None for stem in stems.values() for ending in endings})
     _write_classes(folder / CLASSES, names)
-    for i in bar(dataset.indices, "Cityscapes"):
+    for i in files.bar(dataset.indices, "Cityscapes"):
         ids = dataset.labels(i)
         files.write_png(maps / (stems[i] + endings[0]), np.where(ids == IGNORED, np.uint8(0), ids))
         files.write_png(maps / (stems[i] + endings[1]), table[ids])
@@ -102,14 +102,13 @@ def coco(
 ) -> Path:
     """Write COCO's folders, `<split>/00007.png` and `annotations/instances_<split>.json`.
 
-    An annotation is a connected piece (8 neighbours) of a class: two cars that touch are one, one behind a pole is two.
-    Its mask is given by compressed run lengths in `segmentation`; its bbox is [x, y, width, height]. Its point, unknown
-    to COCO, is the [x, y] of the pixel farthest inside. Category ids are those of the dataset's classes. The file is
-    read back by `datasets.import_masks`, pixel by pixel if all classes and pieces were written.
+        path = coco(dataset, "out")
+        datasets.import_masks(dataset, path)  # reads it back, pixel by pixel if all classes and pieces were written
 
-    COCO has no word for pixels to ignore (255): they are annotated by nothing, so most tools take them for background;
-    each image's entry has their run lengths, where there are any, under "ignored". Nor has it one for images on which
-    there is nothing: "complete" under "info" says that all images are labelled.
+    An annotation is a connected piece (8 neighbours) of a class: two cars that touch are one, one behind a pole is two.
+    Its mask is given by compressed run lengths, its category by the id of the dataset's class. COCO does not know the
+    "point" of an annotation, the [x, y] of the pixel farthest inside, nor the "ignored" pixels (255) of an image, which
+    most tools take for background, nor "complete" under "info": all images are labelled.
 
     Args:
         dataset: all its images have a label map.
@@ -125,14 +124,14 @@ def coco(
         ValueError: for no image, one without a label map, a class that the dataset has not, a split that is no file
             name, and where `<split>` holds files of another export.
     """
-    folder, table, wanted = Path(folder), dataset.classes, _wanted(classes, min_pixels, dataset.classes)
+    folder, table, categories = Path(folder), dataset.classes, _category_ids(classes, min_pixels, dataset.classes)
     _check_names("", split=split)
     dataset.require_labels()
-    _require_own(folder / split, {f"{i:05d}.png": dataset.path("images", i) for i in dataset.indices})
-    images, found, path = [], set(wanted or ()), folder / "annotations" / f"instances_{split}.json"
+    _require_same_export(folder / split, {f"{i:05d}.png": dataset.path("images", i) for i in dataset.indices})
+    images, occurring, path = [], set(categories or ()), folder / "annotations" / f"instances_{split}.json"
     info: dict[str, Any] = {
         "description": f"label maps of {table.name} classes",
-        "complete": wanted is None and min_pixels == 1,
+        "complete": categories is None and min_pixels == 1,
     }
     info |= {} if table.stored() is None else {"classes": table.stored()}
 
@@ -141,22 +140,22 @@ def coco(
         with temporary.open("w", encoding="utf-8") as file:
             file.write('{"annotations": [')
             number = 0
-            for i in bar(dataset.indices, "COCO"):
+            for i in files.bar(dataset.indices, "COCO"):
                 ids, name = dataset.labels(i), f"{i:05d}.png"
                 _copy(dataset.path("images", i), folder / split / name)
                 images.append({"id": i, "file_name": name, "height": ids.shape[0], "width": ids.shape[1]})
                 if (ids == IGNORED).any():
                     images[-1]["ignored"] = run_lengths(ids == IGNORED)
-                for annotation in _instances(ids, wanted, min_pixels):
-                    found.add(annotation["category_id"])
+                for annotation in _instances(ids, categories, min_pixels):
+                    occurring.add(annotation["category_id"])
                     entry = {"id": number + 1, "image_id": i, **annotation}
                     file.write(",\n" * bool(number) + json.dumps(entry))
                     number += 1
-            categories = [
+            listed = [
                 {"id": i, "name": table.names[i], "supercategory": _category(table, table.names[i])}
-                for i in sorted(found)
+                for i in sorted(occurring)
             ]
-            rest = {"categories": categories, "images": images, "info": info}
+            rest = {"categories": listed, "images": images, "info": info}
             file.write("],\n" + ",\n".join(f'"{name}": {json.dumps(part)}' for name, part in rest.items()) + "}\n")
 
     files.write(path, save)
@@ -164,7 +163,9 @@ def coco(
 
 
 def hugging_face(dataset: Dataset) -> Any:
-    """The dataset as a `datasets.Dataset` of Hugging Face, with the extra `daamlib[datasets]`.
+    """Return the dataset as a `datasets.Dataset` of Hugging Face, with the extra `daamlib[datasets]`.
+
+        hugging_face(dataset).save_to_disk("huggingface")
 
     Columns: image (RGB) and label (ids, 255 ignored), both decoded to PIL images when they are looked at; index,
     prompt, seed. `info.description` names the classes. It refers to the files of this dataset's folder, which are read
@@ -183,7 +184,7 @@ def hugging_face(dataset: Dataset) -> Any:
     with needs("datasets"):
         import datasets  # Hugging Face's: imports of this package's own are relative
     dataset.require_labels()
-    paths = {part: [str(dataset.path(part, i)) for i in dataset.indices] for part in ("images", "labels")}
+    paths = {part: [str(dataset.path(part, i).resolve()) for i in dataset.indices] for part in ("images", "labels")}
     columns = {
         "image": [{"path": path, "bytes": None} for path in paths["images"]],
         "label": [{"path": path, "bytes": None} for path in paths["labels"]],
@@ -210,7 +211,9 @@ def prompts(
     min_pixels: int = 1,
     table: ClassList | Mapping[str, Any] = CITYSCAPES,
 ) -> list[dict[str, Any]]:
-    """Boxes and points for a promptable segmenter (such as SAM), of each connected piece of a label map.
+    """Return boxes and points for a promptable segmenter (such as SAM), of each connected piece of a label map.
+
+        prompts(dataset.labels(0), classes=["car"])
 
     Args:
         labels: (H, W) uint8 ids, 255 to be ignored.
@@ -226,19 +229,21 @@ def prompts(
         ValueError: for a class or an id that is not in the table, or min_pixels below 1.
     """
     table = class_list(table)
-    wanted = _wanted(classes, min_pixels, table)
+    categories = _category_ids(classes, min_pixels, table)
     table.check(labels, "the label map")
-    found = []
-    for piece in _instances(labels, wanted, min_pixels):
+    results = []
+    for piece in _instances(labels, categories, min_pixels):
         x, y, width, height = piece["bbox"]
         box = [x, y, x + width - 1, y + height - 1]
         name = table.names[piece["category_id"]]
-        found.append({"class": name, "box": box, "points": [piece["point"]], "point_labels": [1]})
-    return found
+        results.append({"class": name, "box": box, "points": [piece["point"]], "point_labels": [1]})
+    return results
 
 
 def overlays(dataset: Dataset, folder: str | Path, *, opacity: float = 0.55) -> Path:
     """Write `overlays/00007.png`, the label map painted over its image, for a quick look.
+
+        overlays(dataset, "out", opacity=0.4)
 
     Args:
         dataset: all its images have a label map.
@@ -256,9 +261,9 @@ def overlays(dataset: Dataset, folder: str | Path, *, opacity: float = 0.55) -> 
         raise ValueError(f"opacity must be in [0, 1], got {opacity}")
     dataset.require_labels()
     pictures = Path(folder) / "overlays"
-    _require_own(pictures, {f"{i:05d}.png": None for i in dataset.indices})
+    _require_same_export(pictures, {f"{i:05d}.png": None for i in dataset.indices})
     colours = dataset.classes.palette
-    for i in bar(dataset.indices, "overlays"):
+    for i in files.bar(dataset.indices, "overlays"):
         painted = overlay(dataset.image(i), dataset.labels(i), opacity=opacity, colours=colours)
         files.write_png(pictures / f"{i:05d}.png", painted)
     return pictures
@@ -275,7 +280,7 @@ def _category(table: ClassList, name: str) -> str:
     return BY_NAME[name].category if table.name == CITYSCAPES.name else table.name
 
 
-def _wanted(classes: Sequence[str] | None, min_pixels: int, table: ClassList) -> set[int] | None:
+def _category_ids(classes: Sequence[str] | None, min_pixels: int, table: ClassList) -> set[int] | None:
     """The ids of some classes, None for all."""
     if isinstance(classes, str) or (classes is not None and not classes):
         raise ValueError(f"classes are names, one or more, got {classes!r}")
@@ -285,9 +290,9 @@ def _wanted(classes: Sequence[str] | None, min_pixels: int, table: ClassList) ->
     return None if classes is None else {table.id(name) for name in classes}
 
 
-def _instances(ids: np.ndarray, wanted: set[int] | None, min_pixels: int) -> Iterator[dict[str, Any]]:
+def _instances(ids: np.ndarray, categories: set[int] | None, min_pixels: int) -> Iterator[dict[str, Any]]:
     for category in np.unique(ids).tolist():
-        if category in (0, IGNORED) or (wanted is not None and category not in wanted):
+        if category in (0, IGNORED) or (categories is not None and category not in categories):
             continue
         pieces, count = connected(ids == category, connectivity=2, return_num=True)
         for piece in range(1, count + 1):
@@ -340,7 +345,7 @@ def _check_names(separators: str, **names: str) -> None:
             raise ValueError(f"{name} is part of the files' names, got {text!r}: no file has this name on Windows")
 
 
-def _require_own(folder: Path, sources: Mapping[str, Path | None]) -> None:
+def _require_same_export(folder: Path, sources: Mapping[str, Path | None]) -> None:
     """ValueError if the folder holds files that this export does not write; half-written ones of it go.
 
     sources: by the names of the files, what they are copies of, if of anything.

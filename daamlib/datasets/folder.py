@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from tqdm.auto import tqdm
 
 from ..classes import ClassList, class_list
 from ..extras import needs
@@ -107,6 +108,11 @@ def write_png(path: Path, image: np.ndarray, mark: str | None = None) -> None:
     write(path, lambda temporary: Image.fromarray(image).save(temporary, format="PNG", pnginfo=info))
 
 
+def bar(images: Iterable[int] | None, what: str, **options) -> tqdm:
+    """Return a bar over images, or one to be moved by hand, silent under CI; `options` are tqdm's."""
+    return tqdm(images, desc=what, disable="CI" in os.environ, **options)
+
+
 @contextmanager
 def opened(path: Path, formats: tuple[str, ...] = ("PNG",)) -> Iterator[Image.Image]:
     """Open a picture. Raises ValueError, naming the file, where it is cut, no picture or of another format."""
@@ -132,13 +138,13 @@ def _require_end(path: Path) -> None:
 
 
 def read_png(path: Path) -> np.ndarray:
-    """(H, W, 3) uint8 pixels or (H, W) uint8 ids, a new array. Raises ValueError, naming the file, where it is none."""
+    """Return (H, W, 3) uint8 pixels or (H, W) uint8 ids, a new array. Raises ValueError, naming the file."""
     with opened(path) as image:
         return np.array(image)
 
 
 def read_image(path: Path) -> np.ndarray:
-    """(H, W, 3) uint8 pixels. Raises ValueError, naming the file, for anything else."""
+    """Return (H, W, 3) uint8 pixels, a new array. Raises ValueError, naming the file, for anything else."""
     with opened(path) as image:
         _require_mode(path, image, ("RGB",), "RGB pixels")
         return np.array(image)
@@ -147,19 +153,9 @@ def read_image(path: Path) -> np.ndarray:
 def read_labels(
     path: Path, classes: ClassList, size: tuple[int, int] | None = None, mark: str | None = None
 ) -> np.ndarray:
-    """(H, W) uint8 ids.
+    """Return the (H, W) uint8 ids of a label map, a new array; size: (W, H) of its image.
 
-    Args:
-        path: of a PNG.
-        classes: whose ids they are, besides 255.
-        size: (W, H) of the image, None: any.
-        mark: of the image, None: any.
-
-    Returns:
-        The ids, a new array.
-
-    Raises:
-        ValueError: naming the file, where it is damaged, no label map, of another size or image, or has other ids.
+    Raises ValueError, naming the file, where it is damaged, no label map, of another size or image, or has other ids.
     """
     with opened(path) as image:
         _require_mode(path, image, ("L", "P"), f"the {classes.name} id of each pixel")
@@ -194,19 +190,10 @@ def _require_size(path: Path, found: tuple[int, int], size: tuple[int, int] | No
 
 
 def verify(folder: Path, settings: dict[str, Any], indices: Iterable[int]) -> None:
-    """Read the images' files that are there.
+    """Read the images' files that are there, without decoding an image; of a record only the header is read.
 
-    An image's checksums are compared without decoding it; of a record only the header is read. Each file must be of its
-    image: a label map that another program has saved may be of any.
-
-    Args:
-        folder: of the dataset.
-        settings: of dataset.json.
-        indices: of the images.
-
-    Raises:
-        ValueError: naming the first file that is cut, no picture, of another size than the images of this dataset, or
-            has other ids than its classes, or is of another image.
+    Raises ValueError, naming the first file that is cut, no picture, of another size than the images of this dataset,
+    or has other ids than its classes, or is of another image (the label map of another program may be of any).
     """
     size = (settings["size"][1], settings["size"][0]) if settings["size"] else None
     classes = class_list(settings.get("classes"))
@@ -287,23 +274,11 @@ def compare(
     indices: Iterable[int],
     classes: ClassList | None = None,
 ) -> dict[str, Any]:
-    """The settings that a folder goes on with; nothing is written.
+    """Return the settings that a folder goes on with, for further images and label maps too; nothing is written.
 
-    How an image is rounded matters only where one is still to be drawn: a finished dataset opens under other versions
-    too. A dataset may grow: its first images stay.
-
-    Args:
-        folder: of the dataset, which may not be there.
-        settings: asked for now; `labels` is where label maps come from, if any are made.
-        drawn: the parts that are made by drawing an image.
-        indices: of the images that this process makes.
-        classes: of the label maps to be made, None: those of the dataset.
-
-    Returns:
-        Those of dataset.json, with the further images, and the source and classes of label maps.
-
-    Raises:
-        ValueError: naming the differences, for other settings, and for a folder of files that is no dataset.
+    How an image is rounded matters only where a part in `drawn` of an image in `indices` is still to be made: a
+    finished dataset opens under other versions too. A dataset may grow: its first images stay. Raises ValueError,
+    naming the differences, for other settings, and for a folder of files that is no dataset.
     """
     # in this order: where another process has written an image, its settings were there before
     foreign = any(any((folder / part).glob("*")) for part in SUFFIX)
@@ -337,14 +312,9 @@ def compare(
 
 
 def begin(folder: Path, settings: dict[str, Any]) -> None:
-    """Write dataset.json, or bring it up to date with more images and with where label maps come from.
+    """Write dataset.json, or bring it up to date with the settings of `compare`.
 
-    Args:
-        folder: of the dataset.
-        settings: of `compare`.
-
-    Raises:
-        ValueError: as `compare`, where another process has been faster.
+    Raises ValueError, as `compare`, where another process has been faster.
     """
     if not (folder / SETTINGS).is_file():
         _create(folder / SETTINGS, settings)
@@ -452,9 +422,8 @@ def _classes(folder: Path, time: int) -> ClassList:
 
 def add_label_source(folder: Path, source: str, classes: ClassList, *, only: bool = False) -> None:
     """Note in dataset.json where label maps come from, and their classes; `only`: all of them."""
-    settings = read_settings(folder)
+    settings, stored = read_settings(folder), classes.stored()
     sources = [source] if only else list(dict.fromkeys([*settings["labels"], source]))
-    stored = classes.stored()
     noted = {**settings, "labels": sources} | ({} if stored is None else {"classes": stored})
     if noted != settings:
         write(folder / SETTINGS, lambda temporary: _write_json(temporary, noted))
@@ -497,13 +466,13 @@ def write_manifest(folder: Path, settings: dict[str, Any], prompts: list[str]) -
 
 
 def read_manifest(folder: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """The manifest of a complete dataset, and its settings.
+    """Return the manifest of a complete dataset, and its settings.
 
     Raises FileNotFoundError for a missing file, ValueError where the manifest is not that of the settings.
     """
-    settings, lost = read_settings(folder), []
-    for part in required_parts(settings):
-        lost += [file_name(part, i) for i in missing(folder, [part], range(settings["images"]))]
+    settings = read_settings(folder)
+    names = [file_name(part, i) for part in required_parts(settings) for i in range(settings["images"])]
+    lost = [name for name in names if not (folder / name).is_file()]
     if not (folder / MANIFEST).is_file():
         lost.append(MANIFEST)
     if lost:

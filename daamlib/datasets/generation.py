@@ -28,12 +28,12 @@ from ..tracing import trace
 from . import folder as files
 from .dataset import Dataset
 from .labelling import Labeller, label_image
-from .progress import bar
 
 log = logging.getLogger("daamlib")
 
 GPU_BATCH = 4  # images; what fits beside their attention at 1024 px
-MOST = {"batch_size": 1024, "threads": 1024}  # more is a mistake
+MOST = 1024  # images of a batch, and threads; more is a mistake
+TEXTS = ("negative_prompt", "prompt_")  # begin the names of the pipeline's options that are texts
 # what `generate` itself passes to a pipeline, and its own name for it
 OURS = {
     "prompt": "prompts",
@@ -65,14 +65,16 @@ def generate(
     classes: Classes | None = None,
     **options: Any,
 ) -> Dataset:
-    """Generate one image a prompt into a folder; what is there already, made the same way, is kept.
+    """Generate one image a prompt into a folder; what is there already, made the same way, stays.
 
-    The noise of an image is drawn on the CPU from the seed and its index. Batches are those of the whole dataset,
-    however it is sharded or resumed: images 0 ... batch_size - 1, and so on; one that was killed is drawn anew, and
-    what lacks is written. So the bytes of an image depend on neither. They do depend, by single pixels and one level,
-    on what rounds its matrix products: `batch_size`, the device, the number of CPU threads, the versions. Those, too,
-    are the same as long as there is something to be drawn. (On a CPU batches gain nothing: 3 % in time with the bundled
-    model. On a GPU the bytes are as repeatable as its kernels are, see `torch.use_deterministic_algorithms`.)
+        dataset = generate(pipe, ["a car", "a person"], "new", steps=2, size=64)
+        dataset.image(0)
+
+    The noise of an image is drawn on the CPU from the seed and its index, in the batches of the whole dataset, however
+    it is sharded or resumed. So the bytes of an image depend on neither. They do depend, by single pixels and one
+    level, on what rounds its matrix products: `batch_size`, the device, the number of CPU threads, the versions, which
+    have to be the same as long as there is something to be drawn. (On a GPU the bytes are as repeatable as its kernels
+    are, see `torch.use_deterministic_algorithms`.)
 
     Args:
         pipe: a Stable Diffusion pipeline.
@@ -88,9 +90,9 @@ def generate(
         size: of the images in pixels, a side or (height, width); None: the model's own.
         batch_size: images that are denoised at once; None: 1 on a CPU, 4 elsewhere.
         shard: (k, n) makes every n-th batch from the k-th on, so that n processes fill one folder.
-        keep_steps: keep so many steps, evenly spaced, of each image's attention record, queries in float16.
-        self_attention: keep with each record what `record.refine` needs: of all late steps the mean, in float16, 2.1 MB
-            an image at 32 x 32 positions.
+        keep_steps: number of steps, evenly spaced, of each image's attention record that is stored, queries in float16.
+        self_attention: store with each record what `record.refine` needs: of all late steps the mean, in float16,
+            2.1 MB an image at 32 x 32 positions.
         classes: those of the label maps (`daamlib.classes.class_list`); None: the labeller's, without any Cityscapes.
         **options: of the pipeline's own call, the same for every image, such as negative_prompt="blurry".
 
@@ -114,7 +116,7 @@ def generate(
     generator = Generator.open(pipe, prompts, folder, labeller, shard=shard, classes=classes, **ours)
     mine = generator.indices(shard)
     files.clean(generator.folder, set(mine))
-    with bar(None, "images", total=len(mine), initial=len(mine) - len(generator.missing(mine))) as progress:
+    with files.bar(None, "images", total=len(mine), initial=len(mine) - len(generator.missing(mine))) as progress:
         for _ in generator.make(shard):
             progress.update()
     settings = generator.settings
@@ -125,23 +127,14 @@ def generate(
 
 @dataclass(frozen=True, eq=False)
 class Generator:
-    """A pipeline at work on one dataset, whose folder and settings were compared with it once.
-
-    Attributes:
-        pipe: the pipeline.
-        folder: of the dataset.
-        settings: what dataset.json says, or will once the first image is made.
-        labeller: as of `generate`.
-        parts: what is made of every image.
-        drawn: those of them that only a pass of the pipeline can make.
-    """
+    """A pipeline at work on one dataset, whose folder and settings were compared with it once."""
 
     pipe: Any
     folder: Path
-    settings: dict[str, Any]
+    settings: dict[str, Any]  # what dataset.json says, or will once the first image is made
     labeller: Labeller | None
-    parts: tuple[str, ...]
-    drawn: tuple[str, ...]
+    parts: tuple[str, ...]  # what is made of every image
+    drawn: tuple[str, ...]  # those of them that only a pass of the pipeline can make
 
     @classmethod
     def open(
@@ -222,22 +215,23 @@ class Generator:
             images = [files.read_image(self.folder / files.file_name("images", i)) for i in batch]
             records = [None] * len(images)
         for i, prompt, image, record in zip(batch, prompts, images, records, strict=True):
-            lacking = [part for part in self.parts if files.missing(self.folder, [part], [i])]
-            if not lacking:
+            missing = [part for part in self.parts if files.missing(self.folder, [part], [i])]
+            if not missing:
                 continue
-            kept = _thinned(record, keep_steps, keep_self) if "records" in lacking and record is not None else None
-            labels = None
-            if "labels" in lacking and self.labeller is not None:
-                labels = label_image(self.labeller, image, record if store else None, prompt, self.classes)
-            paths = {part: self._begun / files.file_name(part, i) for part in self.parts}
-            if kept is not None:
-                paths["records"].parent.mkdir(exist_ok=True)
-                kept.save(paths["records"])  # whole or not at all, too
-            mark = files.mark(self.settings, i)
-            if labels is not None:
-                files.write_png(paths["labels"], labels, mark)
-            if "images" in lacking:
-                files.write_png(paths["images"], image, mark)
+            made: dict[str, Any] = {}  # all of it before anything is written
+            if "records" in missing and record is not None:
+                made["records"] = _thinned(record, keep_steps, keep_self)
+            if "labels" in missing and self.labeller is not None:
+                made["labels"] = label_image(self.labeller, image, record if store else None, prompt, self.classes)
+            if "images" in missing:
+                made["images"] = image
+            for part, content in made.items():
+                path = self._begun / files.file_name(part, i)
+                if part == "records":
+                    path.parent.mkdir(exist_ok=True)
+                    content.save(path)  # whole or not at all, too
+                else:
+                    files.write_png(path, content, files.mark(self.settings, i))
             yield i
 
 
@@ -282,8 +276,7 @@ def draw(
 
 def _of_batch(options: Mapping[str, Any], n: int) -> dict[str, Any]:
     """The pipeline's own options for n prompts: texts in a list, as the prompts are."""
-    texts = ("negative_prompt", "prompt_")
-    return {name: [value] * n if name.startswith(texts) else value for name, value in options.items()}
+    return {name: [value] * n if name.startswith(TEXTS) else value for name, value in options.items()}
 
 
 def store_of(labeller: Labeller | None) -> Any:
@@ -329,28 +322,22 @@ def generation_settings(
     pipe,
     prompts: Sequence[str],
     *,
-    seed: int = 0,
-    steps: int = 25,
-    guidance: float = 5.0,
-    size: int | tuple[int, int] | None = None,
-    batch_size: int | None = None,
     keep_steps: int = 0,
     self_attention: bool = False,
     options: Mapping[str, Any] | None = None,
+    **numbers: Any,
 ) -> dict[str, Any]:
-    """The settings of a generated dataset, by `generate`'s arguments; its errors."""
+    """Return the settings of a generated dataset, by `generate`'s arguments; its errors."""
     check_prompts(prompts)
-    numbers = check_numbers(seed=seed, steps=steps, guidance=guidance, size=size, batch_size=batch_size)
-    seed, steps, guidance, sides, batch_size = numbers.values()
+    seed, steps, guidance, sides, batch_size = check_numbers(**numbers)
     _require_drawable(pipe, steps, sides)
     options = _checked_options(pipe, {name: value for name, value in (options or {}).items() if value is not None})
     keep_steps = files.whole_number("keep_steps", keep_steps, 0)
     if keep_steps > steps:
         raise ValueError(f"keep_steps must be 0 ... {steps}, the number of steps, got {keep_steps}")
     if self_attention and not keep_steps:
-        raise ValueError("self_attention is kept with records, of which there are none: it needs keep_steps > 0")
+        raise ValueError("self_attention is stored with records, of which there are none: it needs keep_steps > 0")
     device = pipe._execution_device
-    batch_size = (1 if device.type == "cpu" else GPU_BATCH) if batch_size is None else batch_size
     config = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
     model = str(pipe.config.get("_name_or_path") or type(pipe).__name__)
     return (
@@ -358,9 +345,9 @@ def generation_settings(
         | {
             "prompts": list(prompts),
             "steps": steps,
-            "guidance": float(guidance),
+            "guidance": guidance,
             "keep_steps": keep_steps,
-            "batch_size": batch_size,
+            "batch_size": batch_size or (1 if device.type == "cpu" else GPU_BATCH),
             "model": Path(model).name if Path(model).is_dir() else model,  # a path means nothing elsewhere
             "weights": weight_hash(pipe),
             "dtype": str(denoiser_of(pipe).dtype),
@@ -376,9 +363,15 @@ def generation_settings(
 
 
 def check_numbers(
-    *, seed: Any, steps: Any, guidance: Any, size: Any = None, batch_size: Any = None, threads: Any = None
-) -> dict[str, Any]:
-    """The numbers of `generate` and `Job` as plain ints and floats, size as (height, width).
+    *,
+    seed: Any = 0,
+    steps: Any = 25,
+    guidance: Any = 5.0,
+    size: Any = None,
+    batch_size: Any = None,
+    threads: Any = 1,
+) -> tuple[int, int, float, tuple[int, int] | None, int | None]:
+    """Return the numbers of `generate` but `threads` as plain ints and floats, size as (height, width).
 
     Raises TypeError or ValueError, naming the one that cannot be.
     """
@@ -392,14 +385,10 @@ def check_numbers(
             raise ValueError(f"size={sides} is more than the {Image.MAX_IMAGE_PIXELS} pixels that Pillow reads back")
     if isinstance(guidance, bool | str) or not math.isfinite(guidance):
         raise ValueError(f"guidance must be a finite number, got {guidance!r}")
-    numbers: dict[str, Any] = {
-        "seed": files.whole_number("seed", seed, 0),
-        "steps": files.whole_number("steps", steps, 1),
-    }
-    limits = {"batch_size": batch_size, "threads": threads}
-    some = {name: None if n is None else files.whole_number(name, n, 1, MOST[name]) for name, n in limits.items()}
-    numbers |= {"guidance": float(guidance), "size": sides, "batch_size": some["batch_size"]}
-    return numbers if threads is None else numbers | {"threads": some["threads"]}
+    seed, steps = files.whole_number("seed", seed, 0), files.whole_number("steps", steps, 1)
+    files.whole_number("threads", threads, 1, MOST)
+    batch_size = None if batch_size is None else files.whole_number("batch_size", batch_size, 1, MOST)
+    return seed, steps, float(guidance), sides, batch_size
 
 
 def _require_drawable(pipe: Any, steps: int, size: tuple[int, int] | None) -> None:
@@ -422,16 +411,13 @@ def _checked_options(pipe: Any, options: Mapping[str, Any]) -> dict[str, Any]:
             raise TypeError(f"{name} is not an option of generate: {instead}")
         if name not in known:
             close = get_close_matches(name, list(known), 3)
-            raise TypeError(
-                f"{type(pipe).__name__} takes no option {name!r}"
-                + (f": did you mean {' or '.join(close)}?" if close else "")
-            )
-        if name.startswith(("negative_prompt", "prompt_")) and not isinstance(value, str):
+            hint = f": did you mean {' or '.join(close)}?" if close else ""
+            raise TypeError(f"{type(pipe).__name__} takes no option {name!r}{hint}")
+        if name.startswith(TEXTS) and not isinstance(value, str):
             raise TypeError(f"{name} is one text for all images, got {value!r}")
+        plain = list(value) if isinstance(value, tuple) else value
         try:
-            same = json.loads(json.dumps(value, allow_nan=False)) == (
-                list(value) if isinstance(value, tuple) else value
-            )
+            same = json.loads(json.dumps(plain, allow_nan=False)) == plain
         except (TypeError, ValueError):
             same = False
         if not same:

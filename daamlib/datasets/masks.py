@@ -22,7 +22,9 @@ SAME = 8  # levels by which a resized copy of an image may differ from it on ave
 
 
 def import_masks(dataset: Dataset, source: str | Path, *, classes: Classes | None = None) -> Dataset:
-    """Take masks that a person drew as the label maps of their images; other images keep what they have.
+    """Take masks that a person drew as the label maps of their images; other images stay as they are.
+
+        datasets.import_masks(dataset, "labels")
 
     All is read before anything is written. A mask of another size than its image, but of its shape, is resized by
     nearest neighbour. Where the image that was drawn on lies beside its mask, as the annotator puts it, it must be the
@@ -61,7 +63,12 @@ def import_masks(dataset: Dataset, source: str | Path, *, classes: Classes | Non
 
 
 def check_masks(source: str | Path, n: int, *, classes: Classes | None = None) -> None:
-    """Raise what `import_masks` would for a dataset of `n` images, before hours go into generating them."""
+    """Raise what `import_masks` would for a dataset of `n` images, before hours go into generating them.
+
+        check_masks("labels", len(dataset))
+
+    Raises as `import_masks`.
+    """
     source, coco = _opened(Path(source))
     noted = _noted(source, coco)
     table = noted[0] if classes is None and noted is not None else class_list(classes)
@@ -89,7 +96,7 @@ def _noted(source: Path, coco: Any) -> tuple[ClassList, list[str] | None] | None
             return None if classes is None else (class_list(classes), None)
         if not path.is_file():
             return None
-        drawn = json.loads(path.read_text(encoding="utf-8"))["classes"]
+        drawn = json.loads(path.read_text(encoding="utf-8-sig"))["classes"]
         return class_list(drawn), list(drawn)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: {error!r}") from error

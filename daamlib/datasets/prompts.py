@@ -12,7 +12,9 @@ PROMPTS = bundled("prompts/urban.json")
 
 
 def urban_prompts(n: int, *, seed: int = 0) -> list[str]:
-    """Prompts from the templates of data/prompts/urban.json in turn.
+    """Return prompts from the templates of data/prompts/urban.json in turn.
+
+        urban_prompts(4)
 
     Car, person, traffic light and rider are in half of them each.
 

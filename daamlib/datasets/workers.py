@@ -28,7 +28,6 @@ from . import folder as files
 from .dataset import Dataset, load
 from .generation import Generator, check_numbers, check_prompts
 from .labelling import TokenLabeller
-from .progress import bar
 
 log = logging.getLogger("daamlib")
 
@@ -127,9 +126,9 @@ class Job:
     def open(self, device: str | None = None) -> Generator:
         """Load the model and the tokens. Raises what `generate` raises."""
         options = {name: getattr(self, name) for name in (*NUMBERS, "options")}
-        device = device or self.device
-        gpus, wanted = torch.cuda.device_count(), torch.device(device or "cpu")
-        if wanted.type == "cuda" and (wanted.index or 0) >= gpus:
+        device, gpus = device or self.device, torch.cuda.device_count()
+        place = torch.device(device or "cpu")
+        if place.type == "cuda" and (place.index or 0) >= gpus:
             raise ValueError(f"there is no device {device!r} on this machine, which has {gpus} GPUs")
         pipe = load_pipeline(self.model, device=device)
         return Generator.open(pipe, self.prompts, self.folder, self.labeller(), **options)
@@ -141,7 +140,7 @@ class Job:
 
 
 class Worker:
-    """Makes shards of a job; it loads the model with the first, and again after an error."""
+    """A maker of shards of a job; it loads the model with the first, and again after an error."""
 
     def __init__(self, job: Job, device: str | None = None, *, expendable: bool = True):
         """expendable: it is alone in its process and ends it by an error that may have spoilt the device."""
@@ -173,7 +172,9 @@ class Worker:
 def run_shards(
     job: Job, *, workers: int | None = None, ray: bool = False, address: str | None = None, shard_size: int = SHARD
 ) -> Dataset:
-    """Make the dataset of a job, on this machine or with Ray; what is there already is kept.
+    """Make the dataset of a job, on this machine or with Ray; what is there already stays.
+
+        dataset = run_shards(Job("dataset", ["a car", "a person"], steps=2, size=64))
 
     Shows a bar with the throughput of all workers, not under CI.
 
@@ -210,7 +211,7 @@ def run_shards(
     else:
         made = _in_processes(job, count, workers)
     # what was there already is at the bar's beginning: its rate is that of the others
-    with bar(None, "images", total=n, initial=n - len(job.missing()), unit="image", smoothing=0.05) as progress:
+    with files.bar(None, "images", total=n, initial=n - len(job.missing()), unit="image", smoothing=0.05) as progress:
         for images in made:
             progress.update(images)
     files.clean(folder, range(n))

@@ -4,7 +4,6 @@ from pathlib import Path
 
 from daamlib.datasets import Dataset, load
 from daamlib.datasets import folder as files
-from daamlib.datasets.progress import bar
 
 from . import scenes
 
@@ -41,7 +40,7 @@ def render_dataset(
     files.verify(folder, settings, range(n))
     files.begin(folder, settings)
     files.clean(folder, range(n))
-    for i in bar(files.missing(folder, parts, range(n)), "scenes"):
+    for i in files.bar(files.missing(folder, parts, range(n)), "scenes"):
         scene = scenes.render(first_seed + i, size)
         files.write_png(folder / files.file_name("labels", i), scene.labels, files.mark(settings, i))
         files.write_png(folder / files.file_name("images", i), scene.image, files.mark(settings, i))

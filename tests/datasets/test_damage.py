@@ -373,7 +373,7 @@ def test_a_plain_function_gets_the_record(sd1_pipe, tmp_path):
         "cat": [1, [128, 0, 0]],
         "dog": [2, [0, 128, 0]],
     }
-    with pytest.raises(ValueError, match="'car' is no own label"):
+    with pytest.raises(ValueError, match="'car' is no custom label"):
         dataset.with_class("car")
     before = contents(dataset.folder)
     make(labeller=cats)  # the classes are the dataset's

@@ -189,7 +189,7 @@ def test_all_that_an_export_says_comes_back(sd1_pipe, tmp_path):
     assert (painted[maps[0] == 1] == (255, 0, 0)).all() and (painted[maps[0] == 7] == (128, 128, 128)).all()
     found = export.prompts(dataset.labels(0), table=dataset.classes)
     assert {prompt["class"] for prompt in found} == {"cat", "dog"}
-    with pytest.raises(ValueError, match="'car' is no own label"):
+    with pytest.raises(ValueError, match="'car' is no custom label"):
         export.coco(dataset, tmp_path / "other", classes=["car"])
 
 
@@ -203,7 +203,7 @@ def test_masks_of_other_classes(generated, tmp_path):
     before = contents(generated.folder)
     with pytest.raises(ValueError, match="other classes.*'cat' is 1 here, it is 3 there"):
         datasets.import_masks(generated, tmp_path / "masks.json", classes={"cat": 1, "dog": 2})
-    with pytest.raises(ValueError, match="no own labels"):
+    with pytest.raises(ValueError, match="no custom labels"):
         drawn(generated, tmp_path, coco((0, 1, TRIANGLE)))
     source = folder_of(tmp_path / "drawn", **{"00000": Image.new("L", (24, 16), CAR)})
     with pytest.raises(ValueError, match="26"):
