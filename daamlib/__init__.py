@@ -15,6 +15,7 @@ from .extras import lazy as _lazy
 from .pipeline import generators as generators
 from .pipeline import image_size as image_size
 from .pipeline import load_pipeline as load_pipeline
+from .tokens.classes import fit_classes as fit_classes
 from .tokens.choose import choose_settings as choose_settings
 from .tokens.label_maps import label_map as label_map
 from .tokens.label_maps import text_of as text_of

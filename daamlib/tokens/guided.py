@@ -62,5 +62,6 @@ def guided_upsample(
 
 def _means(values: Float[torch.Tensor, "C H W"], radius: int) -> Float[torch.Tensor, "C H W"]:
     """The mean of each pixel's window, cut off at the border."""
-    side = 2 * radius + 1
-    return F.avg_pool2d(values[None], side, stride=1, padding=radius, count_include_pad=False)[0]
+    for window, padding in (((2 * radius + 1, 1), (radius, 0)), ((1, 2 * radius + 1), (0, radius))):
+        values = F.avg_pool2d(values[None], window, stride=1, padding=padding, count_include_pad=False)[0]
+    return values

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch.nn import functional as F
 
-from ..attention.heatmaps import require_ratio
+from ..attention.heatmaps import require_ratio, upsample
 from ..attention.joint.record import JointRecord
 from ..attention.record import MAX_BYTES, AttentionRecord, require_same_model
 from ..attention.text import find_word
@@ -40,6 +40,18 @@ def select_part(record: AttentionRecord, layers: Sequence[str] | None, max_times
     if steps is None and layers is None:
         return record
     return record.select(layers=None if layers is None else lambda layer: layer.name in layers, steps=steps)
+
+
+def query_features(record: AttentionRecord, grid: tuple[int, int]) -> Float[torch.Tensor, "P channels"]:
+    """Return the scaled queries of all layers at `grid`, their mean over the passes less that over the image.
+
+    Raises ValueError if the record holds no queries (`AttentionRecord.collapsed`), or some are not finite.
+    """
+    if record.kept_map is not None:
+        raise ValueError("tokens of all classes read each layer's queries, which a collapsed record holds no more")
+    layers = [(layer.summed_queries() * layer.scale).T.unflatten(1, layer.grid) for layer in record.layers]
+    features = record.finite(torch.cat([upsample(each, grid) for each in layers]).flatten(1).T)
+    return (features - features.mean(dim=0)) / len(record.timesteps)
 
 
 def made_of(records: Sequence[AttentionRecord | JointRecord]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ probable one, or 255 (ignored) where the best two are close.
 
     label_map(record, {"sky": "sky", "car": "cars"})    # {class: word}
     label_map(record, [token], size=(512, 512))         # optimised tokens
+    label_map(record, image=np.asarray(image))          # the bundled model's, of all classes of the street
 """
 
 import functools
@@ -19,7 +20,8 @@ from ..attention.heatmaps import HeatMaps, require_ratio, upsample
 from ..attention.record import AttentionRecord
 from ..attention.text import TextTooLongError, TokenEmbeddings, find_phrases, side_by_side
 from ..cityscapes import IGNORED
-from ..classes import class_list
+from ..classes import ClassList, class_list
+from ..resources import bundled
 from .guided import guided_upsample
 from .optimize import BACKGROUND
 from .token import OptimizedToken, require_calibrated
@@ -30,7 +32,7 @@ SHARPNESS = 4.0
 
 SINGULAR = ("ss", "us", "is", "gas", "lens", "canvas", "atlas")  # what singular nouns in s end in, as bus and glass
 
-Classes = Mapping[str, str] | Sequence[OptimizedToken]  # {class: word}, or tokens
+Classes = Mapping[str, str] | OptimizedToken | Sequence[OptimizedToken]  # {class: word}, or tokens
 Threshold = float | Mapping[str, float]  # one for all classes, or one for each by its name
 
 
@@ -158,6 +160,8 @@ def token_probabilities(
 def _token_logits(record: AttentionRecord, tokens: Sequence[OptimizedToken]) -> HeatMaps:
     """(K + 1, H, W) logits of all tokens' classes, and last 0 of the background."""
     classes = check_tokens(tokens)
+    if is_complete(tokens):
+        return HeatMaps.of_words(tokens[0].logits(record), tokens[0].words)
     logits = []
     for token in tokens:
         of_token = token.logits(record)
@@ -204,9 +208,11 @@ def check_tokens(tokens: Sequence[OptimizedToken]) -> tuple[str, ...]:
     twice = sorted({word for word in classes if classes.count(word) > 1})
     if twice:
         raise ValueError(f"two tokens read {', '.join(twice)}: give one token a class")
+    if is_complete(tokens) and len(tokens) > 1:
+        raise ValueError("tokens of fit_classes label every pixel by themselves: give no others with them")
     for token in tokens:
         require_calibrated(token)
-        if token.info.get("multiclass") and BACKGROUND not in token.words:
+        if token.info.get("multiclass") and token.method != "keys" and BACKGROUND not in token.words:
             raise ValueError(
                 f"the token of {', '.join(token.words)} was fitted to tell its classes apart, not to tell them "
                 "from the rest of an image: use background=True, or multiclass=False"
@@ -214,9 +220,32 @@ def check_tokens(tokens: Sequence[OptimizedToken]) -> tuple[str, ...]:
     return tuple(classes)
 
 
+def is_complete(tokens: Sequence[OptimizedToken]) -> bool:
+    """Whether these are tokens of `fit_classes`, which give every pixel a class and know no background."""
+    return any(token.method == "keys" for token in tokens)
+
+
+def ids_of(tokens: Sequence[OptimizedToken]) -> ClassList:
+    """Return the class list of the tokens' label maps: the one they were fitted to, or that of their words."""
+    return class_list(tokens[0].info["ids"] if is_complete(tokens) else check_tokens(tokens))
+
+
+def _bundled_tokens(record: AttentionRecord) -> OptimizedToken:
+    """Return the tokens of street scenes that come with the bundled model. ValueError for another model's record."""
+    tokens = OptimizedToken.load(bundled("urban-tiny") / "street.safetensors")
+    try:
+        tokens.require_model(record.fingerprint)
+    except ValueError as error:
+        raise ValueError(
+            "only the bundled model comes with tokens of its classes: give words, label_map(record, {'car': 'car', "
+            "'sky': 'sky'}), or tokens, label_map(record, daamlib.fit_classes(records, label_maps))"
+        ) from error
+    return tokens
+
+
 def label_map(
     record: AttentionRecord,
-    classes: Classes,
+    classes: Classes | None = None,
     *,
     size: tuple[int, int] | None = None,
     image: UInt8[np.ndarray, "height width 3"] | None = None,
@@ -234,7 +263,7 @@ def label_map(
 
     Args:
         record: Of the image, traced with `self_attention=True`.
-        classes: Tokens, or {class: word}.
+        classes: Tokens, or {class: word}. Default: the street's tokens of the bundled model, of its records.
         size: (height, width); default the image's, without one the record's grid.
         image: The picture itself, whose edges the probabilities follow (`guided_upsample`), at its size. (By tokens of
             five images the mean IoU over the four things of 80 rendered scenes was 73.7 % without and 76.4 with it.)
@@ -257,6 +286,10 @@ def label_map(
         raise ValueError(f"label maps that follow an image have its size {image.shape[:2]}, got size={size}")
     if image is not None and image.ndim == 3:
         require_ratio("the image", (image.shape[0], image.shape[1]), record.grid)
+    classes = _bundled_tokens(record) if classes is None else classes
+    classes = [classes] if isinstance(classes, OptimizedToken) else classes
+    if ids is None:
+        ids = (class_list(list(classes)) if isinstance(classes, Mapping) else ids_of(classes)).ids
     if isinstance(classes, Mapping):
         compete = functools.partial(_competing_words, _word_scores(record, classes, iterations=iterations))
     else:
@@ -267,7 +300,6 @@ def label_map(
     found = {name: among[name] if among is not None and name in among.tokens else maps[name] for name in competing}
     values = torch.stack(list(found.values()))
     values = upsample(values, size or record.grid) if image is None else guided_upsample(values, image)
-    ids = class_list(name for name in maps.tokens if name != BACKGROUND).ids if ids is None else ids
     numbers = [0 if name == BACKGROUND else ids[name] for name in competing]
     named = None if among is None else [name in among.tokens for name in competing]
     limits = (0.0, 0.0) if threshold is None else (of_each(threshold, competing), of_each(ignore_from, competing))

@@ -14,7 +14,7 @@ from ..attention.heatmaps import HeatMaps, upsample
 from ..attention.joint.record import JointRecord
 from ..attention.record import AttentionRecord
 from ..io import load_dataclass, save_dataclass
-from .inputs import select_part, select_steps
+from .inputs import query_features, select_part, select_steps
 
 FORMAT = "daamlib-token-3"
 FILE = "token.safetensors"  # in a repository of the hub
@@ -48,7 +48,8 @@ class OptimizedToken:
     Attributes:
         embedding: float32 on the CPU; `maps` takes it to the record. LDAAM: one row a word (and one of the background,
             if asked for). DAAM: the whole text.
-        method: "ldaam" or "daam", or "probe" of `optimize_probe`, whose embedding no text encoder makes.
+        method: "ldaam" or "daam"; "probe" of `optimize_probe` and "keys" of `fit_classes`, whose rows hold a vector for
+            each layer, which no text encoder makes.
         words: The names of the K maps.
         rows: K tuples, the rows of `embedding` averaged to each word's map.
         scale: K numbers; sigmoid(scale * map + bias) is the calibrated probability (see `probabilities`).
@@ -90,6 +91,9 @@ class OptimizedToken:
         if isinstance(record, JointRecord):
             return HeatMaps.of_words(record.probe_map(self.info.get("layers"))(self.embedding), self.words)
         part = select_part(record, self.info.get("layers"), self.info.get("max_timestep"))
+        if self.method == "keys":
+            values = query_features(part, record.grid) @ self.embedding.to(part.device).T
+            return HeatMaps.of_words(values.T.unflatten(1, record.grid), self.words)
         maps = part.ldaam_from(self.embedding) if self.method == "ldaam" else part.daam_from(self.embedding)
         values = torch.stack([maps.values[list(rows)].mean(dim=0) for rows in self.rows])
         return HeatMaps.of_words(upsample(values, record.grid), self.words)

@@ -1,0 +1,191 @@
+"""Tokens of all classes of a few annotated images, which label every pixel of the model's other images.
+
+    p(k | pixel) = softmax_k( sum_i s q_i . c_ki + b_k ),        q_i: queries of layer i, less their mean over the image
+
+Each class k has a key c_ki of its own in each layer i, where LDAAM's token x has W_k,i x: a text embedding a layer (Voynov
+et al. 2023, "P+"), as far as these keys can be reached by one. The problem stays convex, multinomial logistic regression
+with a ridge. Targets are the shares of the classes in each cell of the maps, so thin things count. The weight decay is
+chosen by leaving out images. Measured by tests/benchmarks/street.py.
+"""
+
+import time
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch.nn import functional as F
+
+from ..attention.heatmaps import require_ratio
+from ..attention.readers import in_decoder
+from ..attention.record import AttentionRecord, require_same_model
+from ..cityscapes import IGNORED
+from ..classes import Classes, class_list
+from .inputs import made_of, query_features, select_part
+from .token import OptimizedToken
+
+WEIGHT_DECAYS = (0.1, 0.03, 0.01, 0.003)  # of standardised features
+RARE = 0.3  # power of the class shares that the probabilities are divided by: mean IoU weighs rare classes as much
+RANK = 256  # principal components of the features
+PARTS = 3  # at most so many fits of each weight decay
+ITERATIONS = 60  # of L-BFGS
+MAX_BYTES = 2**32  # of the features
+
+
+@torch.inference_mode(False)  # it differentiates, whatever mode it is called in
+def fit_classes(
+    records: Iterable[AttentionRecord],
+    label_maps: Iterable,
+    classes: Classes | None = None,
+    *,
+    layers: Sequence[str] | None = None,
+    max_timestep: int | None = None,
+    weight_decays: Sequence[float] = WEIGHT_DECAYS,
+) -> OptimizedToken:
+    """Fit tokens of all classes at once to the label maps of a few images; `label_map` reads other images with them.
+
+        labels = np.where(mask, 26, 7)  # ids of Cityscapes: car and road
+        tokens = daamlib.fit_classes([record], [labels])
+        daamlib.label_map(record, tokens, image=np.asarray(image))
+
+    Args:
+        records: k images of one model.
+        label_maps: k arrays (H, W) of integer ids, 255 where a pixel is to be ignored, with the images' ratio of height
+            and width.
+        classes: Class list of the ids (`daamlib.classes.class_list`), by default Cityscapes. Classes that are in no
+            label map are left out.
+        layers: Names of the layers to read, by default the decoder's (of a U-Net), or all.
+        max_timestep: Read only the passes with a timestep up to this one, see `optimize_token`.
+        weight_decays: To choose from, by the images left out (of a single image, its quarters).
+
+    Returns:
+        One token of the method "keys" with a word a class, to be saved and loaded as any other.
+
+    Raises:
+        TypeError: Something else than records was given.
+        ValueError: Records of several models, or label maps, ids or options that do not fit.
+    """
+    started = time.perf_counter()
+    records, label_maps, table = list(records), [np.asarray(ids) for ids in label_maps], class_list(classes)
+    present = _check(records, label_maps, table, weight_decays)
+    if layers is None:
+        layers = [name for name in records[0].layer_names() if in_decoder(name)] or records[0].layer_names()
+    parts = [select_part(record, layers, max_timestep) for record in records]
+    size = 4 * sum(r.grid[0] * r.grid[1] for r in records) * sum(len(layer.key_weight) for layer in parts[0].layers)
+    if size > MAX_BYTES:
+        raise ValueError(f"the features take {size / 2**30:.1f} GiB, more than 4: give fewer images or fewer `layers`")
+    device = records[0].device
+    features = torch.cat([query_features(part, record.grid) for part, record in zip(parts, records, strict=True)])
+    shares = [_shares(ids, present, record.grid) for ids, record in zip(label_maps, records, strict=True)]
+    targets = torch.cat(shares).to(device)
+    unit = features.std(dim=0).clamp(min=torch.finfo(features.dtype).tiny)
+    standardised = features / unit
+    basis = torch.linalg.eigh(standardised.T @ standardised).eigenvectors[:, -RANK:]  # those of the largest variance
+    components = standardised @ basis
+    groups = _groups([record.grid for record in records]).to(device)
+    decay = _choose(components, targets, groups, sorted(weight_decays, reverse=True))
+    theta, bias, losses, gradient = _fit(components, targets, decay)
+    bias = bias - RARE * (targets.sum(dim=0) / targets.sum()).log()
+    words = tuple(table.names[number] for number in present)
+    return OptimizedToken(
+        embedding=((theta @ basis.T) / unit).cpu(),
+        method="keys",
+        words=words,
+        rows=tuple((k,) for k in range(len(words))),
+        scale=(1.0,) * len(words),
+        bias=tuple(bias.tolist()),
+        losses=losses,
+        gradient_norm=gradient,
+        seconds=time.perf_counter() - started,
+        info={
+            **made_of(records),
+            "loss": "bce",
+            "multiclass": True,
+            "ids": {name: table.ids[name] for name in words},
+            "layers": list(layers),
+            "max_timestep": max_timestep,
+            "weight_decay": decay,
+        },
+    )
+
+
+def _check(records: list, label_maps: list[np.ndarray], table, weight_decays: Sequence[float]) -> list[int]:
+    """Return the ids of the classes that are there. TypeError or ValueError for what does not fit."""
+    if not records or len(records) != len(label_maps):
+        raise ValueError(f"{len(label_maps)} label maps for {len(records)} records: give one or more, a map a record")
+    for record in records:
+        if not isinstance(record, AttentionRecord):
+            raise TypeError(f"records must be AttentionRecords, got {type(record).__name__}")
+    require_same_model(records)
+    if not weight_decays or not all(0 < decay < float("inf") for decay in weight_decays):
+        raise ValueError(f"weight_decays must be positive numbers, one or more, got {list(weight_decays)}")
+    present: set[int] = set()
+    for number, (ids, record) in enumerate(zip(label_maps, records, strict=True)):
+        if ids.ndim != 2 or not ids.size or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() > IGNORED:
+            raise ValueError(f"label map {number} must be (H, W) integers 0 ... 255, got {ids.shape} {ids.dtype}")
+        require_ratio(f"label map {number}", (ids.shape[0], ids.shape[1]), record.grid)
+        table.check(ids.astype(np.uint8), f"label map {number}")
+        present |= {*np.unique(ids).tolist()} - {IGNORED}
+    if len(present) < 2:
+        raise ValueError(f"the label maps hold {len(present)} class: expected two or more, to tell apart")
+    return sorted(present)
+
+
+def _shares(ids: np.ndarray, present: Sequence[int], grid: tuple[int, int]) -> Float[torch.Tensor, "P K"]:
+    """Share of each class in the cells of a grid; less than one in all where pixels are to be ignored."""
+    masks = torch.tensor(ids[None] == np.array(present)[:, None, None]).float()
+    return F.adaptive_avg_pool2d(masks[None], grid)[0].flatten(1).T
+
+
+def _groups(grids: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """The part that each cell is left out with: its image's, or of a single image the quarter."""
+    if len(grids) > 1:
+        return torch.cat([torch.full((h * w,), i % PARTS) for i, (h, w) in enumerate(grids)])
+    rows, columns = torch.meshgrid(*(torch.arange(side) >= side // 2 for side in grids[0]), indexing="ij")
+    return (2 * rows.int() + columns.int()).flatten()
+
+
+def _choose(features: torch.Tensor, targets: torch.Tensor, groups: torch.Tensor, decays: Sequence[float]) -> float:
+    """Return the weight decay whose fits lose least on the parts that they have not seen."""
+    if len(decays) == 1:
+        return decays[0]
+    losses = dict.fromkeys(decays, 0.0)
+    for part in groups.unique():
+        seen, start = groups != part, None
+        for decay in decays:
+            start = theta, bias = _fit(features[seen], targets[seen], decay, start)[:2]
+            losses[decay] += _loss(features[~seen], targets[~seen], theta, bias).item() * targets[~seen].sum().item()
+    return min(decays, key=losses.__getitem__)
+
+
+def _loss(features: torch.Tensor, targets: torch.Tensor, theta: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """Mean negative log likelihood of the targets."""
+    return -(targets * (features @ theta.T + bias).log_softmax(dim=1)).sum() / targets.sum()
+
+
+def _fit(
+    features: torch.Tensor,
+    targets: torch.Tensor,
+    decay: float,
+    start: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, tuple[float, ...], float]:
+    """Minimise `_loss` + decay |theta|^2 by L-BFGS, in units of each component's curvature; with losses and gradient."""
+    unit = (0.1 * features.square().mean(dim=0) + 2 * decay).rsqrt()
+    frequency = (targets.sum(dim=0) / targets.sum()).clamp(min=1e-6)
+    theta, bias = start or (features.new_zeros(targets.shape[1], features.shape[1]), frequency.log())
+    scaled, bias = (theta / unit).requires_grad_(), bias.clone().requires_grad_()
+    solver = torch.optim.LBFGS([scaled, bias], max_iter=ITERATIONS, history_size=10, line_search_fn="strong_wolfe")
+    losses: list[float] = []
+
+    def closure() -> torch.Tensor:
+        solver.zero_grad()
+        theta = scaled * unit
+        loss = _loss(features, targets, theta, bias) + decay * theta.square().sum()
+        loss.backward()
+        losses.append(loss.item())
+        return loss
+
+    solver.step(closure)
+    closure()
+    assert scaled.grad is not None
+    return (scaled * unit).detach(), bias.detach(), tuple(losses), scaled.grad.norm().item()
