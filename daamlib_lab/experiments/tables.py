@@ -6,7 +6,6 @@ images, and each also refined along the image's self-attention (`refined_map`). 
 curves, as in the thesis (its Table 4.3 shows it), so its maximum has one threshold for all classes.
 """
 
-import itertools
 import os
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -243,47 +242,62 @@ def compare(
         ValueError: A class has too few images to train and test.
     """
     examples, most = list(examples), max(train_images)
+    splits = {name: train_test_split(examples, name, most, seed=seed) for name in classes}
     runs = [(method, k) for method in ("DAAM", "LDAAM") for k in (0, *train_images)]  # 0: plain
     counts, images, tokens, refined_tokens = {}, {}, {}, {}
-    bar = tqdm(total=len(runs) * len(classes), desc="fit and evaluate", disable="CI" in os.environ)
-    for name in classes:
-        train, test = train_test_split(examples, name, most, seed=seed)
-        for method, k in runs:
-            key, given = (method, k, name), (options or {}).get(method, {})
-            if k:
-                tokens[key] = refined_tokens[key] = fit(train[:k], name, method, **given)
-            if k and iterations and method == "LDAAM":
-                settings = choose_settings(*_of_class(train[:k], name), word=name)
-                refined_tokens[key] = fit(train[:k], name, method, **{**given, **settings})
-            for part, having in (("train", train[: k or most]), ("test", test)):
-                counts[(part, False, *key)] = count(having, name, method, tokens.get(key))
-                if iterations:
-                    token = refined_tokens.get(key)
-                    counts[(part, True, *key)] = count(having, name, method, token, iterations=iterations)
-                images[part, k, name] = [examples.index(example) for example in having]
-            bar.update()
-    bar.close()
-    rows, curves = [], []
-    for refined, (method, k) in itertools.product((False, True) if iterations else (False,), runs):
-        row = (method, k > 0, refined, k)
-        for group, members in [(name, [name]) for name in classes] + [("all", list(classes))]:
-            train_counts = [counts["train", refined, method, k, name] for name in members]
-            for part in ("train", "test"):
-                of_part = [counts[part, refined, method, k, name] for name in members]
-                shown = [images[part, k, name] for name in members]
-                found = summary(of_part, train_counts, shown, resamples=resamples, seed=seed)
-                rows += [(*row, group, metric, *numbers, part) for metric, numbers in found.items()]
-                curve = 100 * np.mean([c.curve() for c in of_part], axis=0)
-                curves += [(part, *row, group, *pair) for pair in zip(of_part[0].thresholds, curve, strict=True)]
-    names = ["split", "method", "optimised", "refined", "train_images", "class", "threshold", "miou"]
-    results = pd.DataFrame(rows, columns=[*COLUMNS, "split"])
+    work = [(name, *run) for name in classes for run in runs]
+    for name, method, k in tqdm(work, desc="fit and evaluate", disable="CI" in os.environ):
+        (train, test), key = splits[name], (method, k, name)
+        if k:
+            given = (options or {}).get(method, {})
+            tokens[key], refined_tokens[key] = _fit_both(train[:k], name, method, given, choose=iterations > 0)
+        for part, having in (("train", train[: k or most]), ("test", test)):
+            images[part, k, name] = [examples.index(example) for example in having]
+            counts[part, False, *key] = count(having, name, method, tokens.get(key))
+            if iterations:
+                token = refined_tokens.get(key)
+                counts[part, True, *key] = count(having, name, method, token, iterations=iterations)
+    results, curves = _summarise(counts, images, resamples=resamples, seed=seed)
     test_images = {name: images["test", 0, name] for name in classes}
     test_counts = {
         (method, k, refined, name): of_test
         for (part, refined, method, k, name), of_test in counts.items()
         if part == "test"
     }
-    return Comparison(results, pd.DataFrame(curves, columns=names), tokens, refined_tokens, test_images, test_counts)
+    return Comparison(results, curves, tokens, refined_tokens, test_images, test_counts)
+
+
+def _fit_both(
+    train: Sequence[Example], name: str, method: str, options: Mapping, *, choose: bool
+) -> tuple[OptimizedToken, OptimizedToken]:
+    """A class's token, and that of its refined rows: LDAAM's with settings chosen on the training images."""
+    token = fit(train, name, method, **options)
+    if not choose or method != "LDAAM":
+        return token, token
+    return token, fit(train, name, method, **{**options, **choose_settings(*_of_class(train, name), word=name)})
+
+
+def _summarise(
+    counts: Mapping[tuple[str, bool, str, int, str], metrics.ThresholdCounts],
+    images: Mapping[tuple[str, int, str], list[int]],
+    **bootstrap: int,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """`Comparison.results` and `.curves` of counts by (split, refined, method, k, class), of images by (split, k, class)."""
+    rows, curves, names = [], [], list(dict.fromkeys(key[-1] for key in counts))
+    for refined, method, k in sorted(dict.fromkeys(key[1:4] for key in counts), key=lambda run: run[0]):
+        row = (method, k > 0, refined, k)
+        for group, members in [(name, [name]) for name in names] + [("all", names)]:
+            of_split = {
+                part: [counts[part, refined, method, k, name] for name in members] for part in ("train", "test")
+            }
+            for part, of_part in of_split.items():
+                shown = [images[part, k, name] for name in members]
+                found = summary(of_part, of_split["train"], shown, **bootstrap)
+                rows += [(*row, group, metric, *numbers, part) for metric, numbers in found.items()]
+                curve = 100 * np.mean([c.curve() for c in of_part], axis=0)
+                curves += [(part, *row, group, *pair) for pair in zip(of_part[0].thresholds, curve, strict=True)]
+    columns = ["split", "method", "optimised", "refined", "train_images", "class", "threshold", "miou"]
+    return pd.DataFrame(rows, columns=[*COLUMNS, "split"]), pd.DataFrame(curves, columns=columns)
 
 
 def summary(
