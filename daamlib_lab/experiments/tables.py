@@ -162,19 +162,15 @@ def count(
     Returns:
         Intersections and unions, an image a row.
     """
-    maps = []
-    for example in examples:
+
+    def read(record: AttentionRecord) -> torch.Tensor:
         if iterations:
-            maps.append(refined_map(example.record, name, method, token, iterations=iterations))
-        elif token is not None and calibrated:
-            maps.append(token.probabilities(example.record, [name])[0])
-        elif token is not None:
-            maps.append(token.maps(example.record)[name])
-        elif method == "DAAM":
-            maps.append(example.record.daam()[name])
-        else:
-            maps.append(example.record.ldaam(name)[name])
-    together = torch.stack([values.cpu() for values in maps])  # they are counted there, and records may lie apart
+            return refined_map(record, name, method, token, iterations=iterations)
+        if token is not None:
+            return token.probabilities(record, [name])[0] if calibrated else token.maps(record)[name]
+        return record.daam()[name] if method == "DAAM" else record.ldaam(name)[name]
+
+    together = torch.stack([read(example.record).cpu() for example in examples])  # records may lie apart
     return metrics.threshold_counts(together, np.stack([example.masks[name] for example in examples]))
 
 
@@ -224,7 +220,7 @@ def compare(
     options: Mapping[str, Mapping] | None = None,
     iterations: int = 1,
 ) -> Comparison:
-    """The whole experiment on one set of examples.
+    """Fit, evaluate and summarise: the whole experiment on one set of examples.
 
     Args:
         examples: Training and test images.
@@ -253,10 +249,10 @@ def compare(
             tokens[key], refined_tokens[key] = _fit_both(train[:k], name, method, given, choose=iterations > 0)
         for part, having in (("train", train[: k or most]), ("test", test)):
             images[part, k, name] = [examples.index(example) for example in having]
-            counts[part, False, *key] = count(having, name, method, tokens.get(key))
+            counts[(part, False, *key)] = count(having, name, method, tokens.get(key))
             if iterations:
                 token = refined_tokens.get(key)
-                counts[part, True, *key] = count(having, name, method, token, iterations=iterations)
+                counts[(part, True, *key)] = count(having, name, method, token, iterations=iterations)
     results, curves = _summarise(counts, images, resamples=resamples, seed=seed)
     test_images = {name: images["test", 0, name] for name in classes}
     test_counts = {
@@ -282,7 +278,7 @@ def _summarise(
     images: Mapping[tuple[str, int, str], list[int]],
     **bootstrap: int,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """`Comparison.results` and `.curves` of counts by (split, refined, method, k, class), of images by (split, k, class)."""
+    """`Comparison.results` and `.curves`, of counts by (split, refined, method, k, class) and the images' numbers."""
     rows, curves, names = [], [], list(dict.fromkeys(key[-1] for key in counts))
     for refined, method, k in sorted(dict.fromkeys(key[1:4] for key in counts), key=lambda run: run[0]):
         row = (method, k > 0, refined, k)
@@ -355,20 +351,11 @@ def difference(
     resamples: int = 1000,
     seed: int = 0,
 ) -> tuple[float, float, float]:
-    """How far one method is ahead of another, in points of the maximum mIoU of all classes on the test images.
+    """Return how far one (method, k, refined) is ahead of another, and the ends of the 95 % interval.
 
-    Both are judged on the same drawn images (a paired bootstrap). An image that is hard for both moves both, and not
-    their difference: its interval can lie clear of 0 where those of the two methods overlap.
-
-    Args:
-        comparison: What `compare` found.
-        one: (method, k, refined), k being 0 for the plain method.
-        other: Likewise.
-        resamples: How often the images are drawn.
-        seed: Of the draws.
-
-    Returns:
-        The difference, and the ends of its 95 % interval.
+    In points of the maximum mIoU of all classes on the test images; k is 0 for the plain method. Both are judged on the
+    same drawn images (a paired bootstrap). An image that is hard for both moves both, and not their difference: its
+    interval can lie clear of 0 where those of the two methods overlap.
     """
     by_class, found = _draw(list(comparison.test_images.values()), resamples, seed), []
     for key in (one, other):
@@ -479,16 +466,9 @@ def evaluate_transfer(
     resamples: int = 1000,
     iterations: int = 0,
 ) -> pd.DataFrame:
-    """Tokens of one set evaluated on all images of another.
+    """Evaluate tokens of one set, (method, k, class) -> token as in `Comparison`, on all images of another.
 
-    Args:
-        tokens: (method, k, class) -> token, as in `Comparison`.
-        examples: Images of the other set.
-        resamples: Of the bootstrap.
-        iterations: Of `refined_map`; 0: the maps as they are.
-
-    Returns:
-        The columns of COLUMNS, `max_miou` and `auc` only.
+    Return a table of COLUMNS, `max_miou` and `auc` only. `iterations` are of `refined_map`; 0: the maps as they are.
     """
     examples, rows = list(examples), []
     for method, k in sorted({key[:2] for key in tokens}):
