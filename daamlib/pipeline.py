@@ -203,18 +203,27 @@ def loading(source: str | Path, *, exactly: bool = False) -> Iterator[None]:
 
     The ValueError names the `source`. With `exactly`, weights that belong to no part of the model are an error too.
     """
+    import diffusers
+    import transformers
+
     reports: list[str] = []
     shown: dict[str, int] = {}
+    bars = diffusers.utils.logging
+    set_hook = getattr(transformers.utils.logging, "set_tqdm_hook", lambda hook: None)  # before 5.4 the bars show
 
     def keep(record: logging.LogRecord) -> bool:
         text = re.sub(r"\x1b\[[\d;]*m", "", record.getMessage())  # without colours
         if MISSING in text or (exactly and any(words in text for words in LEFT_OVER)):
             reports.append(text)
             return False
-        return record.levelno >= shown[record.name]
+        return record.levelno >= shown[record.name] and "requires torchvision" not in text
 
     with ExitStack() as stack:
-        for name in ("transformers.modeling_utils", "diffusers.models.modeling_utils"):
+        for name in (
+            "transformers.modeling_utils",
+            "diffusers.models.modeling_utils",
+            "transformers.utils.import_utils",
+        ):
             logger = logging.getLogger(name)
             shown[name] = logger.getEffectiveLevel()
             stack.callback(logger.setLevel, logger.level)
@@ -222,35 +231,16 @@ def loading(source: str | Path, *, exactly: bool = False) -> Iterator[None]:
             logger.addFilter(keep)
             if shown[name] > logging.WARNING:  # silenced by its user
                 logger.setLevel(logging.WARNING)
-        stack.enter_context(_quiet_loading())
+        if bars.is_progress_bar_enabled():
+            stack.callback(bars.enable_progress_bar)
+        bars.disable_progress_bar()
+        stack.callback(set_hook, set_hook(lambda bar, args, options: bar(*args, **{**options, "disable": True})))
         yield
     if reports:
         raise ValueError(
             f"the weights at {source} do not fit their model, and what they lack would be random: they are damaged, or "
             "of another version of a library. It says:\n" + "\n".join(reports)
         )
-
-
-@contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """No loading bars, and no note that transformers does without torchvision; bars of downloads stay."""
-    import diffusers
-    import transformers
-
-    bars = diffusers.utils.logging.is_progress_bar_enabled()
-    set_hook = getattr(transformers.utils.logging, "set_tqdm_hook", lambda hook: None)  # before 5.4 the bars show
-    hook = set_hook(lambda bar, args, options: bar(*args, **{**options, "disable": True}))
-    logger = logging.getLogger("transformers.utils.import_utils")
-    keep = lambda record: "requires torchvision" not in record.getMessage()  # noqa: E731
-    logger.addFilter(keep)
-    diffusers.utils.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if bars:
-            diffusers.utils.logging.enable_progress_bar()
-        logger.removeFilter(keep)
-        set_hook(hook)
 
 
 @contextmanager

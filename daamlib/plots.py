@@ -29,7 +29,7 @@ METHOD_COLOURS = {"DAAM": "#D55E00", "LDAAM": "#56B4E9"}  # of curves and bars; 
 def _grid(
     count: int, columns: int, cell: tuple[float, float], edge: tuple[float, float] = (0.0, 0.0), layout="constrained"
 ) -> tuple[Figure, np.ndarray]:
-    """A figure of `count` bare axes, at most `columns` in a row; widths and heights of a cell and the edge in inches."""
+    """Bare axes of `count` pictures, at most `columns` in a row; width and height of a cell and the edge in inches."""
     if not count:
         raise ValueError("there is nothing to show: give one image or more")
     columns = min(columns, count)

@@ -38,8 +38,8 @@ HEAD = """\
 Written by `make support-table` from the tests that are marked `supports` and passed: change these, not this file. They
 run on tiny models of each family, built from config with random weights. So the table says that what is read is what
 the running model computes, up to rounding unless a footnote says more; how good the maps of a trained model are it does
-not say ([Limits](limits.md)). An empty cell means that no test shows it. The [reference](api/daamlib.md) has `trace` and
-what a record reads.
+not say ([Limits](limits.md)). An empty cell means that no test shows it. `trace` and what a record reads are in the
+[reference](api/daamlib.md).
 
 """
 CLASSES = """\

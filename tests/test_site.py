@@ -137,3 +137,4 @@ def test_the_version_is_the_same_everywhere():
     patterns = [r'^version = "(.*)"$', r"^version: (.*)$", r"^## (.*)$"]
     found = [re.search(pattern, text, re.MULTILINE)[1] for pattern, text in zip(patterns, texts, strict=True)]
     assert found == [daamlib.__version__] * 3
+    assert f"version = {{{daamlib.__version__}}}" in (ROOT / "docs/cite.md").read_text()

@@ -57,8 +57,8 @@ def region(labels: np.ndarray, points: ArrayLike) -> np.ndarray:
 def grow(image: np.ndarray, seeds: np.ndarray) -> np.ndarray:
     """Give each pixel the seed that a random walker from there meets first; it hardly crosses edges (Grady 2006).
 
-    `seeds` are (H, W) integers of two kinds or more, 0 where there is none. Images larger than `WALK_SIDE` are walked in
-    blocks of pixels. Raises ValueError for less than two kinds, seeds too close to each other, or a flat image.
+    `seeds` are (H, W) integers of two kinds or more, 0 where there is none. Images larger than `WALK_SIDE` are walked
+    in blocks of pixels. Raises ValueError for less than two kinds, seeds too close to each other, or a flat image.
     """
     kinds = np.unique(seeds[seeds > 0])
     if len(kinds) < 2:

@@ -16,6 +16,7 @@ from .explorer_model import METHODS, ExplorerModel, ExplorerResult
 
 LABEL_WIDTH = "84px"
 LOOK = {"style": {"description_width": LABEL_WIDTH}, "layout": {"width": "380px"}}
+FRACTION = {"min": 0, "max": 1, "step": 0.01, **LOOK}
 
 
 class Explorer(widgets.VBox):
@@ -24,13 +25,10 @@ class Explorer(widgets.VBox):
     def __init__(self, model: ExplorerModel) -> None:
         self.model = model
         self._controls = _controls(model)
+        look = {"indent": False, "layout": {"width": "auto", "margin": "0 12px 0 0"}}
+        tip = "the cross-attention layers of {} x {} positions"
         self._grids = {
-            grid: widgets.Checkbox(
-                description=f"{grid[0]} × {grid[1]}",
-                indent=False,
-                layout={"width": "auto", "margin": "0 12px 0 0"},
-                tooltip=f"the cross-attention layers of {grid[0]} x {grid[1]} positions",
-            )
+            grid: widgets.Checkbox(description="{} × {}".format(*grid), tooltip=tip.format(*grid), **look)
             for grid in model.grids
         }
         # one for all that a state shows, so that no picture is ever of another word than its neighbour
@@ -121,7 +119,7 @@ class Explorer(widgets.VBox):
         if result.iou is not None and result.thresholds is not None and result.curve is not None:
             figures.append(pictures.curve_figure(result.thresholds, result.curve, state.threshold, result.iou))
         # as high without pictures, so that the cells below stay where they are
-        row = f"display:flex;flex-wrap:wrap;gap:0 10px;min-height:{pictures.WIDTH + 24}px"
+        row = f"display:flex;flex-wrap:wrap;gap:0 10px;min-height:{pictures.WIDTH + 40}px"
         self._pictures.value = f'<div style="{row}">{"".join(figures)}</div>'
         # read aloud by screen readers when it changes
         style = "color:var(--jp-error-color1, #b00020);min-height:1.4em;line-height:1.4"
@@ -162,13 +160,13 @@ def explore(
 
 
 def _controls(model: ExplorerModel) -> dict[str, widgets.Widget]:
-    """The controls by the part of the state they turn, grids apart; `Explorer` gives them their values."""
-    fraction = {"min": 0, "max": 1, "step": 0.01, **LOOK}
+    """Return the controls by the part of the state they set, without grids; `Explorer` gives them their values."""
+    methods = [(name, key) for key, name in METHODS.items()]
+    tip = "the record holds only their sum" if model.summed else "the denoising steps that are summed"
+    fixed = model.summed or model.last_step == 0
     return {
         "word": widgets.Text(description="Word", placeholder="any word, such as traffic light", **LOOK),
-        "method": widgets.Dropdown(
-            description="Method", options=[(name, key) for key, name in METHODS.items()], **LOOK
-        ),
+        "method": widgets.Dropdown(description="Method", options=methods, **LOOK),
         "text": widgets.Text(description="In the text", **LOOK),
         "token_path": widgets.Text(description="Token file", placeholder="car-token.safetensors", **LOOK),
         "refined": widgets.Checkbox(
@@ -178,16 +176,11 @@ def _controls(model: ExplorerModel) -> dict[str, widgets.Widget]:
             **LOOK,
         ),
         "steps": widgets.IntRangeSlider(
-            description="Steps",
-            min=0,
-            max=model.last_step,
-            disabled=model.summed or model.last_step == 0,
-            tooltip="the record holds only their sum" if model.summed else "the denoising steps that are summed",
-            **LOOK,
+            description="Steps", min=0, max=model.last_step, disabled=fixed, tooltip=tip, **LOOK
         ),
         "threshold": widgets.FloatSlider(
-            description="Threshold", tooltip="of the map scaled to its own 0 ... 1", **fraction
+            description="Threshold", tooltip="of the map scaled to its minimum and maximum", **FRACTION
         ),
-        "opacity": widgets.FloatSlider(description="Opacity", tooltip="of the heat map over the image", **fraction),
+        "opacity": widgets.FloatSlider(description="Opacity", tooltip="of the heat map over the image", **FRACTION),
         "colour_map": widgets.Dropdown(description="Colours", options=list(COLOUR_MAPS), **LOOK),
     }

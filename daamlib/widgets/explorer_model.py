@@ -37,9 +37,7 @@ class ExplorerState:
         token_path: of the method "token".
         refined: whether the map is propagated along the image's self-attention.
 
-    Raises:
-        TypeError: for a word, text or path that is no string.
-        ValueError: for what no record could be read with.
+    TypeError for a word, text or path that is no string, ValueError for what no record could be read with.
     """
 
     word: str
@@ -136,14 +134,9 @@ class ExplorerModel(traitlets.HasTraits):
         return self.record.layers[0].queries is None
 
     def change(self, **values: Any) -> None:
-        """Change some of the state; nothing, where that raises.
+        """Change parts of an `ExplorerState` by name; nothing, where that raises.
 
-        Args:
-            **values: of an `ExplorerState`, by name.
-
-        Raises:
-            TypeError: for a name that a state has not, or a value of another type.
-            ValueError: for a value that cannot be.
+        Raises TypeError for an unknown name or a value of another type, ValueError for another bad value.
         """
         known = [part.name for part in fields(ExplorerState)]
         unknown = sorted(set(values) - set(known))
@@ -164,9 +157,7 @@ class ExplorerModel(traitlets.HasTraits):
         if not state.grids or not set(state.grids) <= set(self.grids):
             raise ValueError(f"no layers are left: choose among the grids {list(self.grids)}, got {list(state.grids)}")
         if state.steps[1] > self.last_step:
-            raise ValueError(
-                f"the record has the steps 0 to {self.last_step}, got {state.steps[0]} to {state.steps[1]}"
-            )
+            raise ValueError(f"the record has the steps 0 to {self.last_step}, got {state.steps}")
         if state.grids == self.grids and state.steps == (0, self.last_step):
             return self.record  # no copy of its queries, and its own linear map
         return self._selected(state.grids, state.steps)

@@ -27,9 +27,8 @@ def cut_out(image: np.ndarray, mask: np.ndarray, true_mask: np.ndarray | None = 
 def png(picture: Image.Image | np.ndarray) -> bytes:
     """PNG of a picture, or of (H, W, 3) uint8 pixels, compressed for speed."""
     buffer = io.BytesIO()
-    (Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture).save(
-        buffer, format="PNG", compress_level=1
-    )
+    picture = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
+    picture.save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()
 
 
@@ -44,9 +43,9 @@ def figure(picture: Image.Image | np.ndarray, alt: str, caption: str) -> str:
 
 
 def curve_figure(thresholds: np.ndarray, values: np.ndarray, threshold: float, iou: float) -> str:
-    """The IoU over thresholds as inline SVG, with a point where the slider stands.
+    """Return the IoU over thresholds as inline SVG, with a point where the slider stands.
 
-    By hand: matplotlib takes longer for it than the model for a word. Text and axes have the notebook's own colour.
+    matplotlib takes longer for it than the model for a word. Text and axes have the notebook's colour.
     """
     left, top, right, bottom = 30, 8, WIDTH - 8, WIDTH - 32
 

@@ -34,10 +34,8 @@ class AnnotationSession:
     Arguments and errors are those of `annotate`. An image's position is its number in the file names, unless it is of a
     `Dataset`. A proposal is saved by the first action, or "save"; its 255, to be ignored, becomes unlabeled.
 
-    Attributes:
-        class_list: the classes of the label maps.
-        names: those of them to choose from, that of 0 first.
-        position: of the open image, from 0.
+    `class_list` has the classes of the label maps, `names` those to choose from, that of 0 first; `position` is that of
+    the open image, from 0.
     """
 
     def __init__(

@@ -6,7 +6,6 @@ images, and each also refined along the image's self-attention (`refined_map`). 
 curves, as in the thesis (its Table 4.3 shows it), so its maximum has one threshold for all classes.
 """
 
-import itertools
 import os
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -163,19 +162,15 @@ def count(
     Returns:
         Intersections and unions, an image a row.
     """
-    maps = []
-    for example in examples:
+
+    def read(record: AttentionRecord) -> torch.Tensor:
         if iterations:
-            maps.append(refined_map(example.record, name, method, token, iterations=iterations))
-        elif token is not None and calibrated:
-            maps.append(token.probabilities(example.record, [name])[0])
-        elif token is not None:
-            maps.append(token.maps(example.record)[name])
-        elif method == "DAAM":
-            maps.append(example.record.daam()[name])
-        else:
-            maps.append(example.record.ldaam(name)[name])
-    together = torch.stack([values.cpu() for values in maps])  # they are counted there, and records may lie apart
+            return refined_map(record, name, method, token, iterations=iterations)
+        if token is not None:
+            return token.probabilities(record, [name])[0] if calibrated else token.maps(record)[name]
+        return record.daam()[name] if method == "DAAM" else record.ldaam(name)[name]
+
+    together = torch.stack([read(example.record).cpu() for example in examples])  # records may lie apart
     return metrics.threshold_counts(together, np.stack([example.masks[name] for example in examples]))
 
 
@@ -225,7 +220,7 @@ def compare(
     options: Mapping[str, Mapping] | None = None,
     iterations: int = 1,
 ) -> Comparison:
-    """The whole experiment on one set of examples.
+    """Fit, evaluate and summarise: the whole experiment on one set of examples.
 
     Args:
         examples: Training and test images.
@@ -243,47 +238,62 @@ def compare(
         ValueError: A class has too few images to train and test.
     """
     examples, most = list(examples), max(train_images)
+    splits = {name: train_test_split(examples, name, most, seed=seed) for name in classes}
     runs = [(method, k) for method in ("DAAM", "LDAAM") for k in (0, *train_images)]  # 0: plain
     counts, images, tokens, refined_tokens = {}, {}, {}, {}
-    bar = tqdm(total=len(runs) * len(classes), desc="fit and evaluate", disable="CI" in os.environ)
-    for name in classes:
-        train, test = train_test_split(examples, name, most, seed=seed)
-        for method, k in runs:
-            key, given = (method, k, name), (options or {}).get(method, {})
-            if k:
-                tokens[key] = refined_tokens[key] = fit(train[:k], name, method, **given)
-            if k and iterations and method == "LDAAM":
-                settings = choose_settings(*_of_class(train[:k], name), word=name)
-                refined_tokens[key] = fit(train[:k], name, method, **{**given, **settings})
-            for part, having in (("train", train[: k or most]), ("test", test)):
-                counts[(part, False, *key)] = count(having, name, method, tokens.get(key))
-                if iterations:
-                    token = refined_tokens.get(key)
-                    counts[(part, True, *key)] = count(having, name, method, token, iterations=iterations)
-                images[part, k, name] = [examples.index(example) for example in having]
-            bar.update()
-    bar.close()
-    rows, curves = [], []
-    for refined, (method, k) in itertools.product((False, True) if iterations else (False,), runs):
-        row = (method, k > 0, refined, k)
-        for group, members in [(name, [name]) for name in classes] + [("all", list(classes))]:
-            train_counts = [counts["train", refined, method, k, name] for name in members]
-            for part in ("train", "test"):
-                of_part = [counts[part, refined, method, k, name] for name in members]
-                shown = [images[part, k, name] for name in members]
-                found = summary(of_part, train_counts, shown, resamples=resamples, seed=seed)
-                rows += [(*row, group, metric, *numbers, part) for metric, numbers in found.items()]
-                curve = 100 * np.mean([c.curve() for c in of_part], axis=0)
-                curves += [(part, *row, group, *pair) for pair in zip(of_part[0].thresholds, curve, strict=True)]
-    names = ["split", "method", "optimised", "refined", "train_images", "class", "threshold", "miou"]
-    results = pd.DataFrame(rows, columns=[*COLUMNS, "split"])
+    work = [(name, *run) for name in classes for run in runs]
+    for name, method, k in tqdm(work, desc="fit and evaluate", disable="CI" in os.environ):
+        (train, test), key = splits[name], (method, k, name)
+        if k:
+            given = (options or {}).get(method, {})
+            tokens[key], refined_tokens[key] = _fit_both(train[:k], name, method, given, choose=iterations > 0)
+        for part, having in (("train", train[: k or most]), ("test", test)):
+            images[part, k, name] = [examples.index(example) for example in having]
+            counts[(part, False, *key)] = count(having, name, method, tokens.get(key))
+            if iterations:
+                token = refined_tokens.get(key)
+                counts[(part, True, *key)] = count(having, name, method, token, iterations=iterations)
+    results, curves = _summarise(counts, images, resamples=resamples, seed=seed)
     test_images = {name: images["test", 0, name] for name in classes}
     test_counts = {
         (method, k, refined, name): of_test
         for (part, refined, method, k, name), of_test in counts.items()
         if part == "test"
     }
-    return Comparison(results, pd.DataFrame(curves, columns=names), tokens, refined_tokens, test_images, test_counts)
+    return Comparison(results, curves, tokens, refined_tokens, test_images, test_counts)
+
+
+def _fit_both(
+    train: Sequence[Example], name: str, method: str, options: Mapping, *, choose: bool
+) -> tuple[OptimizedToken, OptimizedToken]:
+    """A class's token, and that of its refined rows: LDAAM's with settings chosen on the training images."""
+    token = fit(train, name, method, **options)
+    if not choose or method != "LDAAM":
+        return token, token
+    return token, fit(train, name, method, **{**options, **choose_settings(*_of_class(train, name), word=name)})
+
+
+def _summarise(
+    counts: Mapping[tuple[str, bool, str, int, str], metrics.ThresholdCounts],
+    images: Mapping[tuple[str, int, str], list[int]],
+    **bootstrap: int,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """`Comparison.results` and `.curves`, of counts by (split, refined, method, k, class) and the images' numbers."""
+    rows, curves, names = [], [], list(dict.fromkeys(key[-1] for key in counts))
+    for refined, method, k in sorted(dict.fromkeys(key[1:4] for key in counts), key=lambda run: run[0]):
+        row = (method, k > 0, refined, k)
+        for group, members in [(name, [name]) for name in names] + [("all", names)]:
+            of_split = {
+                part: [counts[part, refined, method, k, name] for name in members] for part in ("train", "test")
+            }
+            for part, of_part in of_split.items():
+                shown = [images[part, k, name] for name in members]
+                found = summary(of_part, of_split["train"], shown, **bootstrap)
+                rows += [(*row, group, metric, *numbers, part) for metric, numbers in found.items()]
+                curve = 100 * np.mean([c.curve() for c in of_part], axis=0)
+                curves += [(part, *row, group, *pair) for pair in zip(of_part[0].thresholds, curve, strict=True)]
+    columns = ["split", "method", "optimised", "refined", "train_images", "class", "threshold", "miou"]
+    return pd.DataFrame(rows, columns=[*COLUMNS, "split"]), pd.DataFrame(curves, columns=columns)
 
 
 def summary(
@@ -341,20 +351,11 @@ def difference(
     resamples: int = 1000,
     seed: int = 0,
 ) -> tuple[float, float, float]:
-    """How far one method is ahead of another, in points of the maximum mIoU of all classes on the test images.
+    """Return how far one (method, k, refined) is ahead of another, and the ends of the 95 % interval.
 
-    Both are judged on the same drawn images (a paired bootstrap). An image that is hard for both moves both, and not
-    their difference: its interval can lie clear of 0 where those of the two methods overlap.
-
-    Args:
-        comparison: What `compare` found.
-        one: (method, k, refined), k being 0 for the plain method.
-        other: Likewise.
-        resamples: How often the images are drawn.
-        seed: Of the draws.
-
-    Returns:
-        The difference, and the ends of its 95 % interval.
+    In points of the maximum mIoU of all classes on the test images; k is 0 for the plain method. Both are judged on the
+    same drawn images (a paired bootstrap). An image that is hard for both moves both, and not their difference: its
+    interval can lie clear of 0 where those of the two methods overlap.
     """
     by_class, found = _draw(list(comparison.test_images.values()), resamples, seed), []
     for key in (one, other):
@@ -465,16 +466,9 @@ def evaluate_transfer(
     resamples: int = 1000,
     iterations: int = 0,
 ) -> pd.DataFrame:
-    """Tokens of one set evaluated on all images of another.
+    """Evaluate tokens of one set, (method, k, class) -> token as in `Comparison`, on all images of another.
 
-    Args:
-        tokens: (method, k, class) -> token, as in `Comparison`.
-        examples: Images of the other set.
-        resamples: Of the bootstrap.
-        iterations: Of `refined_map`; 0: the maps as they are.
-
-    Returns:
-        The columns of COLUMNS, `max_miou` and `auc` only.
+    Return a table of COLUMNS, `max_miou` and `auc` only. `iterations` are of `refined_map`; 0: the maps as they are.
     """
     examples, rows = list(examples), []
     for method, k in sorted({key[:2] for key in tokens}):
