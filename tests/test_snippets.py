@@ -16,6 +16,7 @@ import diffusers
 import matplotlib
 import numpy as np
 import pytest
+import tiny_joint
 import torch
 from PIL import Image
 from test_site import public_names
@@ -159,6 +160,14 @@ def names(example, tmp_path):
     }
 
 
+@functools.cache
+def joint_example():
+    """What the examples of joint models' docstrings may use: a tiny pipeline, and a traced image."""
+    pipe = tiny_joint.shared("SD 3")
+    (record,) = tiny_joint.traced(pipe)
+    return {"pipe": pipe, "record": record}
+
+
 @pytest.mark.parametrize(
     "path", [path for path in PAGES if any(python_blocks(path.read_text()))], ids=lambda p: str(p.relative_to(ROOT))
 )
@@ -168,7 +177,8 @@ def test_the_snippets_of_a_page_run(path, names):
 
 @pytest.mark.parametrize("module, name, blocks", EXAMPLES, ids=[f"{m.__name__} {n}".strip() for m, n, _ in EXAMPLES])
 def test_the_examples_of_a_docstring_run(module, name, blocks, names):
-    run(blocks, module.__file__, {**vars(module), **names})
+    joint = joint_example() if ".joint" in module.__name__ else {}
+    run(blocks, module.__file__, {**vars(module), **names, **joint})
 
 
 def test_there_are_examples_in_pages_and_docstrings():

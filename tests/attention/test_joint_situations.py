@@ -103,6 +103,21 @@ def test_text_encoders_are_compared_for_a_prompt_given_as_embeddings(tmp_path):
             each.daam("a tree")
 
 
+def test_each_record_has_the_fingerprint_of_its_own_call(tmp_path):
+    pipe = tiny_joint.build("SD 3")
+    with daamlib.trace(pipe) as trace:
+        generate(pipe)
+        add_lora(pipe.transformer, "ff.net.2")
+        generate(pipe)
+    for number, record in enumerate(trace):
+        record.save(tmp_path / f"{number}.safetensors")
+    loaded = daamlib.JointRecord.load(tmp_path / "1.safetensors", pipe=pipe)
+    assert torch.equal(loaded.daam("a tree").values, trace[1].daam("a tree").values)
+    for read in (lambda: daamlib.JointRecord.load(tmp_path / "0.safetensors", pipe=pipe), lambda: trace[0].daam("a")):
+        with pytest.raises(ValueError, match="LoRA"):
+            read()
+
+
 def test_a_record_does_not_keep_its_pipeline_alive():
     pipe = tiny_joint.build("SD 3")
     (record,) = traced(pipe)

@@ -6,7 +6,6 @@ them, after the norms and the rotation; o is what a token's attention returns, b
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -54,10 +53,8 @@ class JointAttention:
 
     def rows(self, rows: Rows) -> "JointAttention":
         """The same of some images of the batch."""
-        names = ("queries", "image_keys", "text_keys", "mask", "image_vectors", "text_vectors")
-        parts = [(name, getattr(self, name)) for name in names]
-        cut: dict[str, Any] = {name: None if part is None else part[rows] for name, part in parts}
-        return replace(self, **cut)
+        tensors = {name: part for name, part in vars(self).items() if isinstance(part, torch.Tensor)}
+        return replace(self, **{name: part[rows] for name, part in tensors.items()})
 
 
 def prompt_daam(image: JointAttention, max_bytes: int = MAX_BYTES) -> Float[torch.Tensor, "n m p"]:
@@ -66,14 +63,7 @@ def prompt_daam(image: JointAttention, max_bytes: int = MAX_BYTES) -> Float[torc
         D[m, p] = sum_h  exp(s q_p . k_m) / ( sum_text exp(s q_p . k) + sum_image exp(s q_p . k) )
 
     Exact: these are the probabilities that the model works with. The image's positions share the softmax, so the maps
-    of all tokens do not sum to one.
-
-    Args:
-        image: of the real pass, whose text is the prompt.
-        max_bytes: of probabilities held at a time.
-
-    Returns:
-        The maps, in float32 or wider.
+    of all tokens do not sum to one. They are in float32 or wider; `max_bytes` bounds the probabilities held at a time.
     """
     dtype = torch.promote_types(image.queries.dtype, torch.float32)
     keys = torch.cat([image.text_keys, image.image_keys], dim=2).to(dtype) * image.scale
@@ -92,42 +82,26 @@ def prompt_daam(image: JointAttention, max_bytes: int = MAX_BYTES) -> Float[torc
 def open_vocabulary_daam(
     image: JointAttention, text: JointAttention, pool: Float[torch.Tensor, "k m"]
 ) -> Float[torch.Tensor, "n k p"]:
-    """Open-vocabulary DAAM: the same scores against the keys of a text that runs along, softmax over its words.
+    """Open-vocabulary DAAM: the same scores against the keys of another text, softmax over its words.
 
         D[k, p] = sum_h softmax_k ( s q_p . k_k )
 
-    The keys are exactly those that the text would have in the prompt's place in front of this image's state. The
-    image's positions take no part in this softmax, and neither does the prompt: words compete with each other alone.
-
-    Args:
-        image: of the real pass.
-        text: of the text's own pass through the same block.
-        pool: what the rows of the softmax are made of the tokens; a word's keys are averaged.
-
-    Returns:
-        The maps; over the k they sum to the number of heads.
+    The keys are exactly those that the text would have in the prompt's place in front of this image's state; `pool`
+    averages those of a word's tokens. The image's positions take no part in this softmax, and neither does the prompt:
+    words compete with each other alone. Over the k the maps sum to the number of heads.
     """
-    scores = _scores(image, text, pool)
-    return scores.softmax(dim=2).sum(dim=1)
+    return _scores(image, text, pool).softmax(dim=2).sum(dim=1)
 
 
 def lone_word(
     image: JointAttention, text: JointAttention, pool: Float[torch.Tensor, "k m"]
 ) -> Float[torch.Tensor, "n k p"]:
-    """The scores of a text that runs along by itself, without a softmax, as LDAAM has none.
+    """The scores of a text that is run by itself, without a softmax, as LDAAM has none.
 
         L[k, p] = sum_h s q_p . k_k
 
     Linear in the key k_k of each block, but NOT in the text's embedding: between the two lie the blocks that the text
-    ran through, together with the image. There is no matrix that makes this map of any word.
-
-    Args:
-        image: of the real pass.
-        text: of the text's own pass through the same block.
-        pool: what the maps are made of the tokens.
-
-    Returns:
-        The maps, of any sign.
+    ran through, together with the image. There is no matrix that makes this map of any word. Maps have any sign.
     """
     return _scores(image, text, pool).sum(dim=1)
 
@@ -140,15 +114,8 @@ def concept_map(
         C[k, p] = softmax_k <o_p, o_k>
 
     o_k is the mean of a word's tokens. Published with a mean over blocks and steps; the sum here is that times their
-    number. There the words are modulated with a pooled text of zeros; here with what the pass has, the prompt's.
-
-    Args:
-        image: of the real pass.
-        text: of the words' own pass through the same block.
-        pool: averages the tokens of each word.
-
-    Returns:
-        The maps; over the k they sum to 1. None for a block without vectors of the text.
+    number. There the words are modulated with a pooled text of zeros; here with what the pass has, the prompt's. Over
+    the k the maps sum to 1. None for a block without vectors of the text.
     """
     if text.text_vectors is None:
         return None
@@ -164,17 +131,14 @@ def _scores(image: JointAttention, text: JointAttention, pool: torch.Tensor) -> 
     return keys @ image.queries.to(dtype).transpose(2, 3)
 
 
+Formula = Callable[[JointAttention, JointAttention, torch.Tensor], torch.Tensor | None]  # of image, text and pool
 Formulae = Callable[[JointAttention, tuple[JointAttention, ...]], Mapping[str, torch.Tensor | None]]
 
 
 class Sums(dict[str, torch.Tensor]):
-    """Sums of formulae over the blocks and passes that are read.
+    """Sums of what formulae make of the image and of each further text, over the blocks and passes that are read.
 
-    Args:
-        formulae: what they make of one block: of the image, and of each text that runs along.
-
-    Attributes:
-        numbers: `JointAttention.numbers` of each block that was read, in order.
+    `numbers` holds `JointAttention.numbers` of each block, in order.
     """
 
     def __init__(self, formulae: Formulae):

@@ -25,7 +25,7 @@ TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, torc
 
 
 def passes_to_keep(count: int) -> set[int]:
-    """The numbers of the passes that are read, of `count`: the middles of four equal parts of the call, or all.
+    """Return the numbers of the passes to read, of `count`: the middles of four equal parts of the call, or all.
 
     Early passes fix where things are and late ones their edges, so all parts take part; four of them are enough for a
     mean over noise levels, and keep the cost of later readings to that of four steps.
@@ -34,15 +34,10 @@ def passes_to_keep(count: int) -> set[int]:
 
 
 def keep_arguments(arguments: Mapping[str, Any], row: int, known: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a pass of one image, to make it again: its row of the batch, copied.
+    """Return the arguments of a pass of one image, to re-run it: its row of the batch, copied.
 
-    Args:
-        arguments: of the pass.
-        row: of the image.
-        known: what was kept of an earlier pass; a tensor that is equal is shared with it, as the text's is.
-
-    Returns:
-        The arguments; none of a pass with a ControlNet, whose states are larger than all the rest.
+    A tensor that equals that of an earlier pass (`known`), as the text's does, is shared with it. There are none of a
+    pass with a ControlNet, whose states are larger than all the rest.
     """
     if any(arguments.get(name) is not None for name in CONTROLNET):
         return {}
@@ -60,7 +55,7 @@ def keep_arguments(arguments: Mapping[str, Any], row: int, known: Mapping[str, A
 
 
 def check_arguments(family: Family, denoiser: Any, arguments: Mapping[str, Any]) -> tuple[int, int]:
-    """The grid of a pass's positions. ValueError for a pass that is no text's and one image's alone."""
+    """Return the grid of a pass' positions. ValueError for a pass of more than one text and one image."""
     for name in ("joint_attention_kwargs", "attention_kwargs"):
         odd = set(arguments.get(name) or {}) - {"scale"}
         if odd:
@@ -88,7 +83,7 @@ def check_arguments(family: Family, denoiser: Any, arguments: Mapping[str, Any])
 
 
 def while_generating(pool: torch.Tensor | None) -> Formulae:
-    """What is read while generating: DAAM of the prompt, and with words, of these, and their concept map."""
+    """Return what is read while generating: DAAM of the prompt, and of extra words, with their concept map."""
 
     def formulae(image: JointAttention, texts: tuple[JointAttention, ...]) -> dict[str, torch.Tensor | None]:
         found: dict[str, torch.Tensor | None] = {PROMPT: prompt_daam(image)}
@@ -108,21 +103,9 @@ def make_again(
     formulae: Formulae,
     computed: torch.Tensor | None = None,
 ) -> Sums:
-    """Re-run stored passes with additional texts.
+    """Re-run the passes of one image with further (m, d_text) texts, and sum what the formulae make of the blocks.
 
-    Args:
-        pipe: whose transformer made them.
-        family: its own.
-        calls: the arguments of each pass, of one image.
-        texts: (m, d_text) values each.
-        formulae: what is read of every block.
-        computed: of each pass, `Sums.computed` when it was made first; None where it never was.
-
-    Returns:
-        Their sums over the blocks and passes.
-
-    Raises:
-        ValueError: the pipeline computes something else now.
+    Raises ValueError if the pipeline computes something else than it did (`computed` of each pass, if it was made).
     """
     if not all(calls):
         raise ValueError(

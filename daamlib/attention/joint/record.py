@@ -1,4 +1,4 @@
-"""The record of one image of a joint model: its maps, and the passes to make again for further ones."""
+"""The record of one image of a joint model: its maps, and the passes to re-run for further ones."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -20,7 +20,7 @@ from ..text import TokenEmbeddings, check_embeddings
 from ..weak import Weakly
 from .encoding import JointTexts, check_words
 from .families import NOT_LINEAR, Family, family_of
-from .maps import Formulae, JointAttention, Sums, concept_map, lone_word, open_vocabulary_daam
+from .maps import Formula, Formulae, JointAttention, Sums, concept_map, lone_word, open_vocabulary_daam
 from .reading import CONCEPTS, PROMPT, TOLERANCE, WORDS, make_again, while_generating
 from .stream import attentions
 from .text import averages
@@ -40,19 +40,22 @@ class Block(NamedTuple):
 class JointRecord:
     """The joint attention of one image of SD 3, SD 3.5, Flux.1 or Qwen-Image, from `trace`, `trace_image` or `load`.
 
+        with daamlib.trace(pipe, words=["car", "road"]) as trace:
+            pipe("a red car and a traffic light, sky", height=32, width=48, num_inference_steps=2)
+        trace[0].daam(["car", "road"])["car"]  # (H, W)
+
     It holds the prompt's DAAM and the maps of the words that `trace` was given. Any other text has no keys that could
-    be kept, for its state depends on the image, block by block: reading it needs the model, which makes the kept passes
-    again (four steps of the pipeline, and each text that runs along costs about as much once more). All maps are sums
-    over these passes alone.
+    be stored, for its state depends on the image, block by block: reading it needs the model, which re-runs the stored
+    passes (four steps of the pipeline, and about as much once more for the text). All maps are sums over these passes.
 
     Attributes:
         prompt: the text that generated the image, None if it was given as embeddings.
         prompt_embeddings: the prompt's embeddings as the denoiser saw them, padding included.
-        timesteps: of each kept pass, 0 ... 1000.
+        timesteps: of each stored pass, 0 ... 1000 (in the units of the scheduler).
         grid: (H, W) of the maps, which all blocks share.
-        calls: the denoiser's arguments of each kept pass.
-        words: those that ran along while the image was generated.
-        maps: what was summed then: "prompt" (m, H, W), and with words "daam" and "concept_map" (K, H, W).
+        calls: the denoiser's arguments of each stored pass.
+        words: those that were read while the image was generated.
+        maps: the sums of these passes: "prompt" (m, H, W), and with words "daam" and "concept_map" (K, H, W).
         fingerprint: what tells the model that made it from others.
         computed: a few numbers of what each pass computed in each block, which a re-run pass must reproduce.
         prompts: the prompt of each text encoder, by the argument of `encode_prompt`; None for given embeddings.
@@ -66,7 +69,7 @@ class JointRecord:
 
     prompt: str | None
     prompt_embeddings: TokenEmbeddings
-    timesteps: list[int]
+    timesteps: list[float]
     grid: tuple[int, int]
     calls: tuple[Mapping[str, Any], ...]
     words: tuple[str, ...]
@@ -91,45 +94,49 @@ class JointRecord:
 
     @property
     def layers(self) -> tuple[Block, ...]:
-        """The attentions that are read, one a block. ValueError for a record without a pipeline."""
-        return tuple(self._blocks())
+        """The joint attention of each block that is read. ValueError for a record without a pipeline."""
+        family = self._family()
+        found = _attentions(denoiser_of(self.pipe), family)
+        blocks = (Block(name, self.grid, module.heads) for name, module in found.items())
+        return tuple(block for block in blocks if self.selected is None or block.name in self.selected)
+
+    def layer_names(self) -> list[str]:
+        """The names of the attentions that are read. ValueError for a record without a pipeline."""
+        return [block.name for block in self.layers]
 
     @property
     def device(self) -> torch.device:
-        """Where the record's tensors lie; passes are made again where the pipeline computes."""
+        """Where the record's tensors lie; passes are re-run where the pipeline computes."""
         return self.maps[PROMPT].device
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the maps and of the kept arguments; those that passes share count once."""
+        """Bytes of the maps and of the stored arguments; those that passes share count once."""
         tensors = [value for call in self.calls for value in call.values() if isinstance(value, torch.Tensor)]
         return sum(tensor.nbytes for tensor in {id(t): t for t in [*tensors, *self.maps.values()]}.values())
 
     @property
     def summands(self) -> int:
         """How many terms `daam` and `ldaam` sum in a cell: heads x blocks x passes. ValueError without a pipeline."""
-        return len(self.timesteps) * sum(block.heads for block in self._blocks())
+        return len(self.timesteps) * sum(block.heads for block in self.layers)
 
     def encode(self, text: str, *, padding: bool = False) -> TokenEmbeddings:
-        """The tokens of any text, embedded as the prompt was (`embedded_with`).
+        """Embed any text as the prompt was (`embedded_with`); without padding, which is of no meaning here.
 
-        Args:
-            text: any words.
-            padding: of no meaning here, where a text runs along without it.
+            record.encode("a tree").tokens  # of SD 3 those of CLIP, start and end token included, and then T5's
 
-        Returns:
-            (m, d_text) values and their tokens: with SD 3 those of CLIP, start and end token included, and then T5's.
-            A word is found in both.
-
-        Raises:
-            TypeError: `text` is no string.
-            ValueError: it is too long, the record has no pipeline, or its text encoders would embed the prompt
-                otherwise now, as after a LoRA was unloaded.
+        Raises TypeError if `text` is no string, ValueError if it is too long, or if the record has no pipeline, or one
+        whose text encoders embed the prompt in another way now, as after a LoRA was unloaded.
         """
         return self._texts().encode(text, self.embedded_with)
 
     def text_embeddings(self, text: str | None = None, *, padding: bool = True) -> TokenEmbeddings:
-        """Return the embeddings of the prompt (None, or its words), which need no pipeline, or of any other text."""
+        """Return the embeddings of the prompt (None, or its words) or of any other text.
+
+            record.text_embeddings().values  # (rows, d_text), a copy
+
+        Those of the prompt need no pipeline.
+        """
         if text is None or text == self.prompt:
             prompt = self.prompt_embeddings
             return replace(prompt, values=prompt.values.clone()) if padding else prompt.without_padding()
@@ -138,17 +145,19 @@ class JointRecord:
     def daam(self, text: str | Sequence[str] | None = None, *, padding: bool = True) -> HeatMaps:
         """DAAM of the prompt, or open-vocabulary DAAM of a text or of words (`joint.maps`).
 
-        The prompt's (None) is exact: the probabilities of the model's own joint softmax, in which the image's positions
-        take part. Any other text runs along with the image, and the softmax is over the text alone: one string is
-        embedded and run as a whole, and its tokens compete; a list of words is embedded word by word, they run along in
-        one stream, the keys of a word's tokens are averaged, and the words compete.
+            record.daam()["car"]  # (H, W), the probabilities of the model's own joint softmax
+            record.daam("a tree and a road")["tree"]  # a text is run as a whole, and its tokens compete
+            record.daam(["tree", "road"])["tree"]  # words are embedded one by one, and compete
+
+        The prompt's (None) is exact: the image's positions take part in its softmax. Any other text is re-run with the
+        image, and the softmax is over the text alone. The keys of a listed word's tokens are averaged.
 
         Args:
             text: see above. The prompt itself and the words that `trace` was given need no model.
-            padding: of no meaning here, where a text runs along without it.
+            padding: of no meaning here, where a text is run without it.
 
         Returns:
-            (m, H, W) maps, a row a token, or a row a word of a list; sums over the kept passes, blocks and heads.
+            (m, H, W) maps, a row a token, or a row a word of a list; sums over the stored passes, blocks and heads.
 
         Raises:
             TypeError: `text` is neither.
@@ -171,60 +180,45 @@ class JointRecord:
         return overlay(image, self.daam(text)[word], opacity=opacity)
 
     def daam_from(self, embeddings: torch.Tensor | TokenEmbeddings) -> HeatMaps:
-        """Open-vocabulary DAAM of a text's embeddings, the softmax over exactly these tokens.
+        """Open-vocabulary DAAM of (m, d_text) embeddings, the softmax over exactly these tokens; without gradients.
 
-        Of the prompt, `record.daam_from(record.encode(record.prompt))` lets its words compete with each other alone.
+            record.daam_from(record.encode(record.prompt))["car"]  # the prompt's words compete with each other alone
 
-        Args:
-            embeddings: (m, d_text), as `encode` returns; without gradients.
-
-        Returns:
-            (m, H, W) maps.
-
-        Raises:
-            TypeError: they are no floating-point tensor.
-            ValueError: they are of another width or want gradients, or the record has no pipeline.
+        Raises TypeError for no floating-point tensor, ValueError for another width, embeddings that require gradients,
+        or a record without a pipeline.
         """
         return self._of_tokens(embeddings, open_vocabulary_daam)
 
     def concept_map(self, words: Sequence[str]) -> HeatMaps:
         """The concept map of some words: <o_image, o_word> in the attention's output space, softmax over the words.
 
-        ConceptAttention (Helbling et al., ICML 2025). Blocks whose text vectors the model does not use, the last one of
-        SD 3, have none. `joint.maps.concept_map` says where this differs from the paper.
+            record.concept_map(["car", "road"])["car"]  # (H, W); sums over the stored passes and blocks
 
-        Args:
-            words: two or more; they compete, so name what else is in the image. Those of `trace` need no model.
-
-        Returns:
-            (K, H, W) maps, looked up by word; sums over the kept passes and blocks.
-
-        Raises:
-            TypeError: they are no list of strings.
-            ValueError: see `encode`; or there are fewer than two.
+        ConceptAttention (Helbling et al., ICML 2025); `joint.maps.concept_map` says where this differs. Words compete,
+        so name what else is in the image. Those of `trace` need no model. Blocks whose text vectors the model does not
+        use, the last one of SD 3, have none. Raises TypeError for no list of strings, and ValueError as `encode`, or
+        for fewer than two.
         """
         return self._of_words(CONCEPTS, check_words(words))
 
     def ldaam(self, word: str | None = None) -> HeatMaps:
-        """The scores of a lone word: a stream of its own, no softmax (`joint.maps.lone_word`).
+        """The scores of a lone word without a softmax, (m, H, W) maps of any sign (`joint.maps.lone_word`).
+
+            record.ldaam("traffic light")["traffic light"]
 
         Like linear DAAM it depends on no other word. Unlike it, it is NOT linear in the word's embedding: it is linear
-        in the word's keys in each block, which the blocks before made of the embedding and the image.
-
-        Args:
-            word: any text; its tokens run along together and see each other. None: the prompt's.
-
-        Returns:
-            (m, H, W) maps of its tokens, of any sign; sums over the kept passes, blocks and heads.
-
-        Raises:
-            TypeError: `word` is no string.
-            ValueError: see `encode`.
+        in the word's keys in each block, which the blocks before made of the embedding and the image. The tokens of a
+        text see each other. None: the prompt's. Raises TypeError or ValueError as `encode`.
         """
         return self.ldaam_from(self.text_embeddings(word, padding=False))
 
     def ldaam_from(self, embeddings: torch.Tensor | TokenEmbeddings) -> HeatMaps:
-        """`ldaam` of a text's embeddings; see `daam_from`."""
+        """`ldaam` of a text's embeddings.
+
+            record.ldaam_from(record.encode("tree"))["tree"]
+
+        Raises TypeError or ValueError as `daam_from`.
+        """
         return self._of_tokens(embeddings, lone_word)
 
     def linear_map(self) -> NoReturn:
@@ -249,7 +243,9 @@ class JointRecord:
         steps: Sequence[int] | None = None,
         heads: Sequence[int] | None = None,
     ) -> "JointRecord":
-        """Return a record of only some blocks and passes, for looking into the sum; the model re-runs the passes.
+        """Return a record of only some blocks and passes, which the model re-runs; this one stays as it is.
+
+            record.select(layers=lambda block: "0" in block.name, steps=[0]).daam()["car"]
 
         Args:
             layers: a predicate of a `Block`.
@@ -257,7 +253,7 @@ class JointRecord:
             heads: must be None: a record of a joint model reads all heads of a block.
 
         Returns:
-            A new record; this one stays as it is.
+            A new record.
 
         Raises:
             ValueError: nothing is left, heads are given, or the record has no pipeline.
@@ -265,11 +261,11 @@ class JointRecord:
         """
         if heads is not None:
             raise ValueError("the heads of a joint model cannot be taken apart: select layers or steps")
-        blocks = self._blocks()
+        blocks, every = self.layers, list(range(len(self.timesteps)))
         names = tuple(block.name for block in blocks if layers is None or layers(block))
-        numbers = range(len(self.timesteps)) if steps is None else list(steps)
-        if not names or not len(numbers):
-            raise ValueError(f"nothing is left of {len(self.timesteps)} passes and {[block.name for block in blocks]}")
+        numbers = every if steps is None else list(steps)
+        if not names or not numbers:
+            raise ValueError(f"nothing is left of {len(every)} passes and {[block.name for block in blocks]}")
         part = replace(
             self,
             timesteps=[self.timesteps[number] for number in numbers],
@@ -277,7 +273,7 @@ class JointRecord:
             computed=torch.stack([self.computed[number] for number in numbers]),
             selected=names,
         )
-        if part.timesteps == self.timesteps and len(names) == len(blocks):
+        if numbers == every and len(names) == len(blocks):
             return part
         words = [self._texts().encode_words(self.words, self.embedded_with)] if self.words else []
         sums = part._run(words, while_generating(averages(words[0]) if words else None))
@@ -286,44 +282,34 @@ class JointRecord:
     def probe_map(self, layers: Sequence[str] | None = None) -> LinearMap:
         """The map of a probe token: P(v) = sum over blocks l of < sum over passes t of o_image[t, l], v_l >.
 
+            record.probe_map().weight  # (H, W, blocks * channels), the blocks in their order
+
         Exactly linear in the free vectors v_l, side by side in one row: fitted to masks it is a convex problem
-        (`daamlib.optimize_probe`). It lives in the attention's output space; no text is known that leads to given v_l
-        in all blocks, so a probe token cannot be typed into a prompt.
-
-        Args:
-            layers: names of attentions, as `layer_names` lists; None for all. A block of Flux.1 at 1024 px takes 50 MB.
-
-        Returns:
-            Its weight is (H, W, blocks * channels), the blocks in their order.
-
-        Raises:
-            ValueError: the record has no pipeline, or a layer is unknown.
+        (`daamlib.optimize_probe`). No text is known that leads to given v_l in all blocks, so a probe token cannot be
+        typed into a prompt. `layers` are names as `layer_names` lists; a block of Flux.1 at 1024 px takes 50 MB.
+        Raises ValueError if the record has no pipeline, or a layer is unknown.
         """
         chosen = chosen_layers(self, layers)
         sums = self._run([], lambda image, _: {image.name: image.image_vectors.float()} if image.name in chosen else {})
         weight = torch.cat([sums[name][0].to(self.device) for name in chosen], dim=1)
         return LinearMap(weight.unflatten(0, self.grid))
 
-    def layer_names(self) -> list[str]:
-        """The names of the attentions that are read. ValueError for a record without a pipeline."""
-        return [block.name for block in self._blocks()]
-
     def with_pipe(self, pipe: Any) -> "JointRecord":
-        """Return the record with the pipeline that made it, which reads further texts.
+        """Return the record with a pipeline of the model that made it, which the caller keeps alive.
 
-        Args:
-            pipe: that pipeline, or another of the same model.
+            record.with_pipe(pipe).daam("a tree")["tree"]
 
-        Returns:
-            A new record, whose tensors lie where they are.
-
-        Raises:
-            ValueError: the pipeline's model is another one.
+        Raises ValueError for the pipeline of another model.
         """
         return replace(placed(self, "this record", pipe, self.device, fingerprint_of_joint), pipe=pipe)
 
     def to(self, device: str | torch.device) -> "JointRecord":
-        """A record with all its tensors on `device`; the pipeline stays."""
+        """Return a record with all its tensors on `device`.
+
+            record.to("cpu").device
+
+        The pipeline stays where it is.
+        """
         device = torch.device(device)
         moved: dict[int, torch.Tensor] = {}  # what passes share stays shared
 
@@ -341,32 +327,30 @@ class JointRecord:
     # -- files ---------------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
-        """Write the record to one `.safetensors` file: its maps, and the arguments of its passes."""
+        """Write the record to one `.safetensors` file.
+
+            record.save("joint.safetensors")
+
+        It holds the maps, and the arguments of the passes.
+        """
         tensors = {"prompt_embeddings": self.prompt_embeddings.values, "computed": self.computed}
         tensors |= {f"maps.{name}": values for name, values in self.maps.items()}
         if self.encoder_check is not None:
             tensors["encoder_check"] = self.encoder_check
-        stored: dict[int, str] = {}
-        calls = []
+        stored: dict[int, str] = {}  # a tensor that passes share is written once
+        calls: list[dict[str, Any]] = [{} for _ in self.calls]
         for number, call in enumerate(self.calls):
-            shown = {}
             for name, value in call.items():
                 if isinstance(value, torch.Tensor):
                     key = stored.setdefault(id(value), f"{number}.{name}")
                     tensors[key] = value
-                    shown[name] = {"tensor": key}
+                    calls[number][name] = {"tensor": key}
                 else:
-                    shown[name] = {"value": value}
-            calls.append(shown)
-        header = {
-            "prompt": self.prompt,
+                    calls[number][name] = {"value": value}
+        header = {name: getattr(self, name) for name in ("prompt", "timesteps", "grid", "words", "selected")} | {
             "tokens": self.prompt_embeddings.tokens,
             "named": self.prompt_embeddings.words,
-            "timesteps": self.timesteps,
-            "grid": self.grid,
-            "words": self.words,
             "prompts": self.prompts and dict(self.prompts),
-            "selected": self.selected,
             "embedded_with": dict(self.embedded_with),
             "fingerprint": dict(self.fingerprint.layers),
             "calls": calls,
@@ -377,9 +361,12 @@ class JointRecord:
     def load(cls, path: str | Path, *, pipe: Any = None, device: str | torch.device | None = None) -> "JointRecord":
         """Read a saved record.
 
+            record.save("joint.safetensors")
+            JointRecord.load("joint.safetensors", pipe=pipe).daam("a tree")["tree"]
+
         Args:
             path: of the file.
-            pipe: the pipeline that made it, which reads further texts.
+            pipe: the pipeline that made it, which reads further texts; the caller keeps it alive.
             device: where its tensors go; None: where `pipe` computes, without one the CPU.
 
         Returns:
@@ -392,19 +379,16 @@ class JointRecord:
         tensors, header = load_tensors(path, FORMAT)
         try:
             embeddings = TokenEmbeddings.stored(tensors["prompt_embeddings"], header["tokens"], header["named"])
-            calls = tuple(
-                {
-                    name: tensors[held["tensor"]] if "tensor" in held else _tuples(held["value"])
-                    for name, held in call.items()
-                }
-                for call in header["calls"]
-            )
+
+            def argument(held: Mapping[str, Any]) -> Any:
+                return tensors[held["tensor"]] if "tensor" in held else _tuples(held["value"])
+
             record = cls(
                 prompt=header["prompt"],
                 prompt_embeddings=embeddings,
-                timesteps=[int(t) for t in header["timesteps"]],
+                timesteps=[t if isinstance(t, int) else float(t) for t in header["timesteps"]],
                 grid=(int(header["grid"][0]), int(header["grid"][1])),
-                calls=calls,
+                calls=tuple({name: argument(held) for name, held in call.items()} for call in header["calls"]),
                 words=tuple(header["words"]),
                 maps={name.removeprefix("maps."): values for name, values in tensors.items() if name[:5] == "maps."},
                 fingerprint=Fingerprint({name: tuple(of) for name, of in header["fingerprint"].items()}),
@@ -440,13 +424,6 @@ class JointRecord:
             )
         return family
 
-    def _blocks(self) -> list[Block]:
-        """The joint attention of each block that is read, the first in it."""
-        family = self._family()
-        found = _attentions(denoiser_of(self.pipe), family)
-        blocks = [Block(name, self.grid, module.heads) for name, module in found.items()]
-        return [block for block in blocks if self.selected is None or block.name in self.selected]
-
     def _texts(self) -> JointTexts:
         """Return what embeds texts. ValueError if it embeds the prompt, or the check text, in another way now."""
         texts = JointTexts(self.pipe, self._family())
@@ -468,7 +445,7 @@ class JointRecord:
         return texts
 
     def _run(self, texts: Sequence[TokenEmbeddings], formulae: Formulae) -> Sums:
-        """What `make_again` makes of the blocks that are read."""
+        """Return what `make_again` makes of the blocks that are read."""
         family, values = self._family(), [text.values for text in texts]
 
         def of_selected(image: JointAttention, along: tuple[JointAttention, ...]) -> Mapping[str, torch.Tensor | None]:
@@ -476,26 +453,26 @@ class JointRecord:
 
         return make_again(self.pipe, family, self.calls, values, of_selected, self.computed)
 
-    def _of_tokens(self, embeddings: torch.Tensor | TokenEmbeddings, formula: Callable) -> HeatMaps:
-        """The maps that a formula makes of each token of a text."""
+    def _of_tokens(self, embeddings: torch.Tensor | TokenEmbeddings, formula: Formula) -> HeatMaps:
+        """Return the map that a formula makes of each token of a text."""
         values = check_embeddings(embeddings, self.d_text, self.device)
         if values.requires_grad:
             raise ValueError("maps of a joint model are not differentiable in the embeddings: give them detached")
         text = embeddings if isinstance(embeddings, TokenEmbeddings) else TokenEmbeddings.unnamed(values)
-        pool = torch.eye(len(values))
-        maps = self._run([text], lambda image, texts: {WORDS: formula(image, texts[0], pool)})
-        return HeatMaps(self._on_grid(maps[WORDS]), text.tokens, text.words)
+        return HeatMaps(self._maps(text, torch.eye(len(values)), formula), text.tokens, text.words)
 
     def _of_words(self, name: str, words: tuple[str, ...]) -> HeatMaps:
         if words == self.words and name in self.maps:
             return HeatMaps.of_words(_finite(self.maps[name]).clone(), words)
-        embeddings = self._texts().encode_words(words, self.embedded_with)
-        pool = averages(embeddings)
+        text = self._texts().encode_words(words, self.embedded_with)
         formula = open_vocabulary_daam if name == WORDS else concept_map
-        maps = self._run([embeddings], lambda image, texts: {name: formula(image, texts[0], pool)})
-        if name not in maps:
-            raise ValueError(f"the blocks {self.layer_names()} make no vectors of the text: there is no {name} of them")
-        return HeatMaps.of_words(self._on_grid(maps[name]), words)
+        return HeatMaps.of_words(self._maps(text, averages(text), formula), words)
+
+    def _maps(self, text: TokenEmbeddings, pool: torch.Tensor, formula: Formula) -> torch.Tensor:
+        sums = self._run([text], lambda image, texts: {WORDS: formula(image, texts[0], pool)})
+        if not sums:
+            raise ValueError(f"the blocks {self.layer_names()} make no vectors of a text: they have no concept map")
+        return self._on_grid(sums[WORDS])
 
     def _on_grid(self, maps: torch.Tensor) -> torch.Tensor:
         """(1, m, h * w) -> (m, H, W) where the record lies."""

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,11 +20,12 @@ from ..watch import is_running
 from .encoding import EMBEDDED_WITH, JointTexts, check_words
 from .families import NOT_LINEAR, Family
 from .maps import Sums
-from .reading import PROMPT, check_arguments, keep_arguments, make_again, passes_to_keep, while_generating
+from .reading import check_arguments, keep_arguments, make_again, passes_to_keep, while_generating
 from .record import JointRecord, fingerprint_of_joint
 from .stream import Stream, check_readable
 from .text import averages
 
+Names = tuple[TokenEmbeddings, dict[str, str] | None]  # of a prompt, and the text for each text encoder
 LEVELS = 1000  # noise levels of the training schedule: the timestep is 1000 times the share of noise
 FURTHER = ("prompt_2", "prompt_3")  # arguments of `encode_prompt` that name a prompt's tokens
 
@@ -37,7 +38,7 @@ class Kept:
         grid: (h, w) of the image's positions.
         words: extra texts that are read while generating.
         texts: (image, token, width), the prompts' embeddings.
-        prompts: of each image the same, with their tokens, and each text by the argument of `encode_prompt`.
+        prompts: the same of each image, with their tokens.
         check: of embeddings that `encode_prompt` did not return, what shows the text encoders as they are.
         calls: for each image the denoiser's arguments of its stored passes.
         timesteps: of these passes.
@@ -47,7 +48,7 @@ class Kept:
     grid: tuple[int, int]
     words: TokenEmbeddings | None
     texts: torch.Tensor
-    prompts: list[tuple[TokenEmbeddings, dict[str, str] | None]]
+    prompts: list[Names]
     check: torch.Tensor | None
     calls: list[list[dict[str, Any]]]
     timesteps: list[float]
@@ -55,16 +56,10 @@ class Kept:
 
 
 class JointRecorder(Recorder):
-    """The hooks of one trace of a joint model.
+    """The hooks of one trace of a joint model, of whose options `words`, two or more, and `device` fit.
 
-    Args:
-        pipe: the pipeline.
-        family: its own.
-        options: what was asked for; of these `words`, two or more, and `device` fit a joint model.
-
-    Raises:
-        TypeError: `words` is no list of strings.
-        ValueError: the transformer's attention cannot be read, the words cannot compete, or another option is given.
+    Raises TypeError if `words` is no list of strings, ValueError if the transformer's attention cannot be read, the
+    words cannot compete, or another option is given.
     """
 
     def __init__(self, pipe: Any, family: Family, options: Options):
@@ -78,7 +73,6 @@ class JointRecorder(Recorder):
         self._family, self._words = family, check_words(options.words) if options.words else ()
         self._texts, self._stream = JointTexts(pipe, family), Stream(family, self.denoiser)
         self._signature = inspect.signature(self.denoiser.forward)
-        self._made_by = fingerprint_of_joint(pipe)
         self._negatives: list[torch.Tensor] = []  # the very texts that later calls of `encode_prompt` returned
 
     @override
@@ -128,11 +122,12 @@ class JointRecorder(Recorder):
         if self._words:
             words = self._texts.encode_words(self._words, call.options[0])
         texts = told.text[rows].detach().clone()
-        prompts: list[tuple[TokenEmbeddings, dict[str, str] | None]] = []
+        prompts: list[Names] = []
         for prompt, options, values in zip(call.prompts, call.options, texts, strict=True):
             further = {name: text for name, text in options.items() if name in FURTHER and text}
             named = None if prompt is None else {"prompt": prompt, **further}
             prompts.append((self._texts.named(named, values.clone()), named))
+        self._made_by = fingerprint_of_joint(self.pipe)  # a LoRA may have come since the call before
         given = any(all(encoding.text_of(row) is None for encoding in self.encodings) for row in texts)
         return Kept(
             grid=check_arguments(self._family, self.denoiser, told.arguments),
@@ -188,33 +183,47 @@ class JointRecorder(Recorder):
         if not kept.timesteps:
             raise ValueError("it ended before the first pass that is read")
         chosen = range(len(kept.timesteps)) if call.plan else sorted(passes_to_keep(len(kept.timesteps)))
+        levels = [kept.timesteps[number] for number in chosen]
         texts = [] if kept.words is None else [kept.words.values]
         records = []
-        for image, (prompt, stored) in enumerate(zip(call.prompts, kept.calls, strict=True)):
+        for image, (names, stored) in enumerate(zip(kept.prompts, kept.calls, strict=True)):
             sums, row, calls = kept.sums, image, [stored[number] for number in chosen]
             computed = sums.computed(image, len(stored))[chosen]
             if call.plan is None:
                 formulae = while_generating(None if kept.words is None else averages(kept.words))
                 sums, row = make_again(self.pipe, self._family, calls, texts, formulae, computed), 0
-            embeddings, named = kept.prompts[image]
-            record = JointRecord(
-                prompt=prompt,
-                prompt_embeddings=embeddings,
-                timesteps=[round(kept.timesteps[number]) for number in chosen],
-                grid=kept.grid,
-                calls=tuple(calls),
-                words=self._words,
-                maps={name: values[row].unflatten(1, kept.grid).clone() for name, values in sums.items()},
-                fingerprint=self._made_by,
-                computed=computed,
-                prompts=named,
-                embedded_with={name: v for name, v in call.options[image].items() if name in EMBEDDED_WITH},
-                encoder_check=kept.check,
-                pipe=self.pipe,
-            )
+            record = self._record(names, levels, calls, sums, row, computed, kept.grid, call.options[image])
+            record = replace(record, words=self._words, encoder_check=kept.check)
             records.append(record if self.options.device is None else record.to(self.options.device))
         self.trace.bytes_needed = sum(record.nbytes for record in records)
         return records
+
+    def _record(
+        self,
+        names: Names,
+        levels: Sequence[float],
+        calls: Sequence[Mapping[str, Any]],
+        sums: Sums,
+        row: int,
+        computed: torch.Tensor,
+        grid: tuple[int, int],
+        options: Mapping[str, Any],
+    ) -> JointRecord:
+        embeddings, prompts = names
+        return JointRecord(
+            prompt=None if prompts is None else prompts["prompt"],
+            prompt_embeddings=embeddings,
+            timesteps=[int(level) if level == int(level) else level for level in levels],
+            grid=grid,
+            calls=tuple(calls),
+            words=(),
+            maps={name: values[row].unflatten(1, grid).clone() for name, values in sums.items()},
+            fingerprint=self._made_by,
+            computed=computed,
+            prompts=prompts,
+            embedded_with={name: value for name, value in options.items() if name in EMBEDDED_WITH},
+            pipe=self.pipe,
+        )
 
     # -- real images ---------------------------------------------------------------------------------------------
 
@@ -231,6 +240,7 @@ class JointRecorder(Recorder):
         """
         check_readable(self.denoiser)
         check_levels(timesteps, LEVELS)
+        self._made_by = fingerprint_of_joint(self.pipe)
         family, device = self._family, self.pipe._execution_device
         latents = latents_of(self.pipe.vae, pixels.to(device))
         encoded = self._texts.encode_prompt({"prompt": prompt}, {})
@@ -240,17 +250,6 @@ class JointRecorder(Recorder):
             arguments = family.arguments(self.pipe, noisy.to(self.denoiser.dtype), level, encoded)
             calls.append(keep_arguments(arguments, 0, calls[-1] if calls else {}))
         grid = check_arguments(family, self.denoiser, calls[0])
-        maps = make_again(self.pipe, family, calls, [], while_generating(None))
-        return JointRecord(
-            prompt=prompt,
-            prompt_embeddings=self._texts.named({"prompt": prompt}, encoded[0][0]),
-            timesteps=list(timesteps),
-            grid=grid,
-            calls=tuple(calls),
-            words=(),
-            maps={PROMPT: maps[PROMPT][0].unflatten(1, grid)},
-            fingerprint=self._made_by,
-            computed=maps.computed(0, len(calls)),
-            prompts={"prompt": prompt},
-            pipe=self.pipe,
-        )
+        sums, prompts = make_again(self.pipe, family, calls, [], while_generating(None)), {"prompt": prompt}
+        names = self._texts.named(prompts, encoded[0][0]), prompts
+        return self._record(names, timesteps, calls, sums, 0, sums.computed(0, len(calls)), grid, {})

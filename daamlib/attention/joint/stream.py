@@ -1,13 +1,12 @@
-"""Texts that run along with a joint model's passes, without any effect on them.
+"""Read a joint model's passes, and further texts in the place of the prompt, without any effect on the image.
 
-After every block the same block is called once more, with the state of a text of ours in the place of the prompt's;
-what it returns for the text is the text's next state. The image in this second call is the real one, so the text sees
+After every block the same block is called once more, with the state of another text in the place of the prompt's; what
+it returns for the text is the text's next state. The image in this second call is the real one, so the text sees
 exactly what the prompt sees, and its keys are those it would have had. With the prompt itself both streams are equal.
 
-The second call keeps the modulation (`temb`) of the pass: its noise level, guidance and the prompt's pooled text, for
+The second call has the modulation (`temb`) of the pass: its noise level, guidance and the prompt's pooled text, for
 the image's keys must stay those of the pass. Nothing is replaced; what a block computes is seen by hooks on the
-projections of its attentions, under any processor. Which attention is joint is asked of the call: one that the text
-reaches.
+projections of its attentions, under any processor. An attention is joint if the text reaches it.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 from ..batches import Rows
+from ..readers.sites import refuse_caches
 from .families import Family
 from .maps import JointAttention
 
@@ -35,7 +35,6 @@ BATCHED = (  # arguments of a pass or a block with a row for each image
 )
 # The stream whose second call of a block, or re-run of a pass, is under way: others must not see it; one a thread.
 _ALONE: ContextVar["Stream | None"] = ContextVar("alone", default=None)
-HARMLESS = ("offload", "casting", "autocast", "tracker")  # hooks of diffusers that leave every block's call as it is
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,14 +49,9 @@ class Pass:
 
 
 class Stream:
-    """The hooks of texts that run along; a context manager.
+    """The hooks that read a denoiser's blocks and call each again with further texts; a context manager.
 
-    Args:
-        family: of the denoiser.
-        denoiser: a pipeline's transformer.
-
-    Raises:
-        ValueError: the denoiser cannot be read: fused projections, or a cache that skips blocks.
+    Raises ValueError for a denoiser that cannot be read: fused projections, or a cache that skips blocks.
     """
 
     def __init__(self, family: Family, denoiser: Any):
@@ -99,14 +93,11 @@ class Stream:
         *,
         strict: bool = True,
     ) -> None:
-        """Read the pass that is about to be made.
+        """Read some rows of the pass that is about to be made, and each (m, d_text) text in the prompt's place.
 
-        Args:
-            arguments: of the denoiser.
-            rows: of its batch, which are read; a slice where there are texts.
-            texts: (m, d_text) values each, as the denoiser receives a text; each is a stream of its own.
-            read: is called after every block with what it computed for the prompt and for each text.
-            strict: whether what cannot be read is a ValueError at once; else `finish` returns it, and the pass goes on.
+        `read` is called after every block with what it computed for the prompt and for each text. What cannot be read
+        is a ValueError at once if `strict`; else `finish` returns it, and the pass goes on. With texts, `rows` is a
+        slice.
         """
         self.end()
         self._pass, self._read, self._problem = Pass(arguments, rows, texts, read, strict), 0, None
@@ -163,11 +154,8 @@ class Stream:
 
     def _before_block(self, block: Any, args: tuple, kwargs: Mapping[str, Any]) -> None:
         if self._sees:
-            self._expect(kwargs)
-
-    def _expect(self, kwargs: Mapping[str, Any]) -> None:
-        self._found, self._whole_batch = [], False
-        self._lengths = (kwargs["encoder_hidden_states"].shape[1], kwargs["hidden_states"].shape[1])
+            self._found, self._whole_batch = [], False
+            self._lengths = (kwargs["encoder_hidden_states"].shape[1], kwargs["hidden_states"].shape[1])
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
@@ -259,15 +247,15 @@ class Stream:
     # -- the second call -----------------------------------------------------------------------------------------
 
     def _board(self, told: "Pass", like: torch.Tensor) -> list[torch.Tensor | None]:
-        """The texts' states before the first block; not sooner, for an off-loaded denoiser comes when it is called."""
+        """Return the texts' states before the first block; an off-loaded denoiser is there when it is called."""
         self._tables = [self._family.rotary(self._denoiser, told.arguments, len(text)) for text in told.texts]
         states = [self._family.embed(self._denoiser, text[None].to(like)) for text in told.texts]
         return [state.expand(len(like), -1, -1) for state in states]
 
     def _along(self, block: Any, kwargs: Mapping[str, Any], number: int, rows: slice) -> JointAttention:
-        """Call the block again with a text in the prompt's place, and keep the text's next state.
+        """Call the block again with a text in the prompt's place, and store the text's next state.
 
-        rows: those of the images in this call's batch.
+        `rows` are those of the images in this call's batch.
         """
         assert self._states is not None  # a pass is read
         state, image = self._states[number], kwargs["hidden_states"]
@@ -278,7 +266,7 @@ class Stream:
             own["image_rotary_emb"] = on_device(self._tables[number], image.device)
         if "encoder_hidden_states_mask" in own:
             own["encoder_hidden_states_mask"] = None
-        self._expect(own)
+        self._before_block(block, (), own)
         with self.alone():
             state, _ = block.forward(**own)  # past the hooks on the block
         self._states[number] = None if state is None else state[rows]
@@ -295,7 +283,7 @@ class Stream:
 
 
 def take_rows(arguments: Mapping[str, Any], rows: slice) -> dict[str, Any]:
-    """Arguments of a pass or a block with only some rows of its batch; the very tensors if those are all."""
+    """Return arguments of a pass or a block with only some rows of its batch; the very tensors if those are all."""
     batch = len(arguments["hidden_states"])
     found = dict(arguments)
     if range(batch)[rows] != range(batch):
@@ -307,7 +295,7 @@ def take_rows(arguments: Mapping[str, Any], rows: slice) -> dict[str, Any]:
 
 
 def on_device(value: Any, device: torch.device) -> Any:
-    """An argument of a block or a pass with its tensors on `device`; mappings are copied."""
+    """Return an argument of a block or a pass with its tensors on `device`; mappings are copied."""
     if isinstance(value, torch.Tensor):
         return value.to(device)
     if isinstance(value, tuple):
@@ -316,21 +304,15 @@ def on_device(value: Any, device: torch.device) -> Any:
 
 
 def attentions(block: torch.nn.Module) -> list[Any]:
-    """The attentions of a block."""
+    """Return the attentions of a block."""
     return [module for module in block.modules() if hasattr(module, "set_processor") and hasattr(module, "heads")]
 
 
 def check_readable(denoiser: torch.nn.Module) -> None:
     """ValueError for a denoiser whose attention cannot be seen, or whose blocks cannot be called twice."""
+    refuse_caches(denoiser)
     for name, module in denoiser.named_modules():
         if getattr(module, "fused_projections", False) and (
             hasattr(module, "unfuse_projections") or "Fused" in type(module.processor).__name__
         ):
             raise ValueError(f"{name} has fused projections: call pipe.transformer.unfuse_qkv_projections() first")
-        hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
-        odd = [hook for hook in hooks if not any(part in hook for part in HARMLESS)]
-        if odd:
-            raise ValueError(
-                f"{name or 'the transformer'} has the hooks {odd}, such as caches that skip blocks: a text cannot run "
-                "along. Call pipe.transformer.disable_cache() first"
-            )
