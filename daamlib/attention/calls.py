@@ -455,7 +455,7 @@ class Recorder(abc.ABC):
 
     def _before_pass(self, denoiser: Any, args: tuple, kwargs: dict) -> None:
         try:
-            self.under_way = self._next_pass(args, kwargs)
+            self.under_way = self._next_pass(args, kwargs, torch.is_grad_enabled())
         except (ValueError, TypeError):
             self._drop(None)
             raise
@@ -471,7 +471,7 @@ class Recorder(abc.ABC):
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _next_pass(self, args: tuple, kwargs: dict) -> tuple[Pass, Rows] | None:
+    def _next_pass(self, args: tuple, kwargs: dict, gradients: bool) -> tuple[Pass, Rows] | None:
         """Return the pass that begins and its rows, None if it is no step of the call under way."""
         if _ALONE.get() not in (None, self):
             return None
@@ -488,7 +488,7 @@ class Recorder(abc.ABC):
         if not inside and self.loop is not None and self.loop.paused:
             return None
         told = self.read(args, kwargs)
-        if inside and told.sample.requires_grad:  # to steer the latents, as in Attend-and-Excite
+        if inside and gradients and told.sample.requires_grad:  # to steer the latents, as in Attend-and-Excite
             self._gradients.add(told.level)
             return None
         if self.call is not None and self.call.broken:
@@ -566,8 +566,11 @@ class Recorder(abc.ABC):
             return None
         latents, level = call.previous
         if level == told.level:
-            same = torch.equal(latents, self._noisy(told, rows))
-            return "a noise level twice with the same latents" if same else None
+            if torch.equal(latents, self._noisy(told, rows)):
+                return "a noise level twice with the same latents"
+            scheduler = getattr(self.pipe, "scheduler", None)  # Heun's and others' plan a level twice
+            planned = getattr(scheduler, "num_inference_steps", None) and [float(t) for t in scheduler.timesteps]
+            return "a noise level twice that the scheduler planned once" if (planned or []).count(level) == 1 else None
         return "its first noise level again" if told.level == call.timesteps[0] else None
 
     def _unknown_text(self, told: Pass) -> str:

@@ -241,3 +241,11 @@ def test_the_same_latents_beside_another_image_are_refused(fresh):
     image = torch.cat([noise(1), noise(1).flip(-1)], 1)
     with pytest.raises(ValueError, match="twice with the same latents"):
         passes_of(pipe, [900, 900], [image, torch.cat([noise(1), 0 * noise(1)], 1)])
+
+
+def test_another_image_at_each_level_is_refused_where_the_scheduler_plans_it_once(fresh):
+    pipe, levels = fresh("sd1"), [1, 1]
+    passes_of(pipe, levels, noise(2).split(1))  # as a second-order loop makes
+    pipe.scheduler.set_timesteps(2)
+    with pytest.raises(ValueError, match="planned once"):
+        passes_of(pipe, levels, noise(2).split(1))

@@ -57,6 +57,21 @@ def test_what_shows_later_costs_the_record_alone(sd1_pipe, denoise, match):
     assert [len(record.timesteps) for record in trace] == [4]
 
 
+def test_latents_that_gradients_were_computed_of_before_are_those_of_a_step(sd1_pipe):
+    """As in Attend-and-Excite: a pass with gradients, then one without, of the same leaf."""
+
+    def both(pipe, number, t, latents, text):
+        pipe.unet(latents.requires_grad_(), t, encoder_hidden_states=text)
+        step(pipe, number, t, latents, text)
+
+    pipe = of_components(Custom, sd1_pipe)
+    with daamlib.trace(pipe) as trace:
+        pipe("a car", both)
+    with daamlib.trace(pipe) as plain:
+        pipe("a car", step)
+    assert torch.equal(trace[0].daam().values, plain[0].daam().values)
+
+
 def test_embeddings_are_not_named_by_a_prompt_that_they_replace(sd1_pipe):
     pipe = of_components(Custom, sd1_pipe)
     tree, _ = pipe.encode_prompt("a tree", pipe.device, 1, False)
