@@ -155,7 +155,8 @@ def read_labels(
         _require_mode(path, image, ("L", "P"), f"the {classes.name} id of each pixel")
         _require_size(path, image.size, size)
         _require_mark(path, image, mark, optional=True)
-        bits = str(image.tile[0].args).partition(";")[2] if image.tile and image.mode == "L" else ""
+        tile = getattr(image, "tile", None)  # how Pillow reads the file, such as "L;4"
+        bits = str(tile[0].args).partition(";")[2] if tile and image.mode == "L" else ""
         if bits.isdigit():  # decoders multiply these by 255 / (2^bits - 1): an id of 1 would be read as 17 or 85
             raise ValueError(f"{path} is a grey picture of {bits} bits a pixel: save the ids with 8 bits")
         ids = np.array(image)
