@@ -150,7 +150,7 @@ def _restored(kind: Any, value: Any, place: str, tensors: Mapping[str, torch.Ten
     """The inverse of `_plain`, by the type annotation `kind`. Raises TypeError or ValueError that names the place."""
     if place in tensors:
         return tensors[place]
-    if is_dataclass(kind):
+    if isinstance(kind, type) and is_dataclass(kind):
         hints, given = get_type_hints(kind), {}
         for part in fields(kind):
             inner = f"{place}.{part.name}".lstrip(".")

@@ -10,6 +10,7 @@ import csv
 import functools
 import hashlib
 import importlib.metadata
+import io
 import json
 import operator
 import os
@@ -49,16 +50,9 @@ PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 REPAIR = "Remove it and make the dataset again as before, or put the right file there"
 # dataset.json's keys that everything relies on, and their types
 TYPES = {
-    "kind": str,
-    "images": int,
-    "seed": int,
-    "size": list | None,
-    "keep_steps": int | None,
-    "labels": list,
-    "versions": dict,
+    **{"kind": str, "images": int, "seed": int, "size": list | None, "labels": list, "versions": dict},
     **dict.fromkeys(("model", "weights", "scheduler"), str | None),
-    "steps": int | None,
-    "guidance": float | int | None,
+    **{"steps": int | None, "guidance": float | int | None, "keep_steps": int | None},
 }
 
 
@@ -161,7 +155,8 @@ def read_labels(
         _require_mode(path, image, ("L", "P"), f"the {classes.name} id of each pixel")
         _require_size(path, image.size, size)
         _require_mark(path, image, mark, optional=True)
-        bits = str(image.tile[0].args).partition(";")[2] if image.tile and image.mode == "L" else ""
+        tile = getattr(image, "tile", None)  # how Pillow reads the file, such as "L;4"
+        bits = str(tile[0].args).partition(";")[2] if tile and image.mode == "L" else ""
         if bits.isdigit():  # decoders multiply these by 255 / (2^bits - 1): an id of 1 would be read as 17 or 85
             raise ValueError(f"{path} is a grey picture of {bits} bits a pixel: save the ids with 8 bits")
         ids = np.array(image)
@@ -460,7 +455,7 @@ def image_seed(settings: dict[str, Any], index: int) -> int:
 def write_manifest(folder: Path, settings: dict[str, Any], prompts: list[str]) -> None:
     """Write manifest.csv; one that is there must be the same."""
     if (folder / MANIFEST).is_file():
-        _require_manifest(folder, manifest(settings, prompts))
+        _checked_manifest(folder, settings, prompts)
     else:
         write(folder / MANIFEST, lambda temporary: manifest(settings, prompts).to_csv(temporary, index=False))
 
@@ -480,31 +475,22 @@ def read_manifest(folder: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
             f"{folder} lacks {len(lost)} files ({', '.join(lost[:3])}{', ...' * (len(lost) > 3)}): call "
             f"{'render' if settings['kind'] == 'rendered' else 'generate'} again as before, it makes what is missing"
         )
-    prompts = settings.get("prompts")
-    if prompts is None:  # a rendered scene's prompt stands in the manifest alone
-        try:
-            with (folder / MANIFEST).open(encoding="utf-8-sig", newline="") as file:
-                prompts = [row["prompt"] for row in csv.DictReader(file)]
-        except (LookupError, ValueError, csv.Error) as error:
-            raise _edited(folder) from error
-    expected = manifest(settings, prompts) if len(prompts) == settings["images"] else None
-    _require_manifest(folder, expected)
+    expected = _checked_manifest(folder, settings, settings.get("prompts"))
     _require_none_beyond(folder, settings["images"])
     return expected, settings
 
 
-def _require_manifest(folder: Path, expected: pd.DataFrame | None) -> None:
-    """ValueError unless the file says the same; line ends and a byte order mark do not count."""
-    try:
-        text = (folder / MANIFEST).read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise _edited(folder) from error
-    if expected is None or text.replace("\r\n", "\n") != expected.to_csv(index=False).replace("\r\n", "\n"):
-        raise _edited(folder)
+def _checked_manifest(folder: Path, settings: dict[str, Any], prompts: list[str] | None) -> pd.DataFrame:
+    """Return the manifest that follows from the settings. Raises ValueError unless the file says the same.
 
-
-def _edited(folder: Path) -> ValueError:
-    return ValueError(
+    Line ends and a byte order mark do not count. The prompts of rendered scenes (None) stand in the file alone.
+    """
+    with suppress(LookupError, ValueError, csv.Error):
+        text = (folder / MANIFEST).read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+        expected = manifest(settings, prompts or [row["prompt"] for row in csv.DictReader(io.StringIO(text))])
+        if text == expected.to_csv(index=False).replace("\r\n", "\n"):
+            return expected
+    raise ValueError(
         f"{folder / MANIFEST} is not the one that follows from {SETTINGS}: was it edited? Remove it and call generate "
         "or render again as before"
     )
