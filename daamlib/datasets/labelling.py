@@ -26,7 +26,7 @@ from ..attention.readers import fingerprint_of
 from ..attention.record import AttentionRecord
 from ..cityscapes import BY_NAME
 from ..classes import Classes, ClassList, class_list
-from ..tokens.label_maps import Threshold, assign_labels, check_tokens, label_map, of_each, text_of
+from ..tokens.label_maps import Threshold, assign_labels, check_tokens, ids_of, is_complete, label_map, of_each, text_of
 from ..tokens.token import OptimizedToken
 from .dataset import names
 from .folder import short_hash, whole_number
@@ -58,7 +58,11 @@ class AnnotatorLabeller:
 class TokenLabeller:
     """The labeller of optimised tokens, see `daamlib.tokens.label_maps.label_map`.
 
-    LDAAM tokens need memory that does not grow with the steps, DAAM tokens the queries of every step.
+    LDAAM tokens need memory that does not grow with the steps, DAAM tokens the queries of every step. Those of
+    `daamlib.fit_classes` label every pixel, and ignore those whose best class is less probable than `threshold`:
+
+        street = daamlib.OptimizedToken.load(daamlib.resources.bundled("urban-tiny") / "street.safetensors")
+        datasets.TokenLabeller((street,), ignore_from=0.0, named_only=False, edge_aware=True)
 
     Attributes:
         tokens: of one model; their words name the classes, each once. A word "background" (of a token fitted with
@@ -90,6 +94,8 @@ class TokenLabeller:
             known = getattr(self, name)
             if isinstance(known, Mapping) and set(known) != set(self.classes):
                 raise ValueError(f"{name} has numbers for {sorted(known)}, the tokens read {sorted(self.classes)}")
+        if is_complete(self.tokens) and (self.named_only or of_each(self.ignore_from, self.classes) != 0):
+            raise ValueError("tokens of fit_classes label every pixel: give named_only=False and ignore_from=0.0")
         whole_number("iterations", self.iterations, 0, MOST_ITERATIONS)
         limits = [of_each(t, self.classes) for t in (self.threshold, self.ignore_from)]
         assign_labels(np.zeros((len(self.classes), 1, 1)), _ids(self.class_list, self.classes), *limits)
@@ -102,12 +108,12 @@ class TokenLabeller:
     @functools.cached_property
     def class_list(self) -> ClassList:
         """The classes of its label maps."""
-        return class_list(self.classes if self.ids is None else self.ids)
+        return ids_of(self.tokens) if self.ids is None else class_list(self.ids)
 
     @property
     def store(self) -> str:
         """What `trace` has to keep: sums over the steps are enough for LDAAM of all of them."""
-        sums = [token.method == "ldaam" and token.info.get("max_timestep") is None for token in self.tokens]
+        sums = [token.method in ("ldaam", "keys") and token.info.get("max_timestep") is None for token in self.tokens]
         return "linear" if all(sums) else "queries"
 
     @property

@@ -101,7 +101,7 @@ def fit_classes(
             **made_of(records),
             "loss": "bce",
             "multiclass": True,
-            "ids": {name: table.ids[name] for name in words},
+            "classes": table.stored(),
             "layers": list(layers),
             "max_timestep": max_timestep,
             "weight_decay": decay,

@@ -47,7 +47,7 @@ def draws(scenes, k, n):
 
 def measure(tokens, scenes, records):
     """(9,) IoU in percent, and for each margin the shares of pixels that are labelled, and labelled rightly."""
-    ids = [tokens.info["ids"][word] for word in tokens.words]
+    ids = [label_id(word) for word in tokens.words]
     counts, kept = np.zeros((2, len(IDS))), np.zeros((2, len(MARGINS)))
     for scene, record in zip(scenes, records, strict=True):
         probabilities = guided_upsample(token_probabilities(record, [tokens]).values, scene.image).clamp(0, 1)
