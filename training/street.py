@@ -4,6 +4,7 @@ They read `daamlib.label_map(record)` of its images, and are fitted to 20 render
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import daamlib
@@ -27,6 +28,7 @@ def main() -> None:
         for i, scene in enumerate(scenes)
     ]
     tokens = daamlib.fit_classes(records, [scene.labels for scene in scenes], max_timestep=max(TIMESTEPS))
+    tokens = replace(tokens, info={**tokens.info, "model": "urban-tiny"})  # not the folder on this machine
     tokens.save(args.out)
     print(f"{tokens}, weight decay {tokens.info['weight_decay']}, {args.out.stat().st_size:,} bytes in {args.out}")
 

@@ -78,7 +78,9 @@ def newton(objective: Objective, iterations: int, max_bytes: int = NEWTON_BYTES)
         ValueError: The Hessian would be larger.
     """
     count, unknowns = len(objective.start), objective.start.shape[1] + 1
-    needed = 2 * torch.finfo(torch.float64).bits // 8 * (count * unknowns) ** 2 // (1 if objective.multiclass else count)
+    needed = (
+        2 * torch.finfo(torch.float64).bits // 8 * (count * unknowns) ** 2 // (1 if objective.multiclass else count)
+    )
     if needed > max_bytes:
         raise ValueError(
             f"Newton's method for {count} classes of {unknowns} unknowns each needs {needed / 1e9:.1f} GB, max_bytes "

@@ -39,9 +39,7 @@ def made(template, seed, noise=0.3):
     queries += torch.randn(d_text, generator=generator)  # of the whole image, which says nothing of its places
     keys = KeyProjection(torch.eye(d_text).to(device))
     other = torch.randn(2, GRID[0] * GRID[1], d_text, generator=generator)
-    layers = tuple(
-        Layer(name, GRID, 1, 1.0, keys, queries=q.to(device)) for name, q in ((DOWN, other), (UP, queries))
-    )
+    layers = tuple(Layer(name, GRID, 1, 1.0, keys, queries=q.to(device)) for name, q in ((DOWN, other), (UP, queries)))
     return dataclasses.replace(template, layers=layers), labels.numpy().astype(np.uint8)
 
 
