@@ -84,8 +84,8 @@ def newton(objective: Objective, iterations: int, max_bytes: int = NEWTON_BYTES)
     if needed > max_bytes:
         raise ValueError(
             f"Newton's method for {count} classes of {unknowns} unknowns each needs {needed / 1e9:.1f} GB, max_bytes "
-            f"allows {max_bytes / 1e9:.1f}: fit fewer classes at once, each by itself (multiclass=False, background=False), "
-            'with loss="dice", which needs no Hessian, or give a larger max_bytes'
+            f"allows {max_bytes / 1e9:.1f}: fit fewer classes at once, each by itself (multiclass=False, "
+            'background=False), with loss="dice", which needs no Hessian, or give a larger max_bytes'
         )
     features = objective.matrix - objective.matrix.mean(dim=0)
     features = torch.cat([features.T, features.new_ones(1, len(features))])  # (n, P)
