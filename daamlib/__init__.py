@@ -15,8 +15,8 @@ from .extras import lazy as _lazy
 from .pipeline import generators as generators
 from .pipeline import image_size as image_size
 from .pipeline import load_pipeline as load_pipeline
-from .tokens.classes import fit_classes as fit_classes
 from .tokens.choose import choose_settings as choose_settings
+from .tokens.classes import fit_classes as fit_classes
 from .tokens.label_maps import label_map as label_map
 from .tokens.label_maps import text_of as text_of
 from .tokens.label_maps import token_probabilities as token_probabilities

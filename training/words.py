@@ -144,7 +144,7 @@ def measure_street(
                 maps[f"daam {name}"].append(daam[spoken])
                 masks[f"daam {name}"].append(mask)
         for k, names in enumerate((None, present)):
-            found = label_map(record, size=scene.labels.shape, names=names, margin=0.0, iterations=1)
+            found = label_map(record, STREET_WORDS, size=scene.labels.shape, names=names, margin=0.0, iterations=1)
             np.add.at(counts[k], (scene.labels.ravel(), found.ravel()), 1)
     result: dict[str, Any] = {
         "floor": {name: 100 * float(np.mean([m.mean() for m in masks[f"listed {name}"]])) for name in STREET_WORDS}

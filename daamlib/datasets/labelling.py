@@ -27,7 +27,7 @@ from ..attention.readers import fingerprint_of
 from ..attention.record import AttentionRecord
 from ..cityscapes import BY_NAME
 from ..classes import Classes, ClassList, class_list
-from ..tokens.label_maps import Threshold, assign_labels, check_tokens, label_map, of_each, text_of
+from ..tokens.label_maps import Threshold, assign_labels, check_tokens, ids_of, is_complete, label_map, of_each, text_of
 from ..tokens.token import OptimizedToken
 from .dataset import names
 from .folder import short_hash, whole_number
@@ -154,7 +154,14 @@ class TokenLabeller(_RecordLabeller):
             known = getattr(self, name)
             if isinstance(known, Mapping) and set(known) != set(self.classes):
                 raise ValueError(f"{name} has numbers for {sorted(known)}, the tokens read {sorted(self.classes)}")
+        if is_complete(self.tokens) and (self.named_only or of_each(self.ignore_from, self.classes) != 0):
+            raise ValueError("tokens of fit_classes label every pixel: give named_only=False and ignore_from=0.0")
         super().__post_init__()
+
+    @functools.cached_property
+    def class_list(self) -> ClassList:
+        """The classes of its label maps."""
+        return ids_of(self.tokens) if self.ids is None else class_list(self.ids)
 
     def _reads(self) -> tuple[tuple[str, ...], Any, dict[str, Any]]:
         limits = {"margin": 0.0, "threshold": self.threshold, "ignore_from": self.ignore_from}
@@ -163,7 +170,7 @@ class TokenLabeller(_RecordLabeller):
     @property
     def store(self) -> str:
         """What `trace` has to store: sums over the steps are enough for LDAAM of all of them."""
-        sums = [token.method == "ldaam" and token.info.get("max_timestep") is None for token in self.tokens]
+        sums = [token.method in ("ldaam", "keys") and token.info.get("max_timestep") is None for token in self.tokens]
         return "linear" if all(sums) else "queries"
 
     @property

@@ -2,10 +2,10 @@
 
     p(k | pixel) = softmax_k( sum_i s q_i . c_ki + b_k ),        q_i: queries of layer i, less their mean over the image
 
-Each class k has a key c_ki of its own in each layer i, where LDAAM's token x has W_k,i x: a text embedding a layer (Voynov
-et al. 2023, "P+"), as far as these keys can be reached by one. The problem stays convex, multinomial logistic regression
+Each class k has a free key c_ki in each layer i, where LDAAM's token x has W_k,i x. That is one text embedding a layer
+(Voynov et al. 2023, "P+") wherever W_k,i reaches every key. The problem stays convex: multinomial logistic regression
 with a ridge. Targets are the shares of the classes in each cell of the maps, so thin things count. The weight decay is
-chosen by leaving out images. Measured by tests/benchmarks/street.py.
+chosen by leaving out images. The benchmark `street` among the tests measures the result.
 """
 
 import time
@@ -101,7 +101,7 @@ def fit_classes(
             **made_of(records),
             "loss": "bce",
             "multiclass": True,
-            "ids": {name: table.ids[name] for name in words},
+            "classes": table.stored(),
             "layers": list(layers),
             "max_timestep": max_timestep,
             "weight_decay": decay,
@@ -169,7 +169,7 @@ def _fit(
     decay: float,
     start: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[float, ...], float]:
-    """Minimise `_loss` + decay |theta|^2 by L-BFGS, in units of each component's curvature; with losses and gradient."""
+    """Minimise `_loss` + decay |theta|^2 by L-BFGS; returns theta, bias, losses and the gradient's norm."""
     unit = (0.1 * features.square().mean(dim=0) + 2 * decay).rsqrt()
     frequency = (targets.sum(dim=0) / targets.sum()).clamp(min=1e-6)
     theta, bias = start or (features.new_zeros(targets.shape[1], features.shape[1]), frequency.log())

@@ -227,7 +227,7 @@ def is_complete(tokens: Sequence[OptimizedToken]) -> bool:
 
 def ids_of(tokens: Sequence[OptimizedToken]) -> ClassList:
     """Return the class list of the tokens' label maps: the one they were fitted to, or that of their words."""
-    return class_list(tokens[0].info["ids"] if is_complete(tokens) else check_tokens(tokens))
+    return class_list(tokens[0].info["classes"] if is_complete(tokens) else check_tokens(tokens))
 
 
 def _bundled_tokens(record: AttentionRecord) -> OptimizedToken:

@@ -72,8 +72,8 @@ def optimize_token(
         text: See `method`.
         loss: "bce", the binary cross-entropy of sigmoid(scale * map + bias), both learned; "dice", the soft Dice loss
             of the same; "cross_entropy", the thesis': the binary cross-entropy of the map scaled to its own [0, 1].
-        multiclass: A softmax between the classes instead of a sigmoid each (not with "cross_entropy"); pixels of no class
-            are left out.
+        multiclass: A softmax between the classes instead of a sigmoid each (not with "cross_entropy"); pixels of no
+            class are left out.
         background: A softmax with one class more, of those pixels (LDAAM: a token of its own; DAAM: the start token).
         iterations: At most so many of Newton's method, which ends sooner (default 100), or so many of NovoGrad (80).
         layers: Names of the layers to read, by default all. The token reads other records likewise.

@@ -87,12 +87,14 @@ def newton(
         ValueError: The Hessian would be larger.
     """
     count, unknowns = len(objective.start), objective.start.shape[1] + 1
-    needed = 2 * torch.finfo(torch.float64).bits // 8 * (count * unknowns) ** 2 // (1 if objective.multiclass else count)
+    needed = (
+        2 * torch.finfo(torch.float64).bits // 8 * (count * unknowns) ** 2 // (1 if objective.multiclass else count)
+    )
     if needed > max_bytes:
         raise ValueError(
             f"Newton's method for {count} classes of {unknowns} unknowns each needs {needed / 1e9:.1f} GB, max_bytes "
-            f"allows {max_bytes / 1e9:.1f}: fit fewer classes at once, each by itself (multiclass=False, background=False), "
-            'with loss="dice", which needs no Hessian, or give a larger max_bytes'
+            f"allows {max_bytes / 1e9:.1f}: fit fewer classes at once, each by itself (multiclass=False, "
+            'background=False), with loss="dice", which needs no Hessian, or give a larger max_bytes'
         )
     features = objective.matrix - objective.matrix.mean(dim=0)
     features = torch.cat([features.T, features.new_ones(1, len(features))])  # (n, P)

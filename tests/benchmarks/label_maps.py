@@ -61,8 +61,8 @@ def words(scenes, examples, truths):
     readers = {
         "words of one text": lambda record: record.daam(text),
         "words of one text, refined": lambda record: record.refine(record.daam(text)),
-        "words, competing": lambda record: label_maps.word_probabilities(record, iterations=0),
-        "words, competing and refined": label_maps.word_probabilities,
+        "words, competing": lambda record: label_maps.word_probabilities(record, STREET_WORDS, iterations=0),
+        "words, competing and refined": lambda record: label_maps.word_probabilities(record, STREET_WORDS),
     }
     for title, reader in readers.items():
         maps = [reader(example.record) for example in examples]
@@ -73,13 +73,16 @@ def words(scenes, examples, truths):
         show_maps(title, pairs)
     stuff = set(STREET_WORDS) - set(KINDS)
     found = [
-        label_maps.label_map(e.record, size=truths.shape[1:], names=stuff | set(e.masks), margin=0.0) for e in examples
+        label_maps.label_map(e.record, STREET_WORDS, size=truths.shape[1:], names=stuff | set(e.masks), margin=0.0)
+        for e in examples
     ]
     show_labels("label maps of words, things that are there", np.stack(found), truths)
     default = label_maps.SHARPNESS
     for sharpness in (1.0, 2.0, 4.0, 8.0):
         label_maps.SHARPNESS = sharpness
-        found = np.stack([label_maps.label_map(example.record, size=truths.shape[1:]) for example in examples])
+        found = np.stack(
+            [label_maps.label_map(example.record, STREET_WORDS, size=truths.shape[1:]) for example in examples]
+        )
         show_labels(f"label maps of words, sharpness {sharpness:g}", found, truths)
     label_maps.SHARPNESS = default
 

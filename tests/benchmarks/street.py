@@ -47,7 +47,7 @@ def draws(scenes, k, n):
 
 def measure(tokens, scenes, records):
     """(9,) IoU in percent, and for each margin the shares of pixels that are labelled, and labelled rightly."""
-    ids = [tokens.info["ids"][word] for word in tokens.words]
+    ids = [label_id(word) for word in tokens.words]
     counts, kept = np.zeros((2, len(IDS))), np.zeros((2, len(MARGINS)))
     for scene, record in zip(scenes, records, strict=True):
         probabilities = guided_upsample(token_probabilities(record, [tokens]).values, scene.image).clamp(0, 1)
@@ -76,7 +76,9 @@ def main():
             of_draw, of_margins = measure(tokens, scenes, records)
             ious.append(of_draw)
             kept.append(of_margins)
-            print(f"  {of_draw.mean():.1f} / {of_draw[things].mean():.1f}  fitted in {tokens.seconds:.0f} s", flush=True)
+            print(
+                f"  {of_draw.mean():.1f} / {of_draw[things].mean():.1f}  fitted in {tokens.seconds:.0f} s", flush=True
+            )
         means, of_things = np.mean(ious, axis=1), np.mean(ious, axis=0)[things].mean()
         print(f"{k} scenes: {means.mean():.1f} ({means.min():.1f} ... {means.max():.1f}), things {of_things:.1f}")
         print("  ".join(f"{name} {iou:.1f}" for name, iou in zip(STREET_WORDS, np.mean(ious, axis=0), strict=True)))

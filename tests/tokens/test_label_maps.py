@@ -183,7 +183,7 @@ def test_label_maps_of_words(record):
     assert np.array_equal(found, np.array(order, np.uint8)[expected.cpu().numpy()])
     assert (label_map(record, STREET_WORDS, margin=0.2) == 255).any()
     assert {*np.unique(label_map(record, STREET_WORDS, margin=0, names=["sky", "road"]))} == {23, 7}
-    assert (label_map(record, names=[]) == 255).all()
+    assert (label_map(record, STREET_WORDS, names=[]) == 255).all()
 
 
 def test_label_maps_follow_the_edges_of_their_image(record, tokens):
@@ -215,7 +215,7 @@ def test_what_cannot_be_read(record, tokens):
     bare = dataclasses.replace(record, self_attention=None)
     with pytest.raises(ValueError, match="self_attention"):
         label_map(bare, STREET_WORDS)
-    assert label_map(bare, iterations=0).shape == record.grid
+    assert label_map(bare, STREET_WORDS, iterations=0).shape == record.grid
     for classes, message in (
         ({"car": "car"}, "two"),
         ({"cat": "cat", "car": "car"}, "cat"),
