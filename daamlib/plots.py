@@ -188,8 +188,9 @@ def show_map_rows(
     _name(axes[0], ("image", *maps))
     _name(axes[:, 0], row_titles, row=True)
     part = min(1.0, 2 / rows)  # of the height: no bar needs more than two rows
-    place = {"fraction": 0.03, "pad": 0.01, "shrink": part, "anchor": (0.0, 1.0), "aspect": 12 * rows * part}
-    bar = figure.colorbar(drawn, ax=axes, ticks=[0, 0.5, 1], **place)
+    bar = figure.colorbar(
+        drawn, ax=axes, ticks=[0, 0.5, 1], fraction=0.03, pad=0.01, shrink=part, anchor=(0, 1), aspect=12 * rows * part
+    )
     bar.set_label("of the map's own range", fontsize=9)
     bar.ax.tick_params(labelsize=9)
     return figure

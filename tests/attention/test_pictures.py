@@ -7,6 +7,7 @@ from helpers import generate
 from matplotlib import colormaps
 from PIL import Image
 from skimage.color import rgb2lab
+from tiny_joint import shared, traced
 
 import daamlib
 from daamlib.attention.pictures import COLOUR_MAPS
@@ -69,6 +70,14 @@ def test_a_record_paints_a_word_over_its_image(sd1_pipe, tmp_path):
         record.overlay("bus", image)
     with pytest.raises(ValueError, match="ratios"):
         record.overlay("car", Image.new("RGB", (64, 64)))
+
+
+def test_a_joint_record_paints_a_word_over_its_image():
+    (record,) = traced(shared("SD 3"), words=["car", "road"])
+    image = Image.new("RGB", (8 * record.grid[1], 8 * record.grid[0]))
+    np.testing.assert_array_equal(record.overlay("car", image), daamlib.overlay(image, record.daam()["car"]))
+    painted = record.overlay("road", image, text=["car", "road"])
+    np.testing.assert_array_equal(painted, daamlib.overlay(image, record.daam(["car", "road"])["road"]))
 
 
 def test_a_label_map_is_painted_in_the_colours_of_its_classes():
