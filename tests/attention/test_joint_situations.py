@@ -1,5 +1,6 @@
 """Calls of joint models' pipelines that once gave a wrong map, or lost an image, without a word."""
 
+import functools
 import gc
 import itertools
 import weakref
@@ -165,6 +166,40 @@ def test_positions_of_two_images_are_refused_even_where_they_fill_a_grid():
     assert not passes
 
 
+@pytest.mark.parametrize("family", ["SD 3", "SD 3.5", "Flux.1", "Qwen-Image"])
+@pytest.mark.parametrize("late", [False, True])
+def test_a_processor_that_weights_words_is_refused_or_leaves_no_record(family, late):
+    pipe, passes = tiny_joint.build(family), []
+    attention = pipe.transformer.transformer_blocks[1].attn
+    plain, begins = attention.processor, 1 if late else 0
+    pipe.transformer.register_forward_hook(lambda *_: passes.append(1))
+
+    def louder(module, args, output):
+        """Make some keys three times as long in the softmax as the projections made them."""
+        factors = torch.where(torch.arange(output.shape[1]) == 1, 3.0, 1.0)
+        return output * factors.view(1, -1, *[1] * (output.ndim - 2))
+
+    class Weighted:
+        @functools.wraps(type(plain).__call__)  # diffusers gives a processor what its signature names
+        def __call__(self, attn, *args, **kwargs):
+            if len(passes) < begins:
+                return plain(attn, *args, **kwargs)
+            hook = (attn.norm_added_k or attn.add_k_proj).register_forward_hook(louder)  # after the trace's own
+            try:
+                return plain(attn, *args, **kwargs)
+            finally:
+                hook.remove()
+
+    attention.set_processor(Weighted())
+    if late:
+        with pytest.warns(UserWarning, match=r"no record: transformer_blocks.1.attn does not compute softmax"):
+            assert not traced(pipe)
+    else:
+        with pytest.raises(ValueError, match=r"transformer_blocks.1.attn does not compute softmax"):
+            traced(pipe)
+        assert not passes
+
+
 def test_an_image_of_another_size_is_read_inside_a_trace_whose_call_failed():
     pipe = tiny_joint.build("SD 3")
     (record,) = traced(pipe)
@@ -206,7 +241,9 @@ def test_maps_are_summed_in_float32_inside_autocast():
     generator = torch.Generator().manual_seed(0)
     queries, image_keys, text_keys = (torch.randn(1, 2, n, 8, generator=generator) for n in (6, 6, 5))
     vectors = queries.transpose(1, 2).flatten(2)
-    attention = JointAttention("attn", 8**-0.5, queries, image_keys, text_keys, None, vectors, None)
+    attention = JointAttention(
+        "attn", 8**-0.5, queries, image_keys, text_keys, None, vectors, None, torch.zeros(1, 11, 16)
+    )
     sums = Sums(lambda image, texts: {"prompt": prompt_daam(image)})
     with torch.autocast("cpu", dtype=torch.bfloat16):
         sums.read(attention, ())

@@ -12,16 +12,12 @@ import torch
 from ...pipeline import denoiser_of, uncompiled
 from ..watch import unwatched
 from .families import Family
-from .maps import Formulae, JointAttention, Sums, concept_map, open_vocabulary_daam, prompt_daam
+from .maps import TOLERANCE, Formulae, JointAttention, Sums, concept_map, open_vocabulary_daam, prompt_daam
 from .stream import Stream, check_readable, on_device, take_rows
 
 KEPT = 4  # passes of a call that are read
 PROMPT, WORDS, CONCEPTS = "prompt", "daam", "concept_map"  # what is summed while generating
 CONTROLNET = ("controlnet_block_samples", "controlnet_single_block_samples", "block_controlnet_hidden_states")
-# How far two computations of one thing may differ between processors, as a part of its length: the largest difference,
-# and four times their root mean square. Of 57 blocks of random weights another kernel for attention changed it by 0.012
-# and 0.005 in bfloat16; a map changes by less than the numbers compared.
-TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 0.12}
 
 
 def passes_to_keep(count: int) -> set[int]:

@@ -20,8 +20,8 @@ from ..text import TokenEmbeddings, check_embeddings
 from ..weak import Weakly
 from .encoding import JointTexts, check_words
 from .families import NOT_LINEAR, Family, family_of
-from .maps import Formula, Formulae, JointAttention, Sums, concept_map, lone_word, open_vocabulary_daam
-from .reading import CONCEPTS, PROMPT, TOLERANCE, WORDS, make_again, while_generating
+from .maps import TOLERANCE, Formula, Formulae, JointAttention, Sums, concept_map, lone_word, open_vocabulary_daam
+from .reading import CONCEPTS, PROMPT, WORDS, make_again, while_generating
 from .stream import attentions
 from .text import averages
 

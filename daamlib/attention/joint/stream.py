@@ -135,7 +135,7 @@ class Stream:
             return lambda module, args: self._see(name, args[0])
 
         self._keep(module.register_forward_pre_hook(before, with_kwargs=True))
-        for name in ("to_q", "to_k", "add_k_proj"):
+        for name in ("to_q", "to_k", "to_v", "add_k_proj", "add_v_proj"):
             if getattr(module, name, None) is not None:
                 self._keep(getattr(module, name).register_forward_hook(output_of(name)))
         if getattr(module, "to_out", None) is not None:
@@ -178,7 +178,7 @@ class Stream:
         # perturbed-attention guidance computes its perturbed rows, the last of the batch, after the others
         parts = {name: torch.cat(found) if split else found[-1] for name, found in self._parts.items()}
         self._parts, self._whole_batch = {}, self._whole_batch or split
-        if "to_q" not in parts or "to_k" not in parts:
+        if not {"to_q", "to_k", "to_v"} <= parts.keys():
             return  # it was not computed; `_after_block` says so
         rows = {name: len(part) for name, part in parts.items()}
         if set(rows.values()) != {len(output[0] if isinstance(output, tuple) else output)}:
@@ -202,6 +202,8 @@ class Stream:
             parts |= {"add_k_proj": parts["to_k"][:, :text], "to_k": parts["to_k"][:, text:]}
             parts |= {"to_q": parts["to_q"][:, text:], "text": output[:, :text], "image": output[:, text:]}
             norm_text = norm_k
+        else:
+            parts["to_v"] = torch.cat([parts["add_v_proj"], parts["to_v"]], dim=1)
         queries = heads(parts["to_q"], norm_q, image_table)
         self._found.append(
             JointAttention(
@@ -213,6 +215,7 @@ class Stream:
                 mask=kwargs.get("encoder_hidden_states_mask"),
                 image_vectors=parts["image"],
                 text_vectors=parts.get("text"),
+                values=parts["to_v"],
             )
         )
 
@@ -224,6 +227,7 @@ class Stream:
 
     def _read_block(self, told: "Pass", block: Any, kwargs: Mapping[str, Any]) -> None:
         found, texts = self._take(block).rows(told.rows), list[JointAttention]()
+        found.require_softmax()
         if told.texts:
             assert isinstance(told.rows, slice)
             batch = len(kwargs["hidden_states"])
