@@ -527,9 +527,10 @@ class Recorder(abc.ABC):
         if halves is not None and len(halves) == 2:
             one, other = (self._noisy(told, rows) for rows in halves.values())
             if not torch.equal(one, other):
-                halves, problem = None, (
-                    "under guidance, the prompts' rows and the negative texts' have other latents than each other, as "
-                    "tiles of several prompts do: trace cannot tell which rows are the images"
+                halves = None
+                problem = (
+                    "under guidance, the prompts' rows have other latents than the negative texts', as tiles of "
+                    "several prompts do: trace cannot tell which rows are the images"
                 )
         if halves is None:
             self.break_off(self.call, problem)

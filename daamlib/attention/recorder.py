@@ -187,9 +187,9 @@ class AttentionRecorder(Recorder):
         if len(output) != len(told.sample) or output.shape[1] != kept.positions.setdefault(site.name, output.shape[1]):
             self.break_off(
                 call,
-                f"{site.name} made queries of shape {tuple(output.shape)} for {len(told.sample)} latents, in pass 1 at "
-                f"{kept.positions.get(site.name)} positions: latents that change their size, tiles and merged positions "
-                "have no map of one image",
+                f"{site.name} made queries of shape {tuple(output.shape)} for {len(told.sample)} latents, in pass 1 "
+                f"at {kept.positions.get(site.name)} positions: its positions are not those of one image, as where "
+                "they are tiles or are merged",
             )
             return
         kept.seen[site.name] = kept.seen.get(site.name, 0) + 1
