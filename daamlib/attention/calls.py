@@ -438,6 +438,8 @@ class Recorder(abc.ABC):
     @torch.no_grad()
     def _after_prompt(self, caller: FrameType, arguments: dict, result: Any) -> None:
         self._enter(caller)
+        if arguments.get("prompt_embeds") is not None:  # then no text was embedded
+            arguments = {**arguments, "prompt": None, "prompt_2": None}
         self.encodings = [*self.encodings[-7:], self.encoding_of(arguments, result)]
 
     def _after_call(self, caller: FrameType, arguments: dict, result: Any) -> None:
@@ -540,9 +542,10 @@ class Recorder(abc.ABC):
         if halves is not None and len(halves) == 2:
             one, other = (self._noisy(told, rows) for rows in halves.values())
             if not torch.equal(one, other):
-                halves, problem = None, (
-                    "under guidance, the prompts' rows and the negative texts' have other latents than each other, as "
-                    "tiles of several prompts do: trace cannot tell which rows are the images"
+                halves = None
+                problem = (
+                    "under guidance, the prompts' rows have other latents than the negative texts', as tiles of "
+                    "several prompts do: trace cannot tell which rows are the images"
                 )
         if halves is None:
             self.break_off(self.call, problem)
@@ -592,21 +595,15 @@ class Recorder(abc.ABC):
         if rows is None:
             return None, None
         known = [[encoding.text_of(row) for encoding in self.encodings] for row in told.text[rows]]
-        if self.options.branch == "conditional":
-            self._check_names(known)
-        return rows, next((each for each, text in zip(self.encodings, known[0], strict=True) if text is not None), None)
-
-    def _check_names(self, known: list[list[str | None]]) -> None:
-        """ValueError if a row of the loop has a text that was embedded from another prompt than announced."""
-        assert self.loop is not None
         for row, (prompt, texts) in enumerate(zip(self.loop.prompts, known, strict=True)):
             others = [text for text in texts if text is not None]
-            if prompt is not None and others and prompt not in others:
+            if self.options.branch == "conditional" and prompt is not None and others and prompt not in others:
                 raise ValueError(
                     f"image {row} of the loop was announced as {prompt!r}, its row of the pass has the text "
                     f"{others[-1]!r}: say which rows are the images, trace.loop(prompts, rows=...), in their order; "
                     "put passes of other texts in loop.pause()"
                 )
+        return rows, next((each for each, text in zip(self.encodings, known[0], strict=True) if text is not None), None)
 
     def _begin_call(self, told: Pass, rows: Rows, encoding: Encoding | None, inside: bool) -> Call:
         images, branch = len(told.sample[rows]), self.options.branch

@@ -4,25 +4,11 @@ A collector is told of every pass by `add` and gives what it kept of one image a
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from .softmax import summed_probabilities
-
-
-class Collector(Protocol):
-    """See the module."""
-
-    def add(self, queries: torch.Tensor) -> None:
-        """Take one pass: (image, h*w, heads * d_head)."""
-
-    def kept(self, image: int) -> dict[str, Any]:
-        """The fields of the image's `Layer`, after the last pass."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
 
 
 class Queries:
@@ -121,3 +107,6 @@ class OnlineMaps(QuerySum):
         """Bytes of the sums and maps."""
         maps = [tensor for of_image in self._maps for tensor in of_image.values()]
         return super().nbytes + sum(tensor.nbytes for tensor in maps)
+
+
+Collector = Queries | QuerySum  # `OnlineMaps` is the latter

@@ -36,15 +36,9 @@ class Fingerprint:
 
     @classmethod
     def of_keys(cls, keys: Mapping[str, Callable[[torch.Tensor], torch.Tensor]], d_text: int) -> "Fingerprint":
-        """Measure key projections; the precision of the weights and where they lie make no difference.
+        """Measure the key projections of layers, by name; the weights' precision and place make no difference.
 
-        Args:
-            keys: for each layer's name a linear function from float32 embeddings (m, d_text) on the CPU, which it takes
-                to its own device and precision, to keys (m, inner).
-            d_text: the width of the text embeddings.
-
-        Returns:
-            The fingerprint.
+        Each takes float32 embeddings (m, d_text) on the CPU, wherever it computes, to keys (m, inner).
         """
         layers = {}
         for name, project in keys.items():

@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from ..io import load_tensors, save_tensors
+from . import record_file
 from .daam import daam
 from .fingerprint import Fingerprint, placed
 from .heatmaps import HeatMaps, upsample
-from .layers import KeyProjection, Layer
+from .layers import Layer
 from .ldaam import LinearMap, NormedLinearMap, collapse
 from .pictures import overlay
 from .readers import fingerprint_of, reader_of
@@ -25,8 +25,6 @@ from .softmax import MAX_BYTES
 from .text import TokenEmbeddings, check_embeddings
 from .weak import Weakly
 
-FORMAT = "daamlib-record-2"
-TENSORS = ("queries", "query_sum")  # of a layer, in a file, beside the tensors of its keys
 ENCODER_TOLERANCE = 0.01  # of the prompt's embeddings, between float16 or float32 calls of one text encoder
 ROUGH_TOLERANCE = 0.05  # where a call is in bfloat16, or its precision cannot be read off the embeddings
 
@@ -92,7 +90,10 @@ class AttentionRecord:
         return len(self.timesteps) * sum(layer.heads for layer in self.layers)
 
     def layer_names(self) -> list[str]:
-        """The names of the attentions that are read."""
+        """Return the names of the attentions that are read.
+
+        record.layer_names()[-1]  # "up_blocks...."
+        """
         return [layer.name for layer in self.layers]
 
     @functools.cached_property
@@ -112,14 +113,10 @@ class AttentionRecord:
     def with_pipe(self, pipe: Any) -> "AttentionRecord":
         """Return the record with a pipeline that embeds further texts, which the caller keeps alive.
 
-        Args:
-            pipe: the pipeline that made it, or another of the same model.
+            record = daamlib.AttentionRecord.load("car.safetensors").with_pipe(pipe)
+            record.daam("a tree")
 
-        Returns:
-            A new record, whose tensors lie where they are.
-
-        Raises:
-            ValueError: the pipeline's model is another one.
+        Raises ValueError for a pipeline of another model.
         """
         return replace(placed(self, "this record", pipe, self.device, self._fingerprint_of), pipe=pipe)
 
@@ -130,6 +127,8 @@ class AttentionRecord:
 
     def encode(self, text: str, *, padding: bool = False) -> TokenEmbeddings:
         """Embed any text with the model's own text encoder, as the prompt was (`embedded_with`).
+
+            record.encode("a traffic light")["traffic light"]  # (tokens, d_text)
 
         Args:
             text: any words.
@@ -183,7 +182,10 @@ class AttentionRecord:
             )
 
     def daam(self, text: str | None = None, *, padding: bool = True) -> HeatMaps:
-        """DAAM of the prompt, or of any other text: OV-DAAM (thesis: D(X'); formula in `daamlib.attention.daam`).
+        """Return DAAM of the prompt, or of any other text (OV-DAAM, thesis: D(X')), see `daamlib.attention.daam`.
+
+            record.daam()["car"]  # a word of the prompt, (H, W)
+            record.daam("a car and a tree")["tree"]
 
         Args:
             text: None for the prompt itself. A record made with `store="maps"` knows the texts that `trace` was given.
@@ -225,11 +227,17 @@ class AttentionRecord:
         return overlay(image, self.daam(text)[word], opacity=opacity)
 
     def ldaam(self, text: str | None = None) -> HeatMaps:
-        """Linear DAAM of a text (None: the prompt): the same sums without the softmax (thesis: LD(x))."""
+        """Return linear DAAM of a text (None: the prompt): the same sums without the softmax (thesis: LD(x)).
+
+        record.ldaam("traffic light")["traffic light"]  # (H, W)
+        """
         return self.ldaam_from(self.text_embeddings(text, padding=False))
 
     def daam_from(self, embeddings: torch.Tensor | TokenEmbeddings, *, max_bytes: int = MAX_BYTES) -> HeatMaps:
-        """DAAM of (m, d_text) embeddings, the softmax over exactly these m; differentiable in them.
+        """Return DAAM of (m, d_text) embeddings, the softmax over exactly these m; differentiable in them.
+
+            embeddings = record.encode("a car and a tree")
+            record.daam_from(embeddings)["car"]  # (H, W)
 
         `max_bytes` bounds the attention probabilities held at a time. Raises ValueError for another width, or if the
         record holds no queries (`store="linear"`).
@@ -243,29 +251,26 @@ class AttentionRecord:
         return _named(self.finite(daam(self.layers, values, self.grid, max_bytes), values), embeddings)
 
     def ldaam_from(self, embeddings: torch.Tensor | TokenEmbeddings) -> HeatMaps:
-        """Linear DAAM of (m, d_text) embeddings, differentiable in them. Raises ValueError for another width."""
+        """Return linear DAAM of (m, d_text) embeddings, differentiable in them. Raises ValueError for another width.
+
+        record.ldaam_from(record.encode("car")["car"]).values  # (tokens, H, W)
+        """
         values = check_embeddings(embeddings, self.d_text, self.device)
         return _named(self.finite(self._linear_map(values), values), embeddings)
 
     def linear_map(self) -> LinearMap | NormedLinearMap:
         """Return LDAAM collapsed to one tensor (H, W, d_text), computed once; `daamlib.attention.ldaam` derives it.
 
+            record.linear_map()(record.encode("car")["car"])  # (tokens, H, W)
+
         Of a model that normalises its keys, to one tensor a layer. It is a copy, free to be changed.
         """
         return self._linear_map.clone()
 
     def finite(self, maps: torch.Tensor, embeddings: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the maps that were read from this record.
+        """Return maps that were read from this record with these embeddings.
 
-        Args:
-            maps: of any shape.
-            embeddings: those that they were read with.
-
-        Returns:
-            The same tensor.
-
-        Raises:
-            ValueError: they hold NaN or infinite values; the message names the layer and the step where these begin.
+        Raises ValueError if they hold NaN or infinite values, naming the layer and the step where these begin.
         """
         if maps.isfinite().all():
             return maps
@@ -290,17 +295,13 @@ class AttentionRecord:
         return linear
 
     def collapsed(self) -> "AttentionRecord":
-        """A record that keeps the `linear_map` in the place of the layers' queries, their sums and maps.
+        """Return a record with the `linear_map` in the place of the layers' queries, their sums and maps.
+
+            record.collapsed().ldaam("car")
 
         Of many layers of one grid that is much smaller: of PixArt-Sigma at 1024 px 19 MB in the place of the 528 MB of
         `store="linear"`. It reads LDAAM and its tokens as before. There is no DAAM, and no layer, step or head can be
-        chosen any more.
-
-        Returns:
-            A new record; this one stays as it is.
-
-        Raises:
-            ValueError: the model normalises its keys: its `linear_map` is a tensor a layer, as large as the sums.
+        chosen any more. Raises ValueError for a model that normalises its keys: its map is as large as the sums.
         """
         linear = self._linear_map
         if not isinstance(linear, LinearMap):
@@ -313,6 +314,8 @@ class AttentionRecord:
 
     def refine(self, heat_maps: HeatMaps, *, iterations: int = 1) -> HeatMaps:
         """Propagate maps along the image's self-attention, so that the parts of an object share their values.
+
+            record.refine(record.daam())["car"]
 
         M <- A M, `iterations` times, on the self-attention's grid (`daamlib.attention.self_attention`). A map keeps its
         range, and a constant map stays constant. Differentiable in the maps.
@@ -351,21 +354,12 @@ class AttentionRecord:
         steps: Sequence[int] | None = None,
         heads: Sequence[int] | None = None,
     ) -> "AttentionRecord":
-        """A record of only some layers, steps and heads, for looking into the sum.
+        """Return a record of only some layers, steps and heads, for looking into the sum.
 
-        Maps keep the full `grid` only while a layer of that grid is left.
+            record.select(layers=lambda layer: layer.name.startswith("up_blocks"), steps=[0]).daam()["car"]
 
-        Args:
-            layers: a predicate.
-            steps: their numbers.
-            heads: their numbers.
-
-        Returns:
-            A new record that shares what it can with this one.
-
-        Raises:
-            ValueError: nothing is left, or, for steps, the record holds only their sum; or the record is `collapsed`.
-            IndexError: a number does not exist.
+        Steps and heads are given by number. Maps keep the full `grid` only while a layer of that grid is left. Raises
+        ValueError if nothing is left, if the record is `collapsed`, or holds no steps but their sum.
         """
         if self.kept_map is not None:
             raise ValueError(
@@ -384,10 +378,9 @@ class AttentionRecord:
         )
 
     def to(self, device: str | torch.device) -> "AttentionRecord":
-        """The record with all its tensors on `device`, where its maps are then computed; the pipeline stays.
+        """Return the record with all its tensors on `device`, where its maps are then computed; the pipeline stays.
 
-        A new record, which computes its `linear_map` anew; this one stays as it is. Raises what PyTorch raises for a
-        device that is not there.
+        record.to("cpu").daam()["car"].numpy()
         """
         device = torch.device(device)
         return replace(
@@ -408,42 +401,17 @@ class AttentionRecord:
         return self.encode(text, padding=padding and not self.masked)
 
     def save(self, path: str | Path) -> None:
-        """Write the record to one `.safetensors` file; a file of that name is replaced only when all is written."""
-        tensors = {"prompt_embeddings": self.prompt_embeddings.values, "encoder_check": self.encoder_check}
-        for number, layer in enumerate(self.layers):
-            tensors |= {f"{number}.key_{name}": tensor for name, tensor in layer.to_k.tensors.items()}
-            tensors |= {f"{number}.{name}": getattr(layer, name) for name in TENSORS}
-            tensors |= {f"{number}.maps.{key}": values for key, values in enumerate(layer.maps.values())}
-        tensors |= {f"texts.{key}": text.values for key, text in enumerate(self.texts.values())}
-        beside = self.self_attention
-        if beside is not None:
-            tensors |= {f"self.{name}": getattr(beside, name) for name in ("queries", "keys", "mean")}
-        if self.kept_map is not None:
-            tensors |= {f"linear.{name}": getattr(self.kept_map, name) for name in ("weight", "bias")}
-        header = {
-            "self_attention": beside
-            and {"grid": beside.grid, "heads": beside.heads, "scale": beside.scale, "linear": beside.linear},
-            "prompt": self.prompt,
-            "tokens": self.prompt_embeddings.tokens,
-            "words": self.prompt_embeddings.words,
-            "timesteps": self.timesteps,
-            "branch": self.branch,
-            "stream": self.stream,
-            "embedded_with": dict(self.embedded_with),
-            "masked": self.masked,
-            "texts": {text: [embeddings.tokens, embeddings.words] for text, embeddings in self.texts.items()},
-            "layers": [
-                {"name": layer.name, "grid": layer.grid, "heads": layer.heads, "scale": layer.scale}
-                | ({} if layer.to_k.norm is None else {"key_eps": layer.to_k.eps})
-                for layer in self.layers
-            ],
-        }
-        save_tensors(path, {name: tensor for name, tensor in tensors.items() if tensor is not None}, header, FORMAT)
+        """Write the record to one `.safetensors` file; a file of that name is replaced only when all is written.
+
+        record.save("car.safetensors")
+        again = daamlib.AttentionRecord.load("car.safetensors", pipe=pipe)
+        """
+        record_file.write(self, path)
 
     @classmethod
     @torch.inference_mode(False)  # its tensors may be differentiated through wherever it was loaded
     def load(cls, path: str | Path, *, pipe: Any = None, device: str | torch.device | None = None) -> "AttentionRecord":
-        """Read a saved record.
+        """Read a saved record, as `save` shows.
 
         Args:
             path: of the file.
@@ -457,48 +425,7 @@ class AttentionRecord:
             FileNotFoundError: there is no such file.
             ValueError: it is no record, is damaged, or is of another model.
         """
-        tensors, header = load_tensors(path, FORMAT)
-        try:
-            texts = {
-                text: TokenEmbeddings.stored(tensors[f"texts.{key}"], *names)
-                for key, (text, names) in enumerate(header["texts"].items())
-            }
-            layers = []
-            for number, fields in enumerate(header["layers"]):
-                found: dict[str, Any] = {name: tensors.get(f"{number}.{name}") for name in TENSORS}
-                kept = [(text, f"{number}.maps.{key}") for key, text in enumerate([None, *texts])]
-                found["maps"] = {text: tensors[name] for text, name in kept if name in tensors}
-                grid, heads, scale = tuple(fields["grid"]), int(fields["heads"]), float(fields["scale"])
-                keys: dict[str, Any] = {
-                    name: tensors.get(f"{number}.key_{name}") for name in ("weight", "bias", "norm")
-                }
-                to_k = KeyProjection(**keys, eps=float(fields.get("key_eps", 0.0)))
-                layers.append(Layer(fields["name"], grid, heads, scale, to_k, **found))
-            beside = header["self_attention"]
-            if beside is not None:
-                held = {name: tensors.get(f"self.{name}") for name in ("queries", "keys", "mean")}
-                grid, heads, scale = tuple(beside["grid"]), int(beside["heads"]), float(beside["scale"])
-                beside = SelfAttention(grid, heads, scale, **held, linear=bool(beside.get("linear", False)))
-            weight = tensors.get("linear.weight")
-            record = cls(
-                self_attention=beside,
-                kept_map=None if weight is None else LinearMap(weight, tensors.get("linear.bias")),
-                prompt=header["prompt"],
-                prompt_embeddings=TokenEmbeddings.stored(
-                    tensors["prompt_embeddings"], header["tokens"], header["words"]
-                ),
-                timesteps=[t if isinstance(t, int) else float(t) for t in header["timesteps"]],
-                layers=tuple(layers),
-                branch=header["branch"],
-                stream=header.get("stream"),
-                texts=texts,
-                embedded_with=header["embedded_with"],
-                masked=bool(header.get("masked", False)),
-                encoder_check=tensors.get("encoder_check"),
-            )
-            _check(record)
-        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-            raise ValueError(f"{path} is not a readable attention record, or is damaged: {error}") from error
+        record = record_file.read(path, cls)
         return replace(placed(record, path, pipe, device, record._fingerprint_of), pipe=pipe)
 
     def __repr__(self) -> str:
@@ -518,52 +445,6 @@ def _named(maps: torch.Tensor, embeddings: torch.Tensor | TokenEmbeddings) -> He
 def _without_padding(maps: HeatMaps, embeddings: TokenEmbeddings) -> HeatMaps:
     named = embeddings.without_padding()
     return HeatMaps(maps.values[embeddings.rows], named.tokens, named.words)
-
-
-def _check(record: AttentionRecord) -> None:
-    """ValueError if the tensors do not fit each other."""
-    if not record.layers:
-        raise ValueError("it holds no layers")
-    if not all(map(math.isfinite, record.timesteps)):
-        raise ValueError(f"its timesteps are {record.timesteps}")
-    prompt, d_text, linear = record.prompt_embeddings, record.d_text, record.kept_map
-    if tuple(prompt.values.shape) != (len(prompt.tokens), d_text):
-        raise ValueError(f"it has {len(prompt.tokens)} tokens and embeddings of shape {tuple(prompt.values.shape)}")
-    for layer in record.layers:
-        _check_keys(layer, d_text)
-        if linear is None:
-            _check_kept(layer, len(record.timesteps))
-    if linear is not None:
-        shapes = tuple(linear.weight.shape), record.grid if linear.bias is None else tuple(linear.bias.shape)
-        if shapes != ((*record.grid, d_text), record.grid):
-            raise ValueError(f"its map has shape {shapes[0]}, expected {(*record.grid, d_text)}")
-
-
-def _check_keys(layer: Layer, d_text: int) -> None:
-    """ValueError if what makes the keys of a layer does not fit its heads and the text."""
-    fits = layer.key_weight.ndim == 2 and layer.key_weight.shape[1] == d_text
-    if not fits or layer.heads < 1 or len(layer.key_weight) % layer.heads:
-        raise ValueError(
-            f"the keys of {layer.name} have shape {tuple(layer.key_weight.shape)}, not {layer.heads} heads of "
-            f"width {d_text}"
-        )
-    if any(tensor.shape[:1] != layer.key_weight.shape[:1] for tensor in layer.to_k.tensors.values()):
-        raise ValueError(
-            f"the bias or norm of the keys of {layer.name} does not fit their {len(layer.key_weight)} channels"
-        )
-
-
-def _check_kept(layer: Layer, steps: int) -> None:
-    """ValueError if a layer's queries, their sum or its maps are not there, or do not fit its grid."""
-    kept = layer.query_sum if layer.queries is None else layer.queries
-    expected: tuple[int, ...] = (layer.grid[0] * layer.grid[1], len(layer.key_weight))
-    if layer.queries is not None:
-        expected = (steps, *expected)
-    if kept is None or tuple(kept.shape) != expected:
-        got = None if kept is None else tuple(kept.shape)
-        raise ValueError(f"the queries of {layer.name} have shape {got}, expected {expected}")
-    if any(maps.ndim != 3 or tuple(maps.shape[1:]) != layer.grid for maps in layer.maps.values()):
-        raise ValueError(f"the maps of {layer.name} are not of its grid {layer.grid}")
 
 
 def require_same_model(records: Sequence[AttentionRecord]) -> None:

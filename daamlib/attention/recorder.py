@@ -126,7 +126,6 @@ class AttentionRecorder(Recorder):
         # zeros stand for no text
         unread = negative is None or not negative.any() or arguments.get("negative_prompt_embeds") is not None
         negatives = None if unread else arguments.get("negative_prompt") or ""
-        prompt = None if arguments.get("prompt_embeds") is not None else arguments.get("prompt")
         if self.options.branch == "unconditional":  # the negative text has a second one too, and no instruction (Sana)
             arguments = {**arguments} | {
                 "prompt_2": arguments.get("negative_prompt_2"),
@@ -135,7 +134,7 @@ class AttentionRecorder(Recorder):
         return Encoding(
             positive=positive.detach().clone(),
             negative=None if negative is None else negative.detach().clone(),
-            prompts=texts_of_images(prompt, len(positive)),
+            prompts=texts_of_images(arguments.get("prompt"), len(positive)),
             negatives=texts_of_images(negatives, len(positive)),
             guided=bool(guided),
             options={name: arguments[name] for name in self._reader.options if arguments.get(name) is not None},
@@ -187,9 +186,9 @@ class AttentionRecorder(Recorder):
         if len(output) != len(told.sample) or output.shape[1] != kept.positions.setdefault(site.name, output.shape[1]):
             self.break_off(
                 call,
-                f"{site.name} made queries of shape {tuple(output.shape)} for {len(told.sample)} latents, in pass 1 at "
-                f"{kept.positions.get(site.name)} positions: latents that change their size, tiles and merged positions "
-                "have no map of one image",
+                f"{site.name} made queries of shape {tuple(output.shape)} for {len(told.sample)} latents, in pass 1 "
+                f"at {kept.positions.get(site.name)} positions: its positions are not those of one image, as where "
+                "they are tiles or are merged",
             )
             return
         kept.seen[site.name] = kept.seen.get(site.name, 0) + 1

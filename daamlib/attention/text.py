@@ -165,19 +165,9 @@ def occurrences(word: str, words: Sequence[Word]) -> list[range]:
 
 
 def find_word(word: str, words: Sequence[Word], tokens: Sequence[str], occurrence: int | None = None) -> list[int]:
-    """Return the rows of all tokens of `word` (one word or several, as "traffic light"), wherever it stands in a text.
+    """Return the rows of all tokens of `word` (one word or several, as "traffic light"): of one occurrence, or all.
 
-    Args:
-        word: as it is written in the text; upper and lower case are the same.
-        words: of the text.
-        tokens: of the text, for the error.
-        occurrence: its number, from 0, or from the end (-1); None: all.
-
-    Returns:
-        The rows.
-
-    Raises:
-        ValueError: the word does not occur as whole words, or not so often; the message lists the tokens.
+    Raises ValueError, listing the tokens, if it does not occur as whole words, or not so often.
     """
     found = occurrences(word, words)
     if not found and not words and tokens and all(token.isdigit() for token in tokens):

@@ -15,15 +15,7 @@ After = Callable[[FrameType, dict, Any], None]
 def watch(pipe: Any, method: str, after: After) -> Iterator[None]:
     """Call `after` with the caller's frame, the arguments and the result of every `pipe.method(...)`.
 
-    On this instance alone. Several watchers share one wrapper, so they may leave in any order.
-
-    Args:
-        pipe: any object.
-        method: its name; nothing happens where the object has no such method.
-        after: is called when the method has returned.
-
-    Yields:
-        None.
+    On this instance alone, if it has such a method. Several watchers share one wrapper, so they may leave in any order.
     """
     original = getattr(pipe, method, None)
     if original is None:
@@ -37,8 +29,9 @@ def watch(pipe: Any, method: str, after: After) -> Iterator[None]:
         yield
     finally:
         watchers.remove(after)
-        if not watchers:
-            _unwrap(pipe, method)
+        watched = None if watchers else vars(pipe).pop(method, None)
+        if watched is not None and watched.shadowed:
+            vars(pipe)[method] = watched.original
 
 
 def unwatched(pipe: Any, method: str) -> Callable:
@@ -61,12 +54,6 @@ def _wrap(pipe: Any, method: str, original: Callable) -> list[After]:
     vars(watched).update(watchers=watchers, original=original, shadowed=method in vars(pipe))
     vars(pipe)[method] = watched
     return watchers
-
-
-def _unwrap(pipe: Any, method: str) -> None:
-    watched = vars(pipe).pop(method, None)
-    if watched is not None and watched.shadowed:
-        vars(pipe)[method] = watched.original
 
 
 def is_running(frame: FrameType | None) -> bool:

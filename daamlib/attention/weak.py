@@ -1,6 +1,5 @@
 """A field of a dataclass that does not keep its value alive."""
 
-import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -25,9 +24,5 @@ class Weakly:
         try:
             reference = None if value is None else weakref.ref(value)
         except TypeError:  # some small objects that stand for a pipeline allow no weak reference
-            reference = functools.partial(_same, value)
+            reference = lambda: value  # noqa: E731
         vars(instance)[self._name] = reference
-
-
-def _same(value: Any) -> Any:
-    return value

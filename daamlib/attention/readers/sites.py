@@ -1,8 +1,8 @@
-"""What every reader speaks of: the sites of a model, the attentions that can be read."""
+"""The sites of a model: its attentions that can be read, and what all readers ask of a pipeline."""
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,12 +42,12 @@ class Site:
     @property
     def queries(self) -> torch.nn.Module:
         """The module whose output the queries are: `to_q`, or the norm after it."""
-        return _last(self.to_q, getattr(self.module, "norm_q", None))
+        return getattr(self.module, "norm_q", None) or self.to_q
 
     @property
     def keys(self) -> torch.nn.Module:
         """The module whose output the keys are: `to_k`, or the norm after it."""
-        return _last(self.module.to_k, getattr(self.module, "norm_k", None))
+        return getattr(self.module, "norm_k", None) or self.module.to_k
 
     def key_projection(self, like: torch.Tensor) -> KeyProjection:
         """What makes its keys as it acts now, in the type of `like` and where it lies.
@@ -84,18 +84,14 @@ def _is_plain(to_k: Any, like: torch.Tensor) -> bool:
     return to_k.weight.dtype == like.dtype and to_k.weight.device == like.device
 
 
-def _last(module: torch.nn.Module, norm: torch.nn.Module | None) -> torch.nn.Module:
-    return module if norm is None else norm
-
-
 def refuse_caches(denoiser: torch.nn.Module) -> None:
     """ValueError for a denoiser with hooks of diffusers that skip or re-use parts of a pass, as its caches do."""
     for name, module in denoiser.named_modules():
         hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
-        odd = [hook for hook in hooks if not any(part in hook for part in HARMLESS)]
-        if odd:
+        others = [hook for hook in hooks if not any(part in hook for part in HARMLESS)]
+        if others:
             raise ValueError(
-                f"{name or 'the denoiser'} has the hooks {odd}, such as caches that skip or re-use attention: its "
+                f"{name or 'the denoiser'} has the hooks {others}, such as caches that skip or re-use attention: its "
                 "passes are not those of the model alone. Call disable_cache() on the denoiser before tracing"
             )
 
@@ -121,30 +117,13 @@ def place_of(module: torch.nn.Module, pipe: Any) -> torch.device:
     return pipe._execution_device if device.type == "meta" else device
 
 
-def fingerprint_of_keys(
-    keys: Mapping[str, Sequence[torch.nn.Module]], width: int, dtype: Any, pipe: Any
-) -> Fingerprint:
-    """The fingerprint of a pipeline's model as it is now.
-
-    Args:
-        keys: for each layer's name the modules that make its keys, one after the other.
-        width: of what the first of them takes.
-        dtype: of the weights.
-        pipe: the pipeline.
-
-    Returns:
-        The fingerprint.
-    """
-
-    def project(modules: Sequence[torch.nn.Module], values: torch.Tensor) -> torch.Tensor:
-        values = values.to(place_of(modules[0], pipe), dtype)
-        return functools.reduce(lambda made, module: module(made), modules, values)
-
-    return Fingerprint.of_keys({name: functools.partial(project, made_by) for name, made_by in keys.items()}, width)
-
-
 def fingerprint_of_sites(sites: Sequence[Site], dtype: torch.dtype, pipe: Any) -> Fingerprint:
-    """The same of a model's sites."""
-    made_by = {site.name: (site.module.to_k, getattr(site.module, "norm_k", None)) for site in sites}
-    keys = {name: [module for module in modules if module is not None] for name, modules in made_by.items()}
-    return fingerprint_of_keys(keys, sites[0].d_text, dtype, pipe)
+    """Return the fingerprint of a pipeline's model as it is now, by the weights (of `dtype`) of its sites' keys."""
+
+    def project(site: Site, values: torch.Tensor) -> torch.Tensor:
+        keys, norm = site.module.to_k, getattr(site.module, "norm_k", None)
+        made = keys(values.to(place_of(keys, pipe), dtype))
+        return made if norm is None else norm(made)
+
+    by_name = {site.name: functools.partial(project, site) for site in sites}
+    return Fingerprint.of_keys(by_name, sites[0].d_text)

@@ -121,8 +121,8 @@ class UNetReader:
 
         Without the tokens that the mask (image, context) leaves out.
         """
-        found = [self._named(prompt, own, options) for prompt, own in zip(prompts, self.project(text), strict=True)]
-        return found if mask is None else [each.take(own.bool()) for each, own in zip(found, mask, strict=True)]
+        texts = [self._named(prompt, rows, options) for prompt, rows in zip(prompts, self.project(text), strict=True)]
+        return texts if mask is None else [each.take(rows.bool()) for each, rows in zip(texts, mask, strict=True)]
 
     def _named(self, prompt: str | None, values: torch.Tensor, options: Mapping[str, Any]) -> TokenEmbeddings:
         """The embeddings of a prompt, cut at the context length, with their tokens and words.
@@ -142,21 +142,9 @@ class UNetReader:
         return self._tokenizer[1] if asked is None else options.get("max_sequence_length", asked.default)
 
     def encode(self, text: str, *, padding: bool = False, options: Mapping[str, Any] | None = None) -> TokenEmbeddings:
-        """Embed any text as a prompt was with these options.
+        """Embed any text as a prompt was with these options of `pipe.encode_prompt`, see `AttentionRecord.encode`.
 
         CLIP's attention is causal, so the values of a token do not depend on the padding after it.
-
-        Args:
-            text: any words.
-            padding: whether to keep the rows up to the context length.
-            options: further arguments of `pipe.encode_prompt`, such as `clip_skip`.
-
-        Returns:
-            (m, d_text) values: m = 2 + the number of tokens (start and end token included), or the context length.
-
-        Raises:
-            TypeError: `text` is no string.
-            ValueError: it is longer than the context length.
         """
         require_text(text)
         options = {name: value for name, value in (options or {}).items() if name != "prompt_2"}  # the prompt's alone
@@ -273,9 +261,9 @@ def cross_attentions(unet: Any, *, middle: bool) -> Iterator[Site]:
             "only text-conditional U-Nets with CrossAttn blocks can be traced"
         )
     for name, module in found.items():
-        odd = [part for part in ("norm_q", "norm_k", "norm_cross") if getattr(module, part, None)]
-        if odd or getattr(module.to_k, "bias", None) is not None:
-            raise ValueError(f"{name} normalises or shifts its keys ({odd or 'bias'}): its maps are not DAAM's")
+        norms = [part for part in ("norm_q", "norm_k", "norm_cross") if getattr(module, part, None)]
+        if norms or getattr(module.to_k, "bias", None) is not None:
+            raise ValueError(f"{name} normalises or shifts its keys ({norms or 'bias'}): its maps are not DAAM's")
         if hasattr(module.processor, "to_k_custom_diffusion"):
             raise ValueError(f"the processor of {name} has keys of its own (Custom Diffusion): its maps are not DAAM's")
         yield Site(name, module, module.to_q, module.heads, float(module.scale), module.cross_attention_dim)
