@@ -134,7 +134,7 @@ def _options(texts: Sequence[str]) -> dict[str, Any]:
 
 def _size(sides: Sequence[str]) -> list[int]:
     try:
-        return [int(side) for side in (sides * 2 if len(sides) == 1 else sides)]
+        return [int(side) for side in sides] * (2 if len(sides) == 1 else 1)
     except ValueError as error:
         raise ValueError(f"--size is a side, or height and width, got {' '.join(sides)}") from error
 

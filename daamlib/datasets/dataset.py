@@ -62,19 +62,19 @@ class Dataset(torch.utils.data.Dataset):
         i = int(self.manifest.index[files.whole_number("the row", row, -math.inf)])
         image, labels = np.array(self.image(i)), self.labels(i)
         if self.transform is not None:
-            image, labels = self._transformed(image, labels)
+            image, labels = self._transformed(self.transform, image, labels)
         pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
         return pixels.contiguous() / 255, torch.from_numpy(np.ascontiguousarray(labels)).long()
 
-    def _transformed(self, *pair: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _transformed(self, transform: Transform, *pair: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What the transform returns. Raises ValueError unless it is an image and its label map, of one size."""
-        result = self.transform(*pair)
-        image, labels = map(np.asarray, result) if isinstance(result, Sequence) and len(result) == 2 else (None, None)
-        fits = image is not None and image.shape == (*labels.shape, 3) and labels.ndim == 2
-        if not fits or image.dtype != np.uint8 or not np.issubdtype(labels.dtype, np.integer):
-            got = "something else" if image is None else f"{image.shape} {image.dtype}, {labels.shape} {labels.dtype}"
-            raise ValueError(f"transform must return (H, W, 3) uint8 pixels and (H, W) integer ids of them, got {got}")
-        return image, labels
+        result: Any = transform(*pair)
+        parts = [np.asarray(part) for part in result] if isinstance(result, Sequence) else []
+        if [part.ndim for part in parts] == [3, 2] and parts[0].shape == (*parts[1].shape, 3):
+            if parts[0].dtype == np.uint8 and np.issubdtype(parts[1].dtype, np.integer):
+                return parts[0], parts[1]
+        got = ", ".join(f"{part.shape} {part.dtype}" for part in parts) or type(result).__name__
+        raise ValueError(f"transform must return (H, W, 3) uint8 pixels and (H, W) integer ids of them, got {got}")
 
     @property
     def classes(self) -> ClassList:
