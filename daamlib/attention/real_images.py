@@ -50,11 +50,13 @@ def latents_of(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
 
     The VAE's mean, moved and scaled as its config says; a VAE of videos takes the image for one frame.
     """
-    frames = (1,) * (next(weight.ndim for weight in vae.parameters() if weight.ndim > 3) - 4)
+    frames = (1,) * (next((weight.ndim for weight in vae.parameters() if weight.ndim > 3), 4) - 4)
     with _wide_enough(vae) as wide:
         encoded = wide.encode(pixels.to(wide.dtype).unflatten(1, (3, *frames)))
-    part = next(part for part in ("latent_dist", "latents", "latent") if hasattr(encoded, part))
-    latents = getattr(getattr(encoded, part), "mean", None) if part == "latent_dist" else getattr(encoded, part)
+    if hasattr(encoded, "latent_dist"):
+        latents = encoded.latent_dist.mean
+    else:
+        latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent
     latents = latents.flatten(1, 1 + len(frames)).float()
     config = vae.config
     mean, deviation = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))

@@ -74,11 +74,7 @@ class T5Reader(UNetReader):
             return embedder_of(self.pipe)(prompt, device, 1, do_classifier_free_guidance=False)[0][0]
 
     def named(
-        self,
-        prompts: Sequence[str | None],
-        text: torch.Tensor,
-        mask: torch.Tensor | None,
-        options: Mapping[str, Any],
+        self, prompts: Sequence[str | None], text: torch.Tensor, mask: torch.Tensor | None, options: Mapping[str, Any]
     ) -> list[TokenEmbeddings]:
         """The rows of an (image, token, d_text) text that are not masked, with the tokens and words of each prompt."""
         rows = text if mask is None else [values[own > 0] for values, own in zip(text, mask, strict=True)]
@@ -92,19 +88,9 @@ class T5Reader(UNetReader):
         return TokenEmbeddings(values, *read_pieces(tokenizer, ids))
 
     def encode(self, text: str, *, padding: bool = False, options: Mapping[str, Any] | None = None) -> TokenEmbeddings:
-        """Embed any text as a prompt.
+        """Embed any text as a prompt, its tokens and the end token; `padding` and `options` are of no meaning here.
 
-        Args:
-            text: any words.
-            padding: of no meaning here, where attention leaves padding out.
-            options: of no meaning here.
-
-        Returns:
-            (m, d_text) values of its tokens and the end token.
-
-        Raises:
-            TypeError: `text` is no string.
-            ValueError: it is longer than the context length.
+        Raises TypeError if `text` is no string, ValueError if it is longer than the context length.
         """
         require_text(text)
         tokenizer = self.pipe.tokenizer_2
@@ -128,17 +114,13 @@ class GPT2Reader(T5Reader):
         return result[2], None
 
     def named(
-        self,
-        prompts: Sequence[str | None],
-        text: torch.Tensor,
-        mask: torch.Tensor | None,
-        options: Mapping[str, Any],
+        self, prompts: Sequence[str | None], text: torch.Tensor, mask: torch.Tensor | None, options: Mapping[str, Any]
     ) -> list[TokenEmbeddings]:
         """The (image, vector, d_text) vectors, numbered."""
         return [TokenEmbeddings.unnamed(values) for values in text]
 
     def embed(self, prompt: str, options: Mapping[str, Any]) -> torch.Tensor:
-        """ValueError: vectors of another text would be no words, and they depend on how the prompts are padded."""
+        """Raise ValueError: vectors of another text are no words, and they depend on how the prompts are padded."""
         raise ValueError(
             "the vectors that GPT-2 generates of a prompt are no words: record.daam() and record.ldaam() read them by "
             'position; texts are read by trace(pipe, stream="t5")'

@@ -27,12 +27,7 @@ SELF_LAYERS = 4  # self-attentions that are read, evenly spaced in the later hal
 
 
 class CrossTransformerReader:
-    """Reads the attentions of a diffusers pipeline's transformer that the text reaches.
-
-    Args:
-        pipe: the pipeline.
-        middle: of no meaning here, all blocks take part.
-    """
+    """Reads the attentions of a diffusers pipeline's transformer that the text reaches, whatever `middle` says."""
 
     stream: str | None = None  # one text reaches the attentions
     options = ("clean_caption", "complex_human_instruction", "lora_scale", "max_sequence_length")
@@ -45,6 +40,15 @@ class CrossTransformerReader:
     def __init__(self, pipe: Any, *, middle: bool = False):
         self.pipe = pipe
         self.denoiser: Any = denoiser_of(pipe)
+        self._signature = inspect.signature(self.denoiser.forward)
+        self._scale = getattr(self.denoiser.config, "timestep_scale", None) or 1.0
+
+    @functools.cached_property
+    def _attentions(self) -> dict[str, Any]:
+        modules = self.denoiser.named_modules()
+        named = {name.replace("_orig_mod.", ""): module for name, module in modules}  # compiled blocks
+        kinds = {name: (getattr(each, "to_q", None), getattr(each, "to_k", None)) for name, each in named.items()}
+        return {name: named[name] for name, (to_q, to_k) in kinds.items() if to_q is not None and to_k is not None}
 
     @functools.cached_property
     def _received(self) -> dict[str, torch.Tensor]:
@@ -54,10 +58,6 @@ class CrossTransformerReader:
         """
         refuse_caches(self.denoiser)  # a cache would hand this pass' attention to the image
         received: dict[str, torch.Tensor] = {}
-
-        def keep(name: str, args: tuple) -> None:
-            received[name] = args[0]
-
         config, patch = self.denoiser.config, self.denoiser.config.patch_size
         if getattr(config, "guidance_embeds", False):
             raise ValueError("this transformer is told its guidance (Sana Sprint): its noise levels cannot be read")
@@ -66,10 +66,9 @@ class CrossTransformerReader:
         arguments = self._arguments(latents, 0.0, text, torch.ones(1, PROBE_TOKENS), (patch, PROBE_POSITIONS * patch))
         with ExitStack() as stack, torch.no_grad():
             stack.enter_context(uncompiled(self.pipe))
-            for name, module in self.denoiser.named_modules():
-                if getattr(module, "to_k", None) is not None and hasattr(module, "to_q"):
-                    hook = lambda _, args, name=name: keep(name.replace("_orig_mod.", ""), args)  # noqa: E731
-                    stack.callback(module.to_k.register_forward_pre_hook(hook).remove)
+            for name, module in self._attentions.items():
+                hook = lambda _, args, name=name: received.update({name: args[0]})  # noqa: E731
+                stack.callback(module.to_k.register_forward_pre_hook(hook).remove)
             self.denoiser.forward(**arguments)
             expected = self.project(text)
         for name, found in received.items():
@@ -102,14 +101,9 @@ class CrossTransformerReader:
         return tuple(self._site(name) for name in late[:: -(-len(late) // SELF_LAYERS)])
 
     def _site(self, name: str) -> Site:
-        module = {found.replace("_orig_mod.", ""): each for found, each in self.denoiser.named_modules()}[name]
+        module, width = self._attentions[name], self._received[name].shape[2]
         linear = "Linear" in type(module.processor).__name__
-        width = self._received[name].shape[2]
         return Site(name, module, module.to_q, module.heads, float(module.scale), width, linear)
-
-    @functools.cached_property
-    def _signature(self) -> inspect.Signature:
-        return inspect.signature(self.denoiser.forward)
 
     @property
     def image_factor(self) -> int:
@@ -128,11 +122,7 @@ class CrossTransformerReader:
         mask = arguments.get("encoder_attention_mask")
         if mask is not None:
             mask = mask.squeeze(1) > -1 if mask.ndim == 3 else mask > 0  # added to the scores, or 1 where it takes part
-        return Pass(sample, arguments["timestep"] / self._timestep_scale, text, mask)
-
-    @property
-    def _timestep_scale(self) -> float:
-        return getattr(self.denoiser.config, "timestep_scale", None) or 1.0
+        return Pass(sample, arguments["timestep"] / self._scale, text, mask)
 
     def grid(self, latent: tuple[int, int], positions: int) -> tuple[int, int]:
         """(h, w) of a site with `positions` = h * w: the latent's patches."""
@@ -160,16 +150,9 @@ class CrossTransformerReader:
         return result[0], result[2]
 
     def named(
-        self,
-        prompts: Sequence[str | None],
-        text: torch.Tensor,
-        mask: torch.Tensor | None,
-        options: Mapping[str, Any],
+        self, prompts: Sequence[str | None], text: torch.Tensor, mask: torch.Tensor | None, options: Mapping[str, Any]
     ) -> list[TokenEmbeddings]:
-        """The (image, token, width) text of a pass as the attentions receive it, without what the mask leaves out.
-
-        With the tokens and words of each prompt.
-        """
+        """Return the text of a pass as the attentions receive it, without what the mask leaves out, named by prompt."""
         projected, count = self.project(text), text.shape[1]
         masks = [[True] * count] * len(text) if mask is None else mask.bool().tolist()
         found = []
@@ -213,35 +196,23 @@ class CrossTransformerReader:
         return [ids[0], *ids[len(before) - 1 :]], max(1, same - len(before) + 2)
 
     def encode(self, text: str, *, padding: bool = False, options: Mapping[str, Any] | None = None) -> TokenEmbeddings:
-        """Embed any text as a prompt was with these options.
+        """Embed any text as a prompt was with these options, (m, d_text) as the attentions receive it.
 
-        Args:
-            text: any words.
-            padding: of no meaning here, where attention leaves padding out.
-            options: further arguments of `pipe.encode_prompt`.
-
-        Returns:
-            (m, d_text) values, as the attentions receive them.
-
-        Raises:
-            TypeError: `text` is no string.
-            ValueError: it is longer than the context length.
+        `padding` is of no meaning here, where attention leaves padding out. Raises TypeError if `text` is no string,
+        ValueError if it is longer than the context length.
         """
         require_text(text)
         options = options or {}
         count, kept = (len(self._ids(text, options, truncation=cut)[0]) for cut in (False, True))
         if count > kept:
             raise TextTooLongError(f"the text has {count} tokens, the pipeline reads {kept}: shorten it: {text!r}")
-        return self._embed(text, options)
+        embedded, mask, *_ = self._encode_prompt(text, options)
+        return self.named([text], embedded, mask, options)[0]
 
     def embed(self, prompt: str, options: Mapping[str, Any]) -> torch.Tensor:
-        """(m, d_text) of a prompt, by `encode_prompt` with these options."""
-        return self._embed(prompt, options).values
-
-    def _embed(self, prompt: str, options: Mapping[str, Any]) -> TokenEmbeddings:
+        """Return (m, d_text) of a prompt, by `encode_prompt` with these options."""
         text, mask, *_ = self._encode_prompt(prompt, options)
-        (embeddings,) = self.named([prompt], text, mask, options)
-        return embeddings
+        return self.named([prompt], text, mask, options)[0].values
 
     @torch.no_grad()
     def _encode_prompt(self, prompt: str, options: Mapping[str, Any]) -> tuple:
@@ -281,24 +252,17 @@ class CrossTransformerReader:
             yield (), self._arguments(latents, timestep, text, mask, size)
 
     def _arguments(
-        self,
-        latents: torch.Tensor,
-        timestep: float,
-        text: torch.Tensor,
-        mask: torch.Tensor | None,
-        size: tuple[int, int],
+        self, latents: torch.Tensor, timestep: float, text: torch.Tensor, mask: Any, size: tuple[int, int]
     ) -> dict[str, Any]:
-        """Of a pass without guidance."""
         dtype, device = self.denoiser.dtype, self.pipe._execution_device
         arguments: dict[str, Any] = {
             "hidden_states": latents.to(device, dtype),
             "encoder_hidden_states": text.to(device, dtype),
             "encoder_attention_mask": None if mask is None else mask.to(device),
-            "timestep": torch.full((1,), timestep * self._timestep_scale, device=device),
+            "timestep": torch.full((1,), timestep * self._scale, device=device),
         }
         if getattr(self.denoiser, "use_additional_conditions", False):  # PixArt-alpha at 1024 px
-            height, width = size
-            conditions = {"resolution": [[height, width]], "aspect_ratio": [[height / width]]}
+            conditions = {"resolution": [[*size]], "aspect_ratio": [[size[0] / size[1]]]}
             arguments["added_cond_kwargs"] = {
                 name: torch.tensor(values, dtype=dtype, device=device) for name, values in conditions.items()
             }
