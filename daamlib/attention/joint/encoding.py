@@ -84,9 +84,11 @@ class JointTexts:
             raise ValueError(f"the text is longer than the text encoder reads, {len(values)} rows: shorten {text!r}")
         return found
 
-    def encode_words(self, words: Sequence[str], options: Mapping[str, Any]) -> TokenEmbeddings:
-        """Return words one after the other in one text, each embedded alone; without special tokens."""
-        return one_after_another([self.encode(word, options) for word in words], words)
+
+def encode_words(pipe: Any, family: Family, words: Sequence[str], options: Mapping[str, Any]) -> TokenEmbeddings:
+    """Return words one after the other in one text, each embedded alone; without special tokens."""
+    texts = JointTexts(pipe, family)
+    return one_after_another([texts.encode(word, options) for word in words], words)
 
 
 def check_words(words: Any) -> tuple[str, ...]:

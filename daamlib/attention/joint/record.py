@@ -18,7 +18,7 @@ from ..readers.sites import place_of
 from ..readers.words import CHECK_TEXT
 from ..text import TokenEmbeddings, check_embeddings
 from ..weak import Weakly
-from .encoding import JointTexts, check_words
+from .encoding import JointTexts, check_words, encode_words
 from .families import NOT_LINEAR, Family, family_of
 from .maps import TOLERANCE, Formula, Formulae, JointAttention, Sums, concept_map, lone_word, open_vocabulary_daam
 from .reading import CONCEPTS, PROMPT, WORDS, make_again, while_generating
@@ -275,7 +275,7 @@ class JointRecord:
         )
         if numbers == every and len(names) == len(blocks):
             return part
-        words = [self._texts().encode_words(self.words, self.embedded_with)] if self.words else []
+        words = [self._encode_words(self.words)] if self.words else []
         sums = part._run(words, while_generating(averages(words[0]) if words else None))
         return replace(part, maps={name: self._on_grid(values) for name, values in sums.items()})
 
@@ -444,6 +444,10 @@ class JointRecord:
             )
         return texts
 
+    def _encode_words(self, words: Sequence[str]) -> TokenEmbeddings:
+        texts = self._texts()
+        return encode_words(texts.pipe, texts.family, words, self.embedded_with)
+
     def _run(self, texts: Sequence[TokenEmbeddings], formulae: Formulae) -> Sums:
         """Return what `make_again` makes of the blocks that are read."""
         family, values = self._family(), [text.values for text in texts]
@@ -464,7 +468,7 @@ class JointRecord:
     def _of_words(self, name: str, words: tuple[str, ...]) -> HeatMaps:
         if words == self.words and name in self.maps:
             return HeatMaps.of_words(_finite(self.maps[name]).clone(), words)
-        text = self._texts().encode_words(words, self.embedded_with)
+        text = self._encode_words(words)
         formula = open_vocabulary_daam if name == WORDS else concept_map
         return HeatMaps.of_words(self._maps(text, averages(text), formula), words)
 

@@ -17,7 +17,7 @@ from ..readers.words import check_text
 from ..real_images import add_noise, check_levels, latents_of
 from ..text import TokenEmbeddings, texts_of_images
 from ..watch import is_running
-from .encoding import EMBEDDED_WITH, JointTexts, check_words
+from .encoding import EMBEDDED_WITH, JointTexts, check_words, encode_words
 from .families import NOT_LINEAR, Family
 from .maps import Sums
 from .reading import check_arguments, keep_arguments, make_again, passes_to_keep, while_generating
@@ -120,7 +120,7 @@ class JointRecorder(Recorder):
     def open_call(self, call: Call, told: Pass, rows: Rows) -> Kept:
         words = None
         if self._words:
-            words = self._texts.encode_words(self._words, call.options[0])
+            words = encode_words(self.pipe, self._family, self._words, call.options[0])
         texts = told.text[rows].detach().clone()
         prompts: list[Names] = []
         for prompt, options, values in zip(call.prompts, call.options, texts, strict=True):
