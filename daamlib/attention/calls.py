@@ -571,7 +571,7 @@ class Recorder(abc.ABC):
         if level == told.level:
             if torch.equal(latents, self._noisy(told, rows)):
                 return "a noise level twice with the same latents"
-            scheduler = getattr(self.pipe, "scheduler", None)  # Heun's and others' plan a level twice
+            scheduler: Any = getattr(self.pipe, "scheduler", None)  # Heun's and others' plan a level twice
             planned = getattr(scheduler, "num_inference_steps", None) and [float(t) for t in scheduler.timesteps]
             return "a noise level twice that the scheduler planned once" if (planned or []).count(level) == 1 else None
         return "its first noise level again" if told.level == call.timesteps[0] else None

@@ -69,7 +69,7 @@ def overlay(image: Any, heat: Any, *, opacity: float = 0.65, colour_map: str = "
         raise ValueError(
             f"expected a colour map of {', '.join(COLOUR_MAPS)} and an opacity in [0, 1], got {colour_map!r}, {opacity}"
         )
-    require_ratio("the image", pixels.shape[:2], tuple(values.shape))
+    require_ratio("the image", pixels.shape[:2], (values.shape[0], values.shape[1]))
     scaled = normalize(upsample(values[None], pixels.shape[:2]))[0].numpy()
     colours = np.frombuffer(bytes.fromhex(COLOUR_MAPS[colour_map]), np.uint8).reshape(-1, 3)
     places = np.linspace(0, 1, len(colours))

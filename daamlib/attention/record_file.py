@@ -81,8 +81,8 @@ def read(path: str | Path, kind: type) -> Any:
 
 def _layer(tensors: dict[str, torch.Tensor], number: int, stored: dict, texts: dict) -> Layer:
     to_k = KeyProjection(**_named(tensors, f"{number}.key_", OF_KEYS), eps=float(stored.get("key_eps", 0.0)))
-    maps = {text: tensors.get(f"{number}.maps.{key}") for key, text in enumerate([None, *texts])}
-    maps = {text: values for text, values in maps.items() if values is not None}
+    names = {text: f"{number}.maps.{key}" for key, text in enumerate([None, *texts])}
+    maps = {text: tensors[name] for text, name in names.items() if name in tensors}
     return Layer(stored["name"], *_shape(stored), to_k, **_named(tensors, f"{number}.", OF_LAYER), maps=maps)
 
 

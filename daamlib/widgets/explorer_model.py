@@ -211,8 +211,8 @@ class ExplorerModel(traitlets.HasTraits):
                     f"{word!r} is not in the prompt, which DAAM reads: choose OV-DAAM or LDAAM for any word"
                 )
             return maps[word]
-        maps = selected.ldaam if state.method == "ldaam" else selected.daam
-        return maps(state.text if state.text.strip() else word)[word]
+        read = selected.ldaam if state.method == "ldaam" else selected.daam
+        return read(state.text if state.text.strip() else word)[word]
 
 
 def _load_token(path: str, stamp: int | None) -> OptimizedToken:

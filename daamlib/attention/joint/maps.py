@@ -6,6 +6,7 @@ them, after the norms and the rotation; o is what a token's attention returns, b
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -79,7 +80,7 @@ class JointAttention:
 
     def rows(self, rows: Rows) -> "JointAttention":
         """The same of some images of the batch."""
-        tensors = {name: part for name, part in vars(self).items() if isinstance(part, torch.Tensor)}
+        tensors: dict[str, Any] = {name: part for name, part in vars(self).items() if isinstance(part, torch.Tensor)}
         return replace(self, **{name: part[rows] for name, part in tensors.items()})
 
 
