@@ -296,7 +296,7 @@ class Recorder(abc.ABC):
         self.trace = Trace(self)
         self.pipe, self.denoiser, self.options = pipe, denoiser, options
         self.encodings: list[Encoding] = []
-        self._frame: FrameType | None = None  # of the pipeline's function that makes the call
+        self.frame: FrameType | None = None  # of the pipeline's function that makes the call
         self._says_end = False  # whether that function, or one that it led through, calls `maybe_free_model_hooks`
         self.loop: Loop | None = None
         self.call: Call | None = None
@@ -370,13 +370,13 @@ class Recorder(abc.ABC):
             self._close()
 
     def _end(self) -> None:
-        self.encodings, self._frame, self._latest = [], None, (None, None)
+        self.encodings, self.frame, self._latest = [], None, (None, None)
         self.trace.close()
 
     @contextmanager
     def looping(self, loop: Loop) -> Iterator[Loop]:
         """Hold a custom loop open. ValueError inside another loop or a call, or if no pass was made."""
-        if self.loop is not None or is_running(self._frame):
+        if self.loop is not None or is_running(self.frame):
             raise ValueError("a loop or a call of the pipeline is under way: announce one loop after the other")
         self._close()
         self.loop, self._latest = loop, (None, None)
@@ -395,7 +395,7 @@ class Recorder(abc.ABC):
 
     def _enter(self, caller: FrameType) -> None:
         """Begin a call, if a function of the pipeline led to the call of the watched method."""
-        if is_running(self._frame):
+        if is_running(self.frame):
             return
         frame: FrameType | None = caller
         outermost, says_end = None, False
@@ -407,7 +407,7 @@ class Recorder(abc.ABC):
             frame = frame.f_back
         if outermost is not None:
             self._close()
-            self.encodings, self._frame, self._says_end = [], outermost, says_end
+            self.encodings, self.frame, self._says_end = [], outermost, says_end
             self._latest, self._gradients = (None, None), set()
             if denoiser_of(self.pipe) is not self.denoiser:
                 raise ValueError(
@@ -444,14 +444,14 @@ class Recorder(abc.ABC):
 
     def _after_call(self, caller: FrameType, arguments: dict, result: Any) -> None:
         """The last act of a pipeline's call; an interrupted call has made fewer passes than planned."""
-        if is_running(self._frame):
+        if is_running(self.frame):
             if levels := self._gradients.difference(() if self.call is None else self.call.timesteps):
                 self._drop(
                     f"all its passes at the noise levels {sorted(levels, reverse=True)} computed gradients, so that "
                     "none is known for a step: announce a custom loop"
                 )
             self._finish()
-            self._frame = None
+            self.frame = None
 
     # -- the denoiser --------------------------------------------------------------------------------------------
 
@@ -477,7 +477,7 @@ class Recorder(abc.ABC):
         """Return the pass that begins and its rows, None if it is no step of the call under way."""
         if _ALONE.get() not in (None, self):
             return None
-        failed, self.under_way, inside = self.under_way is not None, None, is_running(self._frame)
+        failed, self.under_way, inside = self.under_way is not None, None, is_running(self.frame)
         if failed and self.call is not None:
             self.call.broken = "a pass of the denoiser failed"
         if not inside and self.loop is None:
@@ -665,7 +665,7 @@ class Recorder(abc.ABC):
     def complete(self) -> None:
         """Finish a call that made all its passes and has returned without saying so."""
         call = self.call
-        if call is not None and self.loop is None and not self._says_end and not is_running(self._frame):
+        if call is not None and self.loop is None and not self._says_end and not is_running(self.frame):
             if self.under_way is None and len(call.timesteps) == call.planned:
                 self._finish()
 
@@ -674,7 +674,7 @@ class Recorder(abc.ABC):
         self.complete()
         if self.call is not None:
             self._drop("an earlier call inside this trace did not end")
-        self._frame = None
+        self.frame = None
 
     def _drop(self, problem: str | None) -> None:
         """Leave the call under way without a record, with a warning if it is not an exception that says why."""

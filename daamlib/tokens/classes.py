@@ -70,25 +70,15 @@ def fit_classes(
     present = _check(records, label_maps, table, weight_decays)
     if layers is None:
         layers = [name for name in records[0].layer_names() if in_decoder(name)] or records[0].layer_names()
-    parts = [select_part(record, layers, max_timestep) for record in records]
-    size = 4 * sum(r.grid[0] * r.grid[1] for r in records) * sum(len(layer.key_weight) for layer in parts[0].layers)
-    if size > MAX_BYTES:
-        raise ValueError(f"the features take {size / 2**30:.1f} GiB, more than 4: give fewer images or fewer `layers`")
-    device = records[0].device
-    features = torch.cat([query_features(part, record.grid) for part, record in zip(parts, records, strict=True)])
+    features = _features(records, layers, max_timestep)
     shares = [_shares(ids, present, record.grid) for ids, record in zip(label_maps, records, strict=True)]
-    targets = torch.cat(shares).to(device)
-    unit = features.std(dim=0).clamp(min=torch.finfo(features.dtype).tiny)
-    standardised = features / unit
-    basis = torch.linalg.eigh(standardised.T @ standardised).eigenvectors[:, -RANK:]  # those of the largest variance
-    components = standardised @ basis
-    groups = _groups([record.grid for record in records]).to(device)
-    decay = _choose(components, targets, groups, sorted(weight_decays, reverse=True))
-    theta, bias, losses, gradient = _fit(components, targets, decay)
-    bias = bias - RARE * (targets.sum(dim=0) / targets.sum()).log()
+    targets = torch.cat(shares).to(features.device)
+    groups = _groups([record.grid for record in records]).to(features.device)
+    keys, bias, losses, gradient, decay = _solve(features, targets, groups, weight_decays)
     words = tuple(table.names[number] for number in present)
+    read = {"layers": list(layers), "max_timestep": max_timestep, "weight_decay": decay}
     return OptimizedToken(
-        embedding=((theta @ basis.T) / unit).cpu(),
+        embedding=keys.cpu(),
         method="keys",
         words=words,
         rows=tuple((k,) for k in range(len(words))),
@@ -97,16 +87,31 @@ def fit_classes(
         losses=losses,
         gradient_norm=gradient,
         seconds=time.perf_counter() - started,
-        info={
-            **made_of(records),
-            "loss": "bce",
-            "multiclass": True,
-            "classes": table.stored(),
-            "layers": list(layers),
-            "max_timestep": max_timestep,
-            "weight_decay": decay,
-        },
+        info={**made_of(records), "loss": "bce", "multiclass": True, "classes": table.stored(), **read},
     )
+
+
+def _solve(
+    features: torch.Tensor, targets: torch.Tensor, groups: torch.Tensor, weight_decays: Sequence[float]
+) -> tuple[torch.Tensor, torch.Tensor, tuple[float, ...], float, float]:
+    """The classes' keys and biases, the losses, the last gradient's length and the chosen weight decay."""
+    unit = features.std(dim=0).clamp(min=torch.finfo(features.dtype).tiny)
+    standardised = features / unit
+    basis = torch.linalg.eigh(standardised.T @ standardised).eigenvectors[:, -RANK:]  # those of the largest variance
+    components = standardised @ basis
+    decay = _choose(components, targets, groups, sorted(weight_decays, reverse=True))
+    theta, bias, losses, gradient = _fit(components, targets, decay)
+    bias = bias - RARE * (targets.sum(dim=0) / targets.sum()).log()
+    return (theta @ basis.T) / unit, bias, losses, gradient, decay
+
+
+def _features(records: list[AttentionRecord], layers: Sequence[str], max_timestep: int | None) -> torch.Tensor:
+    """(pixels, features) queries of the images. Raises ValueError if they are too large to fit."""
+    parts = [select_part(record, layers, max_timestep) for record in records]
+    size = 4 * sum(r.grid[0] * r.grid[1] for r in records) * sum(len(layer.key_weight) for layer in parts[0].layers)
+    if size > MAX_BYTES:
+        raise ValueError(f"the features take {size / 2**30:.1f} GiB, more than 4: give fewer images or fewer `layers`")
+    return torch.cat([query_features(part, record.grid) for part, record in zip(parts, records, strict=True)])
 
 
 def _check(records: list, label_maps: list[np.ndarray], table, weight_decays: Sequence[float]) -> list[int]:

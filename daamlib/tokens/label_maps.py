@@ -258,8 +258,7 @@ def label_map(
 ) -> UInt8[np.ndarray, "height width"]:
     """The label map of an image, from optimised tokens or, zero-shot, from words alone.
 
-    Without a threshold a pixel has the most probable class, the background of tokens among them (0), or 255 where the
-    margin to the second is small. With one, see `assign_labels`.
+    Without a threshold a pixel has the most probable class (0: the tokens' background), or 255 where it is not clear.
 
     Args:
         record: Of the image, traced with `self_attention=True`.

@@ -70,32 +70,20 @@ def newton(
         H_kk = sum c p_k (1 - p_k) f f^T / K + D_k,   H_kl = 0 for k != l               (sigmoid)
 
     with D_k = 2 w unit_k^2 / |x_0|^2 for the unknowns of x_k, and 0 for b_k. The offset o of keys with a bias, less its
-    mean, is added to theta f in units of unit_k. It ends where the Newton decrement is at the precision of float64, so
-    that the result does not depend on the order in which a processor adds.
+    mean, is added to theta f in units of unit_k. The default tolerance is the precision of float64, so that the result
+    does not depend on the order in which a processor adds.
 
     Args:
         objective: Of LDAAM with the loss "bce".
-        iterations: At most so many; 10 to 30 are usual.
-        max_bytes: Of the Hessian and its factor.
+        iterations: The largest number; 10 to 30 are usual.
+        max_bytes: Of the Hessian and its factor; ValueError if they would be larger.
         tolerance: Of the Newton decrement, below which the fit ends.
         first: The embeddings and the bias of a similar fit to begin with; None: those of the objective.
 
     Returns:
         The embeddings x, the (K, 1) bias, the (K, 1) scale, which is 1, and the objective before every iteration.
-
-    Raises:
-        ValueError: The Hessian would be larger.
     """
-    count, unknowns = len(objective.start), objective.start.shape[1] + 1
-    needed = (
-        2 * torch.finfo(torch.float64).bits // 8 * (count * unknowns) ** 2 // (1 if objective.multiclass else count)
-    )
-    if needed > max_bytes:
-        raise ValueError(
-            f"Newton's method for {count} classes of {unknowns} unknowns each needs {needed / 1e9:.1f} GB, max_bytes "
-            f"allows {max_bytes / 1e9:.1f}: fit fewer classes at once, each by itself (multiclass=False, "
-            'background=False), with loss="dice", which needs no Hessian, or give a larger max_bytes'
-        )
+    _require_memory(objective, max_bytes)
     features = objective.matrix - objective.matrix.mean(dim=0)
     features = torch.cat([features.T, features.new_ones(1, len(features))])  # (n, P)
     x, bias = first or (objective.start, objective.first_bias)
@@ -124,6 +112,19 @@ def newton(
             break
     theta = theta.detach()
     return theta[:, :-1] * objective.unit, theta[:, -1:], torch.ones_like(theta[:, -1:]), losses
+
+
+def _require_memory(objective: Objective, max_bytes: int) -> None:
+    """Raise ValueError if the Hessian and its factor are larger than `max_bytes`."""
+    count, unknowns = len(objective.start), objective.start.shape[1] + 1
+    numbers = (count * unknowns) ** 2 // (1 if objective.multiclass else count)
+    needed = 2 * numbers * torch.float64.itemsize
+    if needed > max_bytes:
+        raise ValueError(
+            f"Newton's method for {count} classes of {unknowns} unknowns each needs {needed / 1e9:.1f} GB, max_bytes "
+            f"allows {max_bytes / 1e9:.1f}: fit fewer classes at once, each by itself (multiclass=False, "
+            'background=False), with loss="dice", which needs no Hessian, or give a larger max_bytes'
+        )
 
 
 def _hessian(objective: Objective, features: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:

@@ -95,7 +95,7 @@ class JointRecorder(Recorder):
         positive, place, prompt = result[0], self._family.negative, arguments.get("prompt")
         prompts = texts_of_images(prompt, len(positive))
         # before the first pass of a pipeline's call the second text that is embedded is the negative one
-        if place is None and self.encodings and self.call is None and is_running(self._frame):
+        if place is None and self.encodings and self.call is None and is_running(self.frame):
             first = self.encodings[0]
             self._negatives = [*self._negatives, positive] if len(self.encodings) > 1 else [positive]
             return Encoding(first.positive, positive.detach().clone(), first.prompts, prompts, options=first.options)
