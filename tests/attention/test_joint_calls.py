@@ -608,7 +608,7 @@ def test_blocks_and_passes_can_be_selected(tmp_path):
     for whole, piece in ((record.daam(WORDS), [each.daam(WORDS) for each in parts]),
                          (record.daam("a tree"), [each.daam("a tree") for each in parts])):  # fmt: skip
         assert_close(sum(maps.values for maps in piece), whole.values)
-    with pytest.raises(ValueError, match="no vectors of the text"):
+    with pytest.raises(ValueError, match="no vectors of a text"):
         parts[-1].concept_map(WORDS)  # the last block of SD 3
     part.save(tmp_path / "part.safetensors")
     loaded = daamlib.JointRecord.load(tmp_path / "part.safetensors", pipe=pipe)
