@@ -165,7 +165,7 @@ def joint_example():
     """What the examples of joint models' docstrings may use: a tiny pipeline, and a traced image."""
     pipe = tiny_joint.shared("SD 3")
     (record,) = tiny_joint.traced(pipe)
-    return {"pipe": pipe, "record": record}
+    return {"pipe": pipe, "record": record, "image": Image.new("RGB", (48, 32))}  # of the maps' ratio
 
 
 @pytest.mark.parametrize(
