@@ -16,7 +16,7 @@ from daamlib.attention.readers import UNREAD, why_unread
 from daamlib.attention.readers.cross_transformer import KINDS
 
 OTHER = ("Output", "Config", "Blocks")
-KNOWN = {"UNet2DConditionModel", "AudioLDM2UNet2DConditionModel", *KINDS} | {one.denoiser.__name__ for one in FAMILIES}
+KNOWN = {"UNet2DConditionModel", "AudioLDM2UNet2DConditionModel", *KINDS} | {one.denoiser for one in FAMILIES}
 TEXT = re.compile("prompt|text|caption|lyrics")
 
 
