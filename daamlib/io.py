@@ -97,8 +97,8 @@ def load_tensors(path: str | Path, format: str) -> tuple[dict[str, torch.Tensor]
 def save_dataclass(path: str | Path, instance: Any, format: str) -> None:
     """Write a dataclass to one safetensors file: its tensors as such, all else as JSON in the header.
 
-        save_dataclass("token.safetensors", token, "daamlib-token-2")
-        token = load_dataclass(daamlib.OptimizedToken, "token.safetensors", "daamlib-token-2")
+        save_dataclass("token.safetensors", token, "daamlib-token-3")
+        token = load_dataclass(daamlib.OptimizedToken, "token.safetensors", "daamlib-token-3")
 
     Args:
         path: Of the file; one that is there already is replaced.

@@ -9,6 +9,7 @@ the call ends without a record, with a warning that says why.
 """
 
 import abc
+import functools
 import inspect
 import logging
 import warnings
@@ -218,7 +219,7 @@ class Pass:
     is_step: bool = True
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
+    @functools.cached_property  # reading a tensor makes a GPU's host wait
     def levels(self) -> list[float]:
         """The noise levels of its rows; one where it is one for all."""
         return torch.as_tensor(self.timestep).flatten().tolist()

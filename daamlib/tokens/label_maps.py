@@ -35,6 +35,8 @@ SINGULAR = ("ss", "us", "is", "gas", "lens", "canvas", "atlas")  # what singular
 Classes = Mapping[str, str] | OptimizedToken | Sequence[OptimizedToken]  # {class: word}, or tokens
 Threshold = float | Mapping[str, float]  # one for all classes, or one for each by its name
 
+_load = functools.cache(OptimizedToken.load)  # a set of images reads the bundled tokens once
+
 
 def text_of(words: Mapping[str, str]) -> str:
     """Return the text in which the words of a class list compete: "a car, a bus, trees, an elephant, ...".
@@ -232,7 +234,7 @@ def ids_of(tokens: Sequence[OptimizedToken]) -> ClassList:
 
 def _bundled_tokens(record: AttentionRecord) -> OptimizedToken:
     """Return the tokens of street scenes that come with the bundled model. ValueError for another model's record."""
-    tokens = OptimizedToken.load(bundled("urban-tiny") / "street.safetensors")
+    tokens = _load(bundled("urban-tiny") / "street.safetensors")
     try:
         tokens.require_model(record.fingerprint)
     except ValueError as error:
