@@ -31,15 +31,17 @@ def needs(extra: str) -> Iterator[None]:
         ) from error
 
 
-def lazy(package: str, *modules: str) -> Callable[[str], Any]:
+def lazy(package: str, *modules: str, **names: str) -> Callable[[str], Any]:
     """Return the `__getattr__` of a package (PEP 562), which imports these of its modules when they are asked for.
 
     They take long to import or need an extra: `daamlib.plots.show_maps` works after `import daamlib` all the same.
+    `names` are functions and classes that the package exports of such a module: {name: module}.
     """
 
     def get(name: str) -> Any:
-        if name in modules:
-            return importlib.import_module(f".{name}", package)
+        if name in modules or name in names:
+            module = importlib.import_module(f".{names.get(name, name)}", package)
+            return getattr(module, name) if name in names else module
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
     return get
