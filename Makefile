@@ -3,6 +3,8 @@
 # make test-all     that and what is marked slow, the notebooks as on other processors, and other versions
 # make test-portable   the notebooks under nbval, computed as on other processors; PORTABLE=avx2 or plain chooses one
 # make test-versions   the core's tests with the oldest and the newest versions of all that it needs; writes docs/install.md
+# make test-real-size   the notebooks on random weights in Stable Diffusion 1.5's shape: hours on a CPU; ARGS="--pixels 256 00 03"
+# make gpu-check    tests and times on a GPU, at most nine minutes; writes gpu_check/ and docs/gpu.md
 # make support-table   run the tests of the supported pipelines and write docs/supported.md
 # make docs         build the site into docs/_build/html, from the stored notebooks, offline
 # make docs-links   check the links that lead out of the site, which needs the network
@@ -14,7 +16,8 @@
 # make clean        remove the environment and caches (papermill_runs/ stays)
 #
 # Every target makes or updates .venv first when pyproject.toml or constraints.txt are newer than it.
-# Choices for reproduce: MODEL= DEVICE= STEPS= N_IMAGES= SEED= JOBS= NOTEBOOKS="00 04", with NOTEBOOKS=06 also MASKS=;
+# Choices for reproduce: MODEL= DEVICE= STEPS= GUIDANCE= N_IMAGES= SEED= JOBS= NOTEBOOKS="00 04", with NOTEBOOKS=06 also
+# MASKS=, and any other parameter of the notebooks that run, PARAMS="-p KEEP_STEPS 50";
 # for notebooks, test, test-all and test-portable: NOTEBOOKS="00 04"; for the last three also WORKERS= and DURATIONS=30,
 # which prints the 30 slowest tests
 
@@ -50,14 +53,15 @@ AS_avx2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTI
 AS_plain := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX $(ONE_THREAD)
 PORTABLE := avx2 plain
 
-.PHONY: reproduce lint test test-all test-portable test-versions support-table docs docs-links lab notebooks bench bench-peers \
-  constraints clean
+.PHONY: reproduce lint test test-all test-portable test-versions test-real-size gpu-check support-table docs docs-links \
+  lab notebooks bench bench-peers constraints clean
 
 reproduce: $(STAMP)
 	@$(PY) -m daamlib_lab.runs \
 	  $(if $(MODEL),--model "$(MODEL)") $(if $(DEVICE),--device "$(DEVICE)") \
 	  $(if $(STEPS),--steps "$(STEPS)") $(if $(N_IMAGES),--n-images "$(N_IMAGES)") \
-	  $(if $(SEED),--seed "$(SEED)") $(if $(MASKS),-p MASKS "$(MASKS)") $(if $(JOBS),--jobs "$(JOBS)") $(NOTEBOOKS)
+	  $(if $(SEED),--seed "$(SEED)") $(if $(GUIDANCE),-p GUIDANCE "$(GUIDANCE)") $(if $(MASKS),-p MASKS "$(MASKS)") \
+	  $(PARAMS) $(if $(JOBS),--jobs "$(JOBS)") $(NOTEBOOKS)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .
@@ -81,6 +85,12 @@ test-portable: $(STAMP)
 
 test-versions:
 	$(PYTHON) tests/versions.py
+
+test-real-size: $(STAMP)
+	$(OFFLINE) $(PY) tests/real_size.py $(ARGS)
+
+gpu-check: $(STAMP)
+	$(OFFLINE) $(PY) tests/gpu_check.py $(ARGS)
 
 support-table: $(STAMP)
 	$(OFFLINE) $(PY) tests/support_table.py

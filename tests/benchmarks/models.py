@@ -11,9 +11,12 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderKL,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
@@ -22,7 +25,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextModelWithProjection
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 import daamlib
 from daamlib.pipeline import denoiser_of
@@ -69,9 +72,26 @@ SD3_MEDIUM = {
     "pooled_projection_dim": 2048,
     "pos_embed_max_size": 192,
 }
-SHAPES = {"bundled": None, "sd15": SD15, "sdxl": SDXL, "pixart_sigma": PIXART_SIGMA, "sd3_medium": SD3_MEDIUM}
-PIXELS = {"sd15": 512, "sdxl": 1024, "pixart_sigma": 1024, "sd3_medium": 1024}
-PIXELS_OF_CPU = {"pixart_sigma": 512, "sd3_medium": 256}  # at their own size a step takes minutes
+FLUX = {"joint_attention_dim": 4096, "pooled_projection_dim": 768, "guidance_embeds": True}  # the rest are defaults
+SHAPES = {
+    "bundled": {},
+    "sd15": SD15,
+    "sdxl": SDXL,
+    "pixart_sigma": PIXART_SIGMA,
+    "sd3_medium": SD3_MEDIUM,
+    "flux": FLUX,
+}
+JOINT = ("sd3_medium", "flux")
+# what makes the shapes small enough to rehearse every row on a CPU
+FEW_CHANNELS = {
+    "sd15": {"block_out_channels": (32, 64, 64, 64)},
+    "sdxl": {"block_out_channels": (32, 64, 64), "transformer_layers_per_block": (1, 1, 2), "attention_head_dim": 2},
+    "pixart_sigma": {"num_layers": 2},
+    "sd3_medium": {"num_layers": 2},
+    "flux": {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 4},
+}
+PIXELS = {"sd15": 512, "sdxl": 1024, "pixart_sigma": 1024, "sd3_medium": 1024, "flux": 1024}
+PIXELS_OF_CPU = {"pixart_sigma": 512, "sd3_medium": 256, "flux": 256}  # at their own size a step takes minutes
 DDIM = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 PROMPT = "a red car and a tree"
 
@@ -92,7 +112,7 @@ class Model:
         pipe, generator = self.pipe, torch.Generator().manual_seed(0)
         size = size or self.size
         options = {"num_inference_steps": steps or self.steps, "guidance_scale": self.guidance, "generator": generator}
-        if self.shape in ("bundled", "sd3_medium"):
+        if self.shape == "bundled" or self.shape in JOINT:
             latent = {} if self.shape == "bundled" else {"output_type": "latent"}
             return pipe([PROMPT] * self.batch, height=size, width=size, **latent, **options).images
         embedded = self._embedded(generator)
@@ -117,13 +137,23 @@ class Model:
         return texts
 
 
-def load(shape: str, *, size: int | None, steps: int | None, batch: int, device: str, dtype: torch.dtype) -> Model:
+def load(
+    shape: str,
+    *,
+    size: int | None,
+    steps: int | None,
+    batch: int,
+    device: str,
+    dtype: torch.dtype,
+    few_channels: bool = False,
+) -> Model:
     """On a CPU the big models make a step or two without guidance: tracing costs the same, so it weighs more."""
     if shape == "bundled":
         pipe = daamlib.load_pipeline(device=device, dtype=dtype)
         return Model(shape, pipe, size or 128, steps or 10, batch, 5.0)
     torch.manual_seed(0)
-    pipe = BUILDERS[shape](device, dtype).to(device)
+    config = {**SHAPES[shape], **(FEW_CHANNELS[shape] if few_channels else {})}
+    pipe = BUILDERS[shape](config, device, dtype).to(device)
     pipe.set_progress_bar_config(disable=True)
     if device == "cpu":
         few = 1 if shape in PIXELS_OF_CPU else 2
@@ -131,14 +161,20 @@ def load(shape: str, *, size: int | None, steps: int | None, batch: int, device:
     return Model(shape, pipe, size or PIXELS[shape], steps or 30, batch, 5.0)
 
 
-def _denoiser(kind: Any, shape: str, device: str, dtype: torch.dtype) -> Any:
-    with torch.device(device):
-        return kind(**SHAPES[shape]).eval().to(dtype)
+def _denoiser(kind: Any, config: dict, device: str, dtype: torch.dtype) -> Any:
+    """Made in its own type and place: Flux takes 48 GB in float32."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return kind(**config).eval()
+    finally:
+        torch.set_default_dtype(before)
 
 
-def _sd15(device: str, dtype: torch.dtype) -> StableDiffusionPipeline:
+def _sd15(config: dict, device: str, dtype: torch.dtype) -> StableDiffusionPipeline:
     return StableDiffusionPipeline(
-        unet=_denoiser(UNet2DConditionModel, "sd15", device, dtype),
+        unet=_denoiser(UNet2DConditionModel, config, device, dtype),
         scheduler=DDIMScheduler(**DDIM),
         vae=None,
         text_encoder=None,
@@ -149,9 +185,9 @@ def _sd15(device: str, dtype: torch.dtype) -> StableDiffusionPipeline:
     )
 
 
-def _sdxl(device: str, dtype: torch.dtype) -> StableDiffusionXLPipeline:
+def _sdxl(config: dict, device: str, dtype: torch.dtype) -> StableDiffusionXLPipeline:
     return StableDiffusionXLPipeline(
-        unet=_denoiser(UNet2DConditionModel, "sdxl", device, dtype),
+        unet=_denoiser(UNet2DConditionModel, config, device, dtype),
         scheduler=DDIMScheduler(**DDIM),
         vae=None,
         text_encoder=None,
@@ -162,13 +198,13 @@ def _sdxl(device: str, dtype: torch.dtype) -> StableDiffusionXLPipeline:
     )
 
 
-def _pixart_sigma(device: str, dtype: torch.dtype) -> PixArtSigmaPipeline:
-    transformer = _denoiser(PixArtTransformer2DModel, "pixart_sigma", device, dtype)
+def _pixart_sigma(config: dict, device: str, dtype: torch.dtype) -> PixArtSigmaPipeline:
+    transformer = _denoiser(PixArtTransformer2DModel, config, device, dtype)
     parts = {"vae": None, "text_encoder": None, "tokenizer": None}
     return PixArtSigmaPipeline(transformer=transformer, scheduler=DPMSolverMultistepScheduler(), **parts)
 
 
-def _sd3_medium(device: str, dtype: torch.dtype) -> StableDiffusion3Pipeline:
+def _sd3_medium(config: dict, device: str, dtype: torch.dtype) -> StableDiffusion3Pipeline:
     """With text encoders of the right width and two layers, or one: words that run along are embedded by the model."""
     encoders = {
         "text_encoder": tiny.clip(768, 77, CLIPTextModelWithProjection, projection=768),
@@ -176,7 +212,7 @@ def _sd3_medium(device: str, dtype: torch.dtype) -> StableDiffusion3Pipeline:
         "text_encoder_3": tiny_joint.t5(4096),
     }
     return StableDiffusion3Pipeline(
-        transformer=_denoiser(SD3Transformer2DModel, "sd3_medium", device, dtype),
+        transformer=_denoiser(SD3Transformer2DModel, config, device, dtype),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=None,
         tokenizer=tiny.clip_tokenizer(77),
@@ -186,7 +222,21 @@ def _sd3_medium(device: str, dtype: torch.dtype) -> StableDiffusion3Pipeline:
     )
 
 
-BUILDERS = {"sd15": _sd15, "sdxl": _sdxl, "pixart_sigma": _pixart_sigma, "sd3_medium": _sd3_medium}
+def _flux(config: dict, device: str, dtype: torch.dtype) -> FluxPipeline:
+    """With text encoders of the right width; the VAE, which is not called, says how large the latents are."""
+    return FluxPipeline(
+        transformer=_denoiser(FluxTransformer2DModel, config, device, dtype),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=AutoencoderKL(latent_channels=16, block_out_channels=(4, 4, 4, 4), norm_num_groups=1,
+                          down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4),
+        text_encoder=tiny.clip(768, 77, CLIPTextModel).to(dtype),
+        tokenizer=tiny.clip_tokenizer(77),
+        text_encoder_2=tiny_joint.t5(4096).to(dtype),
+        tokenizer_2=tiny_joint.t5_tokenizer(256),
+    )  # fmt: skip
+
+
+BUILDERS = {"sd15": _sd15, "sdxl": _sdxl, "pixart_sigma": _pixart_sigma, "sd3_medium": _sd3_medium, "flux": _flux}
 
 
 def records(model: Model, count: int, steps: int) -> list[daamlib.AttentionRecord]:

@@ -8,11 +8,13 @@ from dataclasses import dataclass, replace
 
 import models
 import naive
+import numpy as np
 import torch
 
 import daamlib
 from daamlib import metrics
 from daamlib.attention.layers import KeyProjection, Layer
+from daamlib.cityscapes import label_id
 from daamlib.pipeline import cpu_threads
 from daamlib.tokens.optimize import token_objective
 from daamlib.widgets import explore
@@ -275,6 +277,7 @@ def joint(model: models.Model, repeats: int, device: str) -> list[Row]:
 
 # -- optimisation ----------------------------------------------------------------------------------------------------
 
+NINE = ("road", "sidewalk", "building", "traffic light", "vegetation", "sky", "person", "rider", "car")
 NAIVE_STEPS = 3  # of gradient descent that are run and timed; every step costs the same
 
 
@@ -382,6 +385,30 @@ def batches(model: models.Model, repeats: int, device: str) -> list[Row]:
     return [Row(f"generation, {count} images in a batch", "one by one", together, alone, None, note=note)]
 
 
+# -- label maps ----------------------------------------------------------------------------------------------------
+
+
+def street(model: models.Model, repeats: int, device: str) -> list[Row]:
+    """All nine classes of the street from one annotated image, and its label map, against seconds that users wait."""
+    with daamlib.trace(model.pipe, self_attention=True) as trace:
+        replace(model, batch=1).generate()
+    record, generator = trace[0], np.random.default_rng(0)
+    ids = np.array([label_id(name) for name in NINE])[np.indices(record.grid).sum(axis=0) // 4 % len(NINE)]
+    image = generator.integers(256, size=(model.size, model.size, 3), dtype=np.uint8)
+    tokens = daamlib.fit_classes([record], [ids])
+    fit, read = in_turn(
+        repeats,
+        lambda: daamlib.fit_classes([record], [ids]),
+        lambda: daamlib.label_map(record, tokens, image=image),
+        device=device,
+    )
+    note = f"nine classes, {model.size} px, {model.steps} steps"
+    return [
+        Row("all classes fitted on an image", "30 s", fit, [30.0] * repeats, 1, cost=True, note=note),
+        Row("label map along edges", "0.15 s", read, [0.15] * repeats, 1, cost=True, note=note),
+    ]
+
+
 # -- waiting ---------------------------------------------------------------------------------------------------------
 
 
@@ -420,6 +447,7 @@ ROWS = {
     "optimisation": optimisation,
     "miou": miou,
     "batches": batches,
+    "street": street,
     "waits": waits,
 }
 OF_TRANSFORMERS = ("generation", "memory", "ldaam", "daam", "refinement")
@@ -429,4 +457,4 @@ def fits(name: str, shape: str) -> bool:
     """Whether a row is measured of a model: joint models have rows of their own, and transformers no further ones."""
     if shape == "pixart_sigma":
         return name in OF_TRANSFORMERS
-    return (name == "joint") == (shape == "sd3_medium")
+    return (name == "joint") == (shape in models.JOINT)

@@ -35,6 +35,8 @@ def main(arguments: list[str] | None = None) -> pd.DataFrame:
     options = _options(arguments)
     torch.set_num_threads(options.threads)
     started, table = time.perf_counter(), []
+    path = options.folder / f"{options.name}.csv"
+    path.parent.mkdir(exist_ok=True)
     for shape in options.shapes:
         model = models.load(
             shape,
@@ -43,17 +45,17 @@ def main(arguments: list[str] | None = None) -> pd.DataFrame:
             batch=options.batch,
             device=options.device,
             dtype=getattr(torch, options.dtype),
+            few_channels=options.few_channels,
         )
         for name in [name for name in options.rows if rows.fits(name, model.shape)]:
+            _forget_peak(options.device)
             for row in rows.ROWS[name](model, options.repeats, options.device):
                 table.append(_entry(row, model, options))
                 print(_line(table[-1]), flush=True)
+            frame = pd.DataFrame(table)  # written after every row: a stop leaves what was done
+            frame.to_csv(path, index=False, float_format="%.6g")
             gc.collect()
         del model
-    frame = pd.DataFrame(table)
-    path = RESULTS / f"{options.name}.csv"
-    path.parent.mkdir(exist_ok=True)
-    frame.to_csv(path, index=False, float_format="%.6g")
     print(f"\n{machine(options.device)}, {options.threads} threads, {options.dtype}; {_minutes(started)}; {path}")
     return frame
 
@@ -69,6 +71,8 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    parser.add_argument("--few-channels", action="store_true", help="shapes of few channels, to rehearse on a CPU")
+    parser.add_argument("--folder", type=Path, default=RESULTS, help="of the CSV file")
     parser.add_argument("--name", help="of the CSV file, default: the device")
     options = parser.parse_args(arguments)
     options.name = options.name or options.device
@@ -89,6 +93,7 @@ def _entry(row: rows.Row, model: models.Model, options: argparse.Namespace) -> d
         "ours_spread": max(row.ours) - min(row.ours),
         "theirs_spread": max(row.theirs) - min(row.theirs),
         "rounds": len(row.ours),
+        "peak_bytes": torch.cuda.max_memory_allocated() if options.device == "cuda" else "",
         "note": row.note,
         "machine": machine(options.device),
         "device": options.device,
@@ -97,6 +102,13 @@ def _entry(row: rows.Row, model: models.Model, options: argparse.Namespace) -> d
         "date": datetime.date.today().isoformat(),
         "versions": " ".join(f"{name}={importlib.metadata.version(name)}" for name in VERSIONS),
     }
+
+
+def _forget_peak(device: str) -> None:
+    """`peak_bytes` is that of one function of rows.py, the model included."""
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def _line(entry: dict) -> str:
