@@ -33,7 +33,7 @@ FEATURES = {
 }
 REFUSED = "refused"
 HEAD = """\
-# Supported pipelines
+# Supported pipelines: SD, SDXL, SD 3, Flux, PixArt, Sana and others
 
 Written by `make support-table` from the tests that are marked `supports` and passed: change these, not this file. They
 run on tiny models of each family, built from config with random weights. So the table says that what is read is what
