@@ -124,7 +124,7 @@ def example():
 
 
 @pytest.fixture
-def names(example, tmp_path):
+def names(example, tmp_path, monkeypatch):
     """What a snippet may use without making it. One place: a page that needs another name adds it here."""
     example["record"].save("car.safetensors")
     example["car"].save("car-token.safetensors")
@@ -139,11 +139,17 @@ def names(example, tmp_path):
 
     def annotate(images, classes, folder):
         """The widget, and the hand that draws in it."""
-        annotator = widgets.annotate(images, classes, folder)
+        annotator = open_widget(images, classes, folder)
+        first, second = annotator.session.names[:2]
+        ids = annotator.session.class_list.ids
+        drawn = np.select([labels == 26, labels == 24], [ids[first], ids[second]]).astype(np.uint8)
         Path(folder, "labels").mkdir(exist_ok=True)
-        Image.fromarray(labels).save(Path(folder, "labels", "00000.png"))
+        for number in range(annotator.count if isinstance(images, datasets.Dataset) else 1):
+            Image.fromarray(drawn).save(Path(folder, "labels", f"{number:05}.png"))
         return annotator
 
+    open_widget = widgets.annotate
+    monkeypatch.setattr(widgets, "annotate", annotate)
     return {
         **example,
         "MODEL": daamlib.pipeline.BUNDLED,
