@@ -3,11 +3,12 @@
 A collector is told of every pass by `add` and gives what it kept of one image as fields of a `Layer` by `kept`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from .placement import bytes_of
 from .softmax import summed_probabilities
 
 
@@ -74,39 +75,35 @@ class OnlineMaps(QuerySum):
     """DAAM of texts that are known beforehand, and the sum of the queries: no query outlives its pass.
 
     Args:
-        keys: for each image and text (None: its prompt) the keys (heads, m, d_head), scaled.
+        keys: for each image and text the keys (heads, m, d_head), scaled.
         grid: (h, w).
-        device: where the maps and sums are kept; None: where they are made.
+        device: where the maps and sums are stored; None: where they are made.
     """
 
     def __init__(
-        self,
-        keys: Sequence[Mapping[str | None, torch.Tensor]],
-        grid: tuple[int, int],
-        device: torch.device | None = None,
+        self, keys: Sequence[Sequence[torch.Tensor]], grid: tuple[int, int], device: torch.device | None = None
     ):
         super().__init__(device)
         self._keys, self._grid = keys, grid
-        self._maps: list[dict[str | None, torch.Tensor]] = [{} for _ in keys]
+        self._maps: list[dict[int, torch.Tensor]] = [{} for _ in keys]  # of each image, by the number of the text
 
     def add(self, queries: torch.Tensor) -> None:
         """Take one pass: (image, h*w, heads * d_head)."""
         super().add(queries)
         for of_image, maps, keys in zip(queries, self._maps, self._keys, strict=True):
-            for text, of_text in keys.items():
+            for text, of_text in enumerate(keys):
                 summed = summed_probabilities(of_image[None], of_text).unflatten(1, self._grid)
                 summed = summed.to(self._device or summed.device)
                 maps[text] = maps[text] + summed if text in maps else summed
 
     def kept(self, image: int) -> dict[str, Any]:
-        """(h*w, heads * d_head) float32 and, by text, (m, h, w) float32."""
-        return super().kept(image) | {"maps": self._maps[image]}
+        """(h*w, heads * d_head) float32 and, of each text, (m, h, w) float32."""
+        return super().kept(image) | {"maps": tuple(self._maps[image].values())}
 
     @property
     def nbytes(self) -> int:
         """Bytes of the sums and maps."""
-        maps = [tensor for of_image in self._maps for tensor in of_image.values()]
-        return super().nbytes + sum(tensor.nbytes for tensor in maps)
+        return super().nbytes + bytes_of(self._maps)
 
 
 Collector = Queries | QuerySum  # `OnlineMaps` is the latter

@@ -9,8 +9,6 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -60,22 +58,3 @@ class Fingerprint:
             if math.dist(numbers, other.layers[name]) > TOLERANCE * math.hypot(*numbers):
                 return f"other key weights in {name}"
         return None
-
-
-def placed(
-    record: Any,
-    path: str | Path,
-    pipe: Any,
-    device: str | torch.device | None,
-    fingerprint_of: Callable[[Any], Fingerprint],
-) -> Any:
-    """The record that was read from `path`, where its maps are to be computed: on `device`, or where `pipe` computes.
-
-    Raises ValueError unless it was made by the model of `pipe`, if there is one; it may hold some of the layers alone.
-    """
-    if pipe is not None:
-        difference = record.fingerprint.difference(fingerprint_of(pipe).of_layers(record.fingerprint.layers))
-        if difference:
-            raise ValueError(f"{path} and the pipeline have {difference}: give the model that made it, with its LoRA")
-        device = device or pipe._execution_device
-    return record if device is None else record.to(device)

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch.nn import functional as F
 
-from .text import Word, rows_of
+from .text import TokenEmbeddings, Word, rows_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +33,13 @@ class HeatMaps:
     def unnamed(cls, values: torch.Tensor) -> "HeatMaps":
         """Return (m, H, W) maps of a text that is unknown; the tokens are numbered."""
         return cls(values, tuple(str(row) for row in range(len(values))))
+
+    @classmethod
+    def of(cls, values: torch.Tensor, embeddings: torch.Tensor | TokenEmbeddings) -> "HeatMaps":
+        """Return (m, H, W) maps with the tokens and words of their embeddings; those of bare tensors are numbered."""
+        if isinstance(embeddings, TokenEmbeddings):
+            return cls(values, embeddings.tokens, embeddings.words)
+        return cls.unnamed(values)
 
     @classmethod
     def of_words(cls, values: torch.Tensor, words: tuple[str, ...]) -> "HeatMaps":

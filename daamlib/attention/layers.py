@@ -1,8 +1,8 @@
 """One cross-attention layer's part of a record."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -87,8 +87,8 @@ class Layer:
         queries: (step, h*w, heads * d_head) in the pipeline's dtype; None unless the trace stored "queries".
         query_sum: (h*w, heads * d_head) float32, the sum over the steps; None where `queries` is kept, and where the
             record keeps its linear map alone.
-        maps: text -> (m, h, w) float32, DAAM of the texts that a trace with `store="maps"` was given, and of the prompt
-            under None; padding included.
+        maps: (m, h, w) float32 each, of a trace with `store="maps"`: DAAM of the prompt and of the texts that the trace
+            was given, in their order; padding included.
     """
 
     name: str
@@ -98,7 +98,7 @@ class Layer:
     to_k: KeyProjection
     queries: Float[torch.Tensor, "steps positions channels"] | None = None
     query_sum: Float[torch.Tensor, "positions channels"] | None = None
-    maps: Mapping[str | None, torch.Tensor] = field(default_factory=dict)
+    maps: tuple[torch.Tensor, ...] = ()
 
     def keys(self, embeddings: torch.Tensor) -> torch.Tensor:
         """(m, d_text) embeddings -> (heads, m, d_head) keys, scaled, in the embeddings' type."""
@@ -122,30 +122,22 @@ class Layer:
 
     def first_not_finite(self) -> float:
         """Return the first step with NaN or infinite queries, 0 where a sum holds them, infinity where none does."""
-        for stored in (self.queries, self.query_sum, *self.maps.values(), self.key_weight):
+        for stored in (self.queries, self.query_sum, *self.maps, self.key_weight):
             if stored is not None and not stored.isfinite().all():
                 of_steps = stored is self.queries
                 return int(stored.flatten(1).isfinite().all(dim=1).int().argmin()) if of_steps else 0
         return math.inf
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of what is kept of the image; the key weights are shared by the records of a trace."""
-        kept = [self.queries, self.query_sum, *self.maps.values()]
-        return sum(tensor.nbytes for tensor in kept if tensor is not None)
-
-    def to(self, device: torch.device) -> "Layer":
-        """The layer with its tensors on `device`."""
-        names = [name for name in ("queries", "query_sum") if getattr(self, name) is not None]
-        maps = {text: values.to(device) for text, values in self.maps.items()}
-        kept = {name: getattr(self, name).to(device) for name in names}
-        return replace(self, to_k=self.to_k.to(device), maps=maps, **kept)
+    def stored(self) -> tuple[torch.Tensor, ...]:
+        """What is stored of the image; the key weights are shared by the records of a trace."""
+        return tuple(part for part in (self.queries, self.query_sum, *self.maps) if part is not None)
 
     def select(self, steps: Sequence[int] | None, heads: Sequence[int] | None) -> "Layer":
         """The layer with only some steps and heads (by number); kept maps, which are sums over both, are left out."""
         layer = self
         if steps is not None and layer.queries is not None:
-            layer = replace(layer, queries=layer.queries[list(steps)], maps={})
+            layer = replace(layer, queries=layer.queries[list(steps)], maps=())
         if heads is not None:
             columns = torch.arange(len(layer.key_weight)).view(layer.heads, -1)[list(heads)].flatten()
             layer = replace(
@@ -154,6 +146,27 @@ class Layer:
                 to_k=layer.to_k.of_heads(columns),
                 queries=None if layer.queries is None else layer.queries[..., columns],
                 query_sum=None if layer.query_sum is None else layer.query_sum[..., columns],
-                maps={},
+                maps=(),
             )
         return layer
+
+    def check(self, d_text: int, steps: int | None) -> None:
+        """ValueError if the tensors do not fit each other; `steps` is None where the queries are not stored."""
+        weight = self.key_weight
+        if weight.ndim != 2 or weight.shape[1] != d_text or self.heads < 1 or len(weight) % self.heads:
+            raise ValueError(
+                f"the keys of {self.name} have shape {tuple(weight.shape)}, not {self.heads} heads of width {d_text}"
+            )
+        if any(tensor.shape[:1] != weight.shape[:1] for tensor in self.to_k.tensors.values()):
+            raise ValueError(f"the bias or norm of the keys of {self.name} does not fit their {len(weight)} channels")
+        if steps is None:
+            return
+        kept = self.query_sum if self.queries is None else self.queries
+        expected: tuple[int, ...] = (math.prod(self.grid), len(weight))
+        if self.queries is not None:
+            expected = (steps, *expected)
+        if kept is None or tuple(kept.shape) != expected:
+            got = None if kept is None else tuple(kept.shape)
+            raise ValueError(f"the queries of {self.name} have shape {got}, expected {expected}")
+        if any(maps.ndim != 3 or tuple(maps.shape[1:]) != self.grid for maps in self.maps):
+            raise ValueError(f"the maps of {self.name} are not of its grid {self.grid}")

@@ -58,18 +58,15 @@ class LinearMap:
         bias = None if self.bias is None else self.bias.to(values.dtype).flatten()
         return F.linear(values, self.weight.to(values.dtype).reshape(-1, d_text), bias).view(-1, height, width)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of A."""
-        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
-
     def clone(self) -> "LinearMap":
         """Return a copy."""
         return LinearMap(self.weight.clone(), None if self.bias is None else self.bias.clone())
 
-    def to(self, device: torch.device) -> "LinearMap":
-        """The same on `device`."""
-        return LinearMap(self.weight.to(device), None if self.bias is None else self.bias.to(device))
+    def check(self, grid: tuple[int, int], d_text: int) -> None:
+        """ValueError unless it is a map of this grid and width."""
+        shapes = tuple(self.weight.shape), grid if self.bias is None else tuple(self.bias.shape)
+        if shapes != ((*grid, d_text), grid):
+            raise ValueError(f"its map has shape {shapes[0]}, expected {(*grid, d_text)}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,11 +95,6 @@ class NormedLinearMap:
         values = check_embeddings(embeddings, weight.shape[2], weight.device)
         factors = [to_k.norm_factor(values)[:, None, None] for to_k in self.to_k]
         return functools.reduce(torch.add, [r * part(values) for r, part in zip(factors, self.maps, strict=True)])
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all A_i."""
-        return sum(part.nbytes for part in self.maps)
 
     def clone(self) -> "NormedLinearMap":
         """Return a copy of the A_i, with the same r_i."""

@@ -285,8 +285,8 @@ class AttentionRecorder(Recorder):
         def keys(values: torch.Tensor) -> torch.Tensor:
             return layer.keys(values.to(layer.key_weight.device, torch.float32)).to(queries.device)
 
-        known: dict[str | None, torch.Tensor] = {text: keys(each.values) for text, each in kept.texts.items()}
-        by_image = [{None: keys(own.values), **known} for own in kept.embeddings]
+        known = [keys(each.values) for each in kept.texts.values()]
+        by_image = [[keys(own.values), *known] for own in kept.embeddings]
         return OnlineMaps(by_image, layer.grid, device)
 
     @override

@@ -14,13 +14,15 @@ rows, in the place of the softmax. A position whose relu(q) is zero attends to n
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch.nn import functional as F
 
+from .heatmaps import upsample
+from .placement import bytes_of
 from .precision import without_autocast
 
 LARGEST = 32 * 32  # positions of the grid that is read: the largest one of the model with no more
@@ -70,16 +72,22 @@ class SelfAttention:
                 means.append(F.scaled_dot_product_attention(q, k, values, scale=self.scale).mean(dim=1)[0])
         return (functools.reduce(torch.add, means) / len(means)).T[: len(maps)]
 
+    def refine(self, maps: Float[torch.Tensor, "m height width"], iterations: int) -> torch.Tensor:
+        """Return (m, H, W) maps propagated so often on this grid. ValueError if the attention is not finite."""
+        refined = F.adaptive_avg_pool2d(maps[None], self.grid)[0].flatten(1)
+        for _ in range(iterations):
+            refined = self.propagate(refined)
+        if not refined.isfinite().all() and maps.isfinite().all():
+            raise ValueError(
+                "the self-attention holds NaN or infinite values, it overflowed as in float16: generate the image in "
+                "bfloat16 or float32"
+            )
+        return upsample(refined.unflatten(1, self.grid), (maps.shape[1], maps.shape[2]))
+
     @property
     def nbytes(self) -> int:
         """Bytes of the queries and keys, or of the mean."""
-        kept = (self.queries, self.keys, self.mean)
-        return sum(tensor.nbytes for tensor in kept if tensor is not None)
-
-    def to(self, device: torch.device) -> "SelfAttention":
-        """The same with its tensors on `device`."""
-        tensors = {name: getattr(self, name) for name in ("queries", "keys", "mean")}
-        return replace(self, **{name: each.to(device) for name, each in tensors.items() if each is not None})
+        return bytes_of(self)
 
 
 class SelfAttentionCollector:

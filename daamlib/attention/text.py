@@ -3,7 +3,7 @@
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -17,7 +17,8 @@ class TextTooLongError(ValueError):
     """A text has more tokens than the text encoder reads."""
 
 
-class Word(NamedTuple):
+@dataclass(frozen=True)
+class Word:
     """A word of a text and the rows `start ... stop - 1` of its tokens."""
 
     text: str
@@ -63,11 +64,6 @@ class TokenEmbeddings:
         count = len(values) - len(tokens)
         words = tuple(word.moved(count) for word in words) if left else words
         return cls(values, (PAD,) * count + tokens if left else tokens + (PAD,) * count, words)
-
-    @classmethod
-    def stored(cls, values: torch.Tensor, tokens: Sequence[str], words: Sequence[Sequence]) -> "TokenEmbeddings":
-        """Rebuild from a file's header, where tuples are stored as lists."""
-        return cls(values, tuple(tokens), tuple(Word(*word) for word in words))
 
     @property
     def rows(self) -> list[int]:

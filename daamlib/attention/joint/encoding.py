@@ -9,6 +9,7 @@ import torch
 from ..readers.sites import embedder_of
 from ..text import TokenEmbeddings, require_text
 from .families import Family
+from .maps import TOLERANCE
 from .text import one_after_another, side_by_side
 
 EMBEDDED_WITH = ("clip_skip", "lora_scale", "max_sequence_length")  # arguments of `encode_prompt` that later texts need
@@ -59,6 +60,19 @@ class JointTexts:
     def embed(self, text: str, options: Mapping[str, Any]) -> torch.Tensor:
         """Return the (rows, d_text) embeddings of a text in the prompt's place."""
         return self.encode_prompt({"prompt": text}, options)[0][0]
+
+    def require_same(self, given: TokenEmbeddings, prompts: Mapping[str, str], options: Mapping[str, Any]) -> None:
+        """ValueError if prompts that were embedded while generating have other embeddings now."""
+        now = self.encode_prompt(prompts, options)[0][0]
+        rows = [row for row in given.rows if row < len(now)]
+        then, tolerance = given.values[rows].float(), max(TOLERANCE[each.dtype] for each in (given.values, now)) / 2
+        same = (now[rows].to(then) - then).norm(dim=1) <= tolerance * then.norm(dim=1)  # each token: of each encoder
+        if len(rows) < given.length or not same.all():
+            raise ValueError(
+                "the pipeline's text encoders do not embed this record's prompt as they did (was a LoRA loaded or "
+                "unloaded since, or is it another model?): a new text would not fit the image. Bring the pipeline back "
+                "to what it was"
+            )
 
     def named(self, prompts: Mapping[str, str] | None, values: torch.Tensor) -> TokenEmbeddings:
         """Return the (rows, d_text) embeddings of a prompt with its tokens; numbers without a prompt."""

@@ -5,19 +5,59 @@ must compute what the stored one did: a few numbers of the queries, keys and out
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ...pipeline import denoiser_of, uncompiled
+from ..placement import on_device
 from ..watch import unwatched
 from .families import Family
 from .maps import TOLERANCE, Formulae, JointAttention, Sums, concept_map, open_vocabulary_daam, prompt_daam
-from .stream import Stream, check_readable, on_device, take_rows
+from .stream import Stream, check_readable, take_rows
 
 KEPT = 4  # passes of a call that are read
 PROMPT, WORDS, CONCEPTS = "prompt", "daam", "concept_map"  # what is summed while generating
 CONTROLNET = ("controlnet_block_samples", "controlnet_single_block_samples", "block_controlnet_hidden_states")
+
+
+@dataclass(frozen=True, eq=False)
+class Calls(Sequence[Mapping[str, Any]]):
+    """The denoiser's arguments of each stored pass of one image.
+
+    Attributes:
+        tensors: of all passes; one that passes share is held once.
+        arguments: of each pass by name, {"tensor": number} or {"value": ...}.
+    """
+
+    tensors: tuple[torch.Tensor, ...]
+    arguments: tuple[Mapping[str, Any], ...]
+
+    @classmethod
+    def of(cls, calls: Sequence[Mapping[str, Any]]) -> "Calls":
+        """Return the arguments of passes."""
+        tensors = {id(each): each for call in calls for each in call.values() if isinstance(each, torch.Tensor)}
+        number = {key: at for at, key in enumerate(tensors)}
+
+        def held(value: Any) -> dict[str, Any]:
+            return {"tensor": number[id(value)]} if id(value) in number else {"value": value}
+
+        return cls(tuple(tensors.values()), tuple({name: held(each) for name, each in call.items()} for call in calls))
+
+    def __len__(self) -> int:
+        return len(self.arguments)
+
+    def __getitem__(self, number: Any) -> dict[str, Any]:
+        held = self.arguments[number].items()
+        return {name: self.tensors[it["tensor"]] if "tensor" in it else _tuples(it["value"]) for name, it in held}
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists of sizes as the tuples they were, as in Qwen-Image's `img_shapes`."""
+    if not isinstance(value, list):
+        return value
+    return tuple(value) if all(isinstance(part, int) for part in value) else [_tuples(part) for part in value]
 
 
 def passes_to_keep(count: int) -> set[int]:
@@ -112,7 +152,7 @@ def make_again(
     try:
         with torch.no_grad(), uncompiled(pipe), Stream(family, denoiser) as stream, stream.alone():
             for number, arguments in enumerate(calls):
-                moved = {name: on_device(value, pipe._execution_device) for name, value in arguments.items()}
+                moved = on_device(arguments, pipe._execution_device)
                 _require_precision(pipe, family, moved["hidden_states"])
                 stream.begin(moved, slice(None), texts, sums.read)
                 denoiser.forward(**moved)  # past the hooks on the denoiser, of a trace that is open

@@ -20,7 +20,7 @@ from ..watch import is_running
 from .encoding import EMBEDDED_WITH, JointTexts, check_words, encode_words
 from .families import NOT_LINEAR, Family
 from .maps import Sums
-from .reading import check_arguments, keep_arguments, make_again, passes_to_keep, while_generating
+from .reading import Calls, check_arguments, keep_arguments, make_again, passes_to_keep, while_generating
 from .record import JointRecord, fingerprint_of_joint
 from .stream import Stream, check_readable
 from .text import averages
@@ -215,7 +215,7 @@ class JointRecorder(Recorder):
             prompt_embeddings=embeddings,
             timesteps=[int(level) if level == int(level) else level for level in levels],
             grid=grid,
-            calls=tuple(calls),
+            calls=Calls.of(calls),
             words=(),
             maps={name: values[row].unflatten(1, grid).clone() for name, values in sums.items()},
             fingerprint=self._made_by,

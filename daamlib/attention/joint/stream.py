@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from ..batches import Rows
+from ..placement import on_device
 from ..readers.sites import refuse_caches
 from .families import Family
 from .maps import JointAttention
@@ -296,15 +297,6 @@ def take_rows(arguments: Mapping[str, Any], rows: slice) -> dict[str, Any]:
             if isinstance(value, torch.Tensor) and value.ndim and len(value) == batch:
                 found[name] = value[rows]
     return found
-
-
-def on_device(value: Any, device: torch.device) -> Any:
-    """Return an argument of a block or a pass with its tensors on `device`; mappings are copied."""
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if isinstance(value, tuple):
-        return tuple(on_device(part, device) for part in value)
-    return dict(value) if isinstance(value, Mapping) else value
 
 
 def attentions(block: torch.nn.Module) -> list[Any]:
