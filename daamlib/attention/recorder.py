@@ -152,9 +152,7 @@ class AttentionRecorder(Recorder):
         given = any(all(encoding.text_of(row) is None for encoding in self.encodings) for row in text)
         return Kept(
             embeddings=[
-                self._reader.named(
-                    [prompt], text[i : i + 1].clone(), None if mask is None else mask[i : i + 1], options
-                )[0]
+                self._reader.named(prompt, text[i].clone(), None if mask is None else mask[i], options)
                 for i, (prompt, options) in enumerate(zip(call.prompts, call.options, strict=True))
             ],
             text=self._reader.project(text),
@@ -326,7 +324,8 @@ class AttentionRecorder(Recorder):
         noisy = add_noise(latents_of(pipe.vae, pixels.to(device)), factors, seed)
         options, size = self._reader.defaults(), (pixels.shape[-2], pixels.shape[-1])
         with self.attached() as trace, self.alone(), self.looping(Loop((prompt,), options=options)):
-            for args, kwargs in self._reader.passes(prompt, options, timesteps, noisy, size):
+            levels = list(zip(timesteps, noisy, strict=True))
+            for args, kwargs in self._reader.passes(prompt, options, levels, size):
                 self.denoiser(*args, **kwargs)
         # as at the end of the pipeline's own call: off-loaded models go back
         unwatched(pipe, "maybe_free_model_hooks")()
