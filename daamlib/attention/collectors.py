@@ -13,12 +13,7 @@ from .softmax import summed_probabilities
 
 
 class Queries:
-    """Every pass's queries, which any later text can be read with.
-
-    Args:
-        passes: how many are expected; more make the buffer grow.
-        device: where they are kept; None: where they are made.
-    """
+    """Every pass's queries, on `device`, which any later text can be read with; passes beyond `passes` cost a copy."""
 
     def __init__(self, passes: int, device: torch.device | None = None):
         self._passes, self._device, self._done = passes, device, 0
@@ -36,7 +31,7 @@ class Queries:
         self._done += 1
 
     def kept(self, image: int) -> dict[str, Any]:
-        """(step, h*w, heads * d_head)."""
+        """Return (step, h*w, heads * d_head) queries."""
         buffer = self._buffers[image]
         # not the room of steps that did not come
         return {"queries": buffer if self._done == len(buffer) else buffer[: self._done].clone()}
@@ -62,7 +57,7 @@ class QuerySum:
             total += of_image.to(total.device)
 
     def kept(self, image: int) -> dict[str, Any]:
-        """(h*w, heads * d_head) float32."""
+        """Return the (h*w, heads * d_head) float32 sum."""
         return {"query_sum": self._sums[image]}
 
     @property
@@ -74,10 +69,7 @@ class QuerySum:
 class OnlineMaps(QuerySum):
     """DAAM of texts that are known beforehand, and the sum of the queries: no query outlives its pass.
 
-    Args:
-        keys: for each image and text the keys (heads, m, d_head), scaled.
-        grid: (h, w).
-        device: where the maps and sums are stored; None: where they are made.
+    `keys` are (heads, m, d_head), scaled, of each image and text.
     """
 
     def __init__(
@@ -97,7 +89,7 @@ class OnlineMaps(QuerySum):
                 maps[text] = maps[text] + summed if text in maps else summed
 
     def kept(self, image: int) -> dict[str, Any]:
-        """(h*w, heads * d_head) float32 and, of each text, (m, h, w) float32."""
+        """Return the sum and, of each text, (m, h, w) float32 maps."""
         return super().kept(image) | {"maps": tuple(self._maps[image].values())}
 
     @property

@@ -34,6 +34,8 @@ from .text import TokenEmbeddings, check_embeddings
 class LinearMap:
     """The whole of Linear DAAM for one image.
 
+        record.linear_map()(record.encode("car")["car"])  # (tokens, H, W)
+
     Attributes:
         weight: (H, W, d_text) float32, A in the derivation above.
         bias: (H, W) float32, the last column of A where the keys have a bias; else None.
@@ -49,10 +51,7 @@ class LinearMap:
 
     @without_autocast
     def __call__(self, embeddings: torch.Tensor | TokenEmbeddings) -> Float[torch.Tensor, "m height width"]:
-        """(m, d_text) token embeddings -> (m, H, W) maps, differentiable in the embeddings.
-
-        Raises ValueError if the embeddings are not (m, d_text).
-        """
+        """Return (m, H, W) maps of (m, d_text) embeddings, differentiable in them; ValueError for another width."""
         height, width, d_text = self.weight.shape
         values = check_embeddings(embeddings, d_text, self.weight.device)
         bias = None if self.bias is None else self.bias.to(values.dtype).flatten()
@@ -71,15 +70,10 @@ class LinearMap:
 
 @dataclass(frozen=True, eq=False)
 class NormedLinearMap:
-    """The whole of Linear DAAM for one image of a model that normalises its keys: one linear map a layer.
+    """The whole of Linear DAAM for one image of a model that normalises its keys: one linear map a layer."""
 
-    Attributes:
-        maps: A_i in the derivation above.
-        to_k: of each layer, for r_i.
-    """
-
-    maps: tuple[LinearMap, ...]
-    to_k: tuple[KeyProjection, ...]
+    maps: tuple[LinearMap, ...]  # A_i in the derivation above
+    to_k: tuple[KeyProjection, ...]  # of each layer, for r_i
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -87,10 +81,7 @@ class NormedLinearMap:
         return (len(self.maps), *self.maps[0].shape)
 
     def __call__(self, embeddings: torch.Tensor | TokenEmbeddings) -> Float[torch.Tensor, "m height width"]:
-        """(m, d_text) token embeddings -> (m, H, W) maps, differentiable in the embeddings.
-
-        Raises ValueError if the embeddings are not (m, d_text).
-        """
+        """Return (m, H, W) maps of (m, d_text) embeddings, differentiable in them; ValueError for another width."""
         weight = self.maps[0].weight
         values = check_embeddings(embeddings, weight.shape[2], weight.device)
         factors = [to_k.norm_factor(values)[:, None, None] for to_k in self.to_k]
@@ -101,14 +92,14 @@ class NormedLinearMap:
         return NormedLinearMap(tuple(part.clone() for part in self.maps), self.to_k)
 
     def near(self, embeddings: torch.Tensor) -> LinearMap:
-        """The linear map with each layer's r_i held at its mean over (m, d_text) embeddings."""
+        """Return the linear map with each layer's r_i held at its mean over (m, d_text) embeddings."""
         values = embeddings.to(self.maps[0].weight)
         factors = [to_k.norm_factor(values).mean() for to_k in self.to_k]
         return LinearMap(functools.reduce(torch.add, [r * a.weight for r, a in zip(factors, self.maps, strict=True)]))
 
 
 def collapse(layers: Sequence[Layer], grid: tuple[int, int]) -> LinearMap | NormedLinearMap:
-    """A of the module's derivation, or each A_i where the keys are normalised; all are up-sampled to `grid`."""
+    """Return A of the module's derivation, or each A_i where the keys are normalised, up-sampled to `grid`."""
     if all(layer.to_k.norm is None for layer in layers):
         return _sum(layers, grid)
     return NormedLinearMap(tuple(_sum([layer], grid) for layer in layers), tuple(layer.to_k for layer in layers))
@@ -116,7 +107,7 @@ def collapse(layers: Sequence[Layer], grid: tuple[int, int]) -> LinearMap | Norm
 
 @without_autocast
 def _sum(layers: Sequence[Layer], grid: tuple[int, int]) -> LinearMap:
-    """The sum of A_i over the layers: those of one grid are summed before they are up-sampled, once."""
+    """Return the sum of A_i over the layers: those of one grid are summed before they are up-sampled, once."""
     d_text, biased = layers[0].to_k.weight.shape[1], layers[0].to_k.bias is not None
     by_grid: dict[tuple[int, int], torch.Tensor] = {}
     for layer in layers:

@@ -16,12 +16,11 @@ from ..placement import bytes_of
 from ..readers.sites import place_of
 from ..readers.words import CHECK_TEXT
 from ..text import TokenEmbeddings, check_embeddings
-from .encoding import JointTexts, check_words, encode_words
+from .encoding import JointTexts, averages, check_words, encode_words
 from .families import NOT_LINEAR, Family, family_of
 from .maps import Formula, Formulae, JointAttention, Sums, concept_map, lone_word, open_vocabulary_daam
 from .reading import CONCEPTS, PROMPT, WORDS, Calls, make_again, while_generating
 from .stream import attentions
-from .text import averages
 
 
 class Block(NamedTuple):

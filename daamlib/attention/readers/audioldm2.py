@@ -93,7 +93,6 @@ class GPT2Reader(T5Reader):
     """Reads the vectors that AudioLDM2's GPT-2 generates, by their position: they are no words."""
 
     stream = "gpt2"
-    embeds = False  # the vectors are not of a text alone
     arguments = ("encoder_hidden_states", "encoder_attention_mask")
 
     @override

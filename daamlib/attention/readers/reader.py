@@ -12,7 +12,7 @@ from ...pipeline import denoiser_of
 from ..calls import Pass
 from ..fingerprint import Fingerprint
 from ..text import TextTooLongError, TokenEmbeddings, require_text
-from .sites import Site, embedder_of, embeds, fingerprint_of_sites
+from .sites import Site, embedder_of, fingerprint_of_sites
 from .words import require_text_encoder
 
 Options = Mapping[str, Any]  # arguments of `encode_prompt`
@@ -88,11 +88,6 @@ class Reader(abc.ABC):
         """Yield the arguments of a pass at each timestep under a prompt; `size` is of the image in pixels."""
 
     # -- texts ---------------------------------------------------------------------------------------------------
-
-    @property
-    def embeds(self) -> bool:
-        """Whether the pipeline embeds texts by a method of its own."""
-        return embeds(self.pipe)
 
     @property
     @abc.abstractmethod
