@@ -60,9 +60,8 @@ def trace(
             keeps those and DAAM of the prompt and of `texts`.
         texts: with `store="maps"`, what `record.daam` can be asked for besides the prompt.
         store_device: where it is kept, such as "cpu" to spare a GPU's memory; None: where the pipeline computes.
-        self_attention: whether to keep what `record.refine` needs, of the largest grid with at most 32 x 32 positions
-            and of the less noisy half of the passes: queries and keys of up to eight passes of each layer; with
-            "linear" and "maps" the running mean of the attention, 4.2 MB at 32 x 32.
+        self_attention: whether to keep what `record.refine` needs, of the largest grid with at most 32 x 32 positions:
+            queries and keys of up to eight of the less noisy passes; with "linear" and "maps" their mean attention.
         middle: whether to read the middle block too, which DAAM leaves out.
         stream: the text of AudioLDM2 to read: "t5" (the default), the words of the prompt, or "gpt2", vectors of the
             whole prompt, which are read by position.

@@ -59,25 +59,25 @@ class Encoding:
 
 
 def rows_of_images(
-    told: Any, encodings: Sequence[Encoding], branch: str, channels: int | None, *, perturbed: bool
+    inputs: Any, encodings: Sequence[Encoding], branch: str, channels: int | None, *, perturbed: bool
 ) -> tuple[Rows | None, Encoding]:
     """Return a branch's rows in a pass of a pipeline (None: it has none), and the encoding whose texts they have.
 
     Of the latents the first `channels` are noisy. Raises ValueError if nothing tells which rows are the images.
     """
     problem = (
-        f"the denoiser was called with {len(told.sample)} latents for {len(encodings[-1].positive)} images, under a "
+        f"the denoiser was called with {len(inputs.sample)} latents for {len(encodings[-1].positive)} images, under a "
         "text that `encode_prompt` did not return: it mixes other passes in, or the prompt was changed on its way or "
         "by a callback; trace cannot tell the rows apart"
     )
     for encoding in reversed(encodings):
         try:
-            halves = encoding.halves(told.text, perturbed=perturbed)
+            halves = encoding.halves(inputs.text, perturbed=perturbed)
         except ValueError as error:
             problem, halves = str(error), None
         if halves is None:
             continue
-        one, *other = (told.sample[rows][:, :channels] for rows in halves.values())
+        one, *other = (inputs.sample[rows][:, :channels] for rows in halves.values())
         if other and not torch.equal(one, other[0]):
             raise ValueError(
                 "under guidance, the prompts' rows have other latents than the negative texts', as tiles of several "

@@ -35,7 +35,14 @@ class Options:
 
 
 class Trace(Sequence[Any]):
-    """The records of the images generated inside a `trace`, in order of generation; also after the `with`."""
+    """The records of the images generated inside a `trace`, in order of generation.
+
+        with daamlib.trace(pipe) as trace:
+            images = pipe(["a car", "a tree"]).images
+        trace[1].daam()["tree"], len(trace)
+
+    They stay after the `with`.
+    """
 
     def __init__(self, recorder: Any) -> None:
         self._recorder: Any = recorder  # while the `with` is open
@@ -142,13 +149,13 @@ class Loop:
         finally:
             self.paused = before
 
-    def find(self, told: "Pass", branch: Branch) -> Rows | None:
+    def find(self, inputs: "Pass", branch: Branch) -> Rows | None:
         """Return the images' rows of a pass; None if it is no step of theirs. ValueError if nothing tells."""
-        batch, n = len(told.sample), len(self.prompts)
+        batch, n = len(inputs.sample), len(self.prompts)
         if self._embeds is not None:
             own = self._embeds
-            alike = [i for i in range(batch - n + 1) if torch.equal(told.text[i : i + n], own.to(told.text))]
-            if own.shape[1:] == told.text.shape[1:] and len(alike) == 1:
+            alike = [i for i in range(batch - n + 1) if torch.equal(inputs.text[i : i + n], own.to(inputs.text))]
+            if own.shape[1:] == inputs.text.shape[1:] and len(alike) == 1:
                 return slice(alike[0], alike[0] + n)
             if len(alike) > 1:
                 raise ValueError(f"the loop's prompt_embeds are the text of {len(alike)} places in a batch of {batch}")
@@ -164,7 +171,7 @@ class Loop:
         if batch == n and branch == "conditional":
             return slice(0, n)
         if batch == 2 * n:
-            if torch.equal(told.sample[:n], told.sample[n:]):
+            if torch.equal(inputs.sample[:n], inputs.sample[n:]):
                 return slice(n, batch) if branch == "conditional" else slice(0, n)
             what = "the latents of its two halves differ, as those of other images do"
         else:
@@ -174,9 +181,9 @@ class Loop:
             "images, trace.loop(prompts, num_images_per_prompt=..., rows=...)"
         )
 
-    def encoding(self, told: "Pass", rows: Rows, encodings: Sequence[Encoding], branch: Branch) -> Encoding | None:
+    def encoding(self, inputs: "Pass", rows: Rows, encodings: Sequence[Encoding], branch: Branch) -> Encoding | None:
         """Return the encoding with the first image's text. ValueError if a row has another text than was announced."""
-        known = [[encoding.text_of(row) for encoding in encodings] for row in told.text[rows]]
+        known = [[encoding.text_of(row) for encoding in encodings] for row in inputs.text[rows]]
         for row, (prompt, texts) in enumerate(zip(self.prompts, known, strict=True)):
             others = [text for text in texts if text is not None]
             if branch == "conditional" and prompt is not None and others and prompt not in others:
@@ -218,14 +225,14 @@ class Plan:
         self._at = -1
         self._last: float | None = None
 
-    def problem(self, told: Pass, latents: torch.Tensor) -> str | None:
+    def problem(self, inputs: Pass, latents: torch.Tensor) -> str | None:
         """Return why a pass is not the next step, None if it is."""
-        level, last = told.level, self._last
-        half = isinstance(told.timestep, torch.Tensor) and told.timestep.dtype in (torch.float16, torch.bfloat16)
+        level, last = inputs.level, self._last
+        half = isinstance(inputs.timestep, torch.Tensor) and inputs.timestep.dtype in (torch.float16, torch.bfloat16)
         near = (SAME_LEVEL_IN_HALF if half else SAME_LEVEL) * max(abs(level), 1e-3)
         places = [i for i, planned in enumerate(self._levels) if abs(planned - level) <= near]
         if not places and self._at < 0:
-            self._levels = []  # the denoiser is told its noise in units that are not the scheduler's
+            self._levels = []  # the denoiser is given its noise in units that are not the scheduler's
         self._last = level
         if not self._levels:
             if last is not None and level > last:
@@ -247,10 +254,10 @@ class LoopPlan:
         self._first: float | None = None
         self._previous: tuple[torch.Tensor, float] | None = None  # noisy latents and noise level
 
-    def problem(self, told: Pass, latents: torch.Tensor) -> str | None:
+    def problem(self, inputs: Pass, latents: torch.Tensor) -> str | None:
         """Return why a pass is no step of the loop's images, None if it is one."""
         before, level = self._previous or (None, None)
-        if before is not None and level == told.level:
+        if before is not None and level == inputs.level:
             if torch.equal(before, latents):
                 return "a noise level twice with the same latents"
             planned = getattr(self._scheduler, "num_inference_steps", None) and list(
@@ -258,10 +265,10 @@ class LoopPlan:
             )
             if (planned or []).count(level) == 1:  # Heun's and others plan a level twice
                 return "a noise level twice that the scheduler planned once"
-        elif told.level == self._first:
+        elif inputs.level == self._first:
             return "its first noise level again"
-        self._first = told.level if self._first is None else self._first
-        self._previous = latents.detach().clone(), told.level
+        self._first = inputs.level if self._first is None else self._first
+        self._previous = latents.detach().clone(), inputs.level
         return None
 
 

@@ -1,6 +1,6 @@
 """What is kept of one site while one pipeline call runs: its queries, their sum, or the maps of known texts.
 
-A collector is told of every pass by `add` and gives what it kept of one image as fields of a `Layer` by `kept`.
+A collector takes every pass by `add` and returns what it stored of one image as fields of a `Layer` by `kept`.
 """
 
 from collections.abc import Sequence

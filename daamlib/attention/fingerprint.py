@@ -1,8 +1,7 @@
 """The one answer to "is this the same model?": a few numbers for each cross-attention's key weights.
 
-Records, tokens, datasets and widgets mix only what one model made. Which model that was is told by the products of its
-key weights W_k with fixed random probes, u_j^T W_k p_j: they change with a rotation, a fine-tune or a LoRA, which the
-norms of the weights hardly do, and they need one small matrix product a layer.
+They are products of its key weights W_k with fixed random vectors, u_j^T W_k p_j, which change with a rotation, a
+fine-tune or a LoRA; the norms of the weights hardly do.
 """
 
 import functools
@@ -18,19 +17,15 @@ TOLERANCE = 0.015  # of their length; rounding the weights to bfloat16 changed i
 
 @functools.lru_cache(maxsize=64)
 def random_signs(width: int, seed: int) -> torch.Tensor:
-    """(PROBES, width) of -1 and 1, which every precision holds exactly."""
+    """Return (PROBES, width) of -1 and 1, which every precision holds exactly."""
     return 2.0 * torch.randint(2, (PROBES, width), generator=torch.Generator().manual_seed(seed)) - 1
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What a model's cross-attention keys make of the probes.
+    """What a model's cross-attention keys make of random vectors."""
 
-    Attributes:
-        layers: `PROBES` numbers for each layer, by its name.
-    """
-
-    layers: Mapping[str, tuple[float, ...]]
+    layers: Mapping[str, tuple[float, ...]]  # `PROBES` numbers for each layer, by its name
 
     @classmethod
     def of_keys(cls, keys: Mapping[str, Callable[[torch.Tensor], torch.Tensor]], d_text: int) -> "Fingerprint":
@@ -46,12 +41,12 @@ class Fingerprint:
         return cls(layers)
 
     def of_layers(self, names: Iterable[str]) -> "Fingerprint":
-        """That of these layers, as far as the model has them."""
+        """Return that of these layers, as far as the model has them."""
         wanted = set(names)
         return Fingerprint({name: numbers for name, numbers in self.layers.items() if name in wanted})
 
     def difference(self, other: "Fingerprint") -> str | None:
-        """What tells the two models apart, as in "the records have ...", or None where they are the same model."""
+        """Return the first difference, as in "the records have ...", or None where they are the same model."""
         if list(self.layers) != list(other.layers):
             return f"other cross-attention layers ({len(self.layers)} and {len(other.layers)} of them)"
         for name, numbers in self.layers.items():

@@ -21,7 +21,18 @@ from .weak import Weakly
 
 @dataclass(frozen=True, eq=False)
 class ImageRecord(abc.ABC):
-    """The attention of one image; see `AttentionRecord` and `JointRecord` for the fields."""
+    """What `AttentionRecord` and `JointRecord` hold of an image, and do in the same way.
+
+    Attributes:
+        prompt: the text that the passes read (thesis: X), the negative one of the unconditional branch; None if it was
+            given as embeddings.
+        prompt_embeddings: (rows, d_text) as the denoiser saw them, padding included.
+        timesteps: of each pass that was read, in order; some schedulers repeat one.
+        embedded_with: arguments of `encode_prompt` that the prompt was embedded with, such as `clip_skip`.
+        masked: whether a mask left padding out of the softmax; then it is left out of later texts', too.
+        encoder_check: embeddings of `readers.words.CHECK_TEXT` while generating, if the prompt was given as embeddings.
+        pipe: embeds further texts; None once nothing else holds it, and of copies, pickles and files. See `with_pipe`.
+    """
 
     prompt: str | None
     prompt_embeddings: TokenEmbeddings
@@ -143,19 +154,10 @@ class ImageRecord(abc.ABC):
     @classmethod
     @torch.inference_mode(False)  # its tensors may be differentiated through wherever it was loaded
     def load(cls, path: str | Path, *, pipe: Any = None, device: str | torch.device | None = None) -> Self:
-        """Read a saved record, as `save` shows.
+        """Read a saved record, as `save` shows, with the pipeline that made it, which the caller keeps alive.
 
-        Args:
-            path: the file that `save` wrote.
-            pipe: the pipeline that made it, which reads further texts; the caller keeps it alive.
-            device: where its tensors go; None: where `pipe` computes, without one the CPU.
-
-        Returns:
-            The record.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: it is no record, is damaged, or is of another model.
+        Its tensors go to `device`, by default where the pipeline computes, without one the CPU. Raises
+        FileNotFoundError, and ValueError for a file that is no record, is damaged, or is of another model.
         """
         try:
             record = load_dataclass(cls, path, cls.FORMAT)

@@ -33,29 +33,15 @@ class AttentionRecord(ImageRecord):
         record.daam()["car"]  # (H, W): where the image's positions attend to the word
         record.daam("a tree and a road")["tree"]  # of any other text
 
-    Attributes:
-        prompt: the text that the passes read (thesis: X), the negative one of the unconditional branch; None if it was
-            given as embeddings.
-        prompt_embeddings: (rows, d_text) as the denoiser saw them, padding included.
-        timesteps: of each pass of the denoiser, in order; some schedulers repeat one.
-        layers: see `Layer`.
-        branch: the half of classifier-free guidance that was read.
-        stream: the text that was read, where the denoiser is given several; else None.
-        texts: further texts whose DAAM is stored in `Layer.maps`.
-        self_attention: what `refine` propagates maps along, if `trace` was asked for it.
-        kept_map: of a record that was `collapsed`, what it reads LDAAM from.
-        embedded_with: arguments of `encode_prompt` that the prompt was embedded with, such as `clip_skip`.
-        masked: whether a mask left padding out of the softmax; then it is left out of later texts', too.
-        encoder_check: embeddings of `readers.words.CHECK_TEXT` while generating, if the prompt was given as embeddings.
-        pipe: embeds further texts; None once nothing else holds it, and of copies, pickles and files. See `with_pipe`.
+    `ImageRecord` says what its further fields hold.
     """
 
     layers: tuple[Layer, ...]
-    branch: str = "conditional"
-    stream: str | None = None
-    texts: Mapping[str, TokenEmbeddings] = field(default_factory=dict)
-    self_attention: SelfAttention | None = None
-    kept_map: LinearMap | None = None
+    branch: str = "conditional"  # the half of classifier-free guidance that was read
+    stream: str | None = None  # the text that was read, where the denoiser is given several
+    texts: Mapping[str, TokenEmbeddings] = field(default_factory=dict)  # whose DAAM is stored in `Layer.maps`
+    self_attention: SelfAttention | None = None  # what `refine` propagates maps along, if `trace` was asked for it
+    kept_map: LinearMap | None = None  # of a record that was `collapsed`, what it reads LDAAM from
 
     FORMAT: ClassVar[str] = "daamlib-record-3"
 
@@ -118,16 +104,9 @@ class AttentionRecord(ImageRecord):
             record.daam()["car"]  # a word of the prompt, (H, W)
             record.daam("a car and a tree")["tree"]
 
-        Args:
-            text: None for the prompt itself. A record made with `store="maps"` knows the texts that `trace` was given.
-            padding: with it the softmax is over the whole context, as while generating; without, over the text's own
-                tokens (as OVAM).
-
-        Returns:
-            (m, H, W) maps of start token ... end token, up-sampled to `grid`, summed over steps, layers and heads.
-
-        Raises:
-            ValueError: the record does not hold what the text needs (`store="linear"`), or see `encode`.
+        Maps are (m, H, W), of start token ... end token, up-sampled to `grid`, summed over steps, layers and heads.
+        With `padding` the softmax is over the whole context, as while generating; without, over the text's own tokens
+        (as OVAM). Raises ValueError if the record does not hold what the text needs (`store`), or as `encode`.
         """
         if self.layers[0].queries is None and self.layers[0].maps:
             maps, embeddings = self._stored_maps(text, padding)
@@ -139,7 +118,8 @@ class AttentionRecord(ImageRecord):
 
     def _stored_maps(self, text: str | None, padding: bool) -> tuple[torch.Tensor, TokenEmbeddings]:
         """Return DAAM that a trace with `store="maps"` computed, and the text's embeddings."""
-        known = {self.prompt: self.prompt_embeddings, **self.texts}
+        known: dict[str | None, TokenEmbeddings] = {self.prompt: self.prompt_embeddings}
+        known |= {name: embeddings for name, embeddings in self.texts.items() if name != self.prompt}
         text = self.prompt if text is None else text
         if text not in known or not padding:
             raise ValueError(
@@ -231,18 +211,9 @@ class AttentionRecord(ImageRecord):
 
             record.refine(record.daam())["car"]
 
-        M <- A M, `iterations` times, on the self-attention's grid (`daamlib.attention.self_attention`). A map keeps its
-        range, and a constant map stays constant. Differentiable in the maps.
-
-        Args:
-            heat_maps: (m, H, W) on the record's grid, such as `daam`'s, or probabilities as HeatMaps.
-            iterations: how often; one is mostly best (notebook 08).
-
-        Returns:
-            New maps of the same tokens, (m, H, W).
-
-        Raises:
-            ValueError: the record holds no self-attention, the maps are of another grid, or iterations is below 1.
+        M <- A M, `iterations` times, on the self-attention's grid (`daamlib.attention.self_attention`), one mostly best
+        (notebook 08). A map keeps its range, and a constant map stays constant. Differentiable in the maps. Raises
+        ValueError if the record holds no self-attention, for maps of another grid, or iterations below 1.
         """
         if self.self_attention is None:
             raise ValueError("this record holds no self-attention: trace with self_attention=True")
@@ -331,7 +302,12 @@ def _where_not_finite(layers: Sequence[Layer], timesteps: Sequence[float]) -> st
 
 
 def require_same_model(records: Sequence[Any]) -> None:
-    """ValueError unless all records come from one model: the same layers with the same key weights."""
+    """Check that all records come from one model.
+
+        daamlib.require_same_model(records)
+
+    Raises ValueError unless they have the same layers with the same key weights.
+    """
     first, *others = records
     for number, other in enumerate(others, start=1):
         difference = first.fingerprint.difference(other.fingerprint)

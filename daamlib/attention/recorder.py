@@ -24,11 +24,11 @@ from .readers import Reader
 from .readers.sites import Site, refuse_caches
 from .real_images import add_noise, check_levels, latents_of, noise_levels
 from .record import AttentionRecord
-from .recording import Recorder, alone, break_off
+from .recording import Recorder, break_off
 from .self_attention import LARGEST, LATE, SelfAttentions
 from .softmax import attention_error
 from .text import TokenEmbeddings, texts_of_images
-from .watch import unwatched
+from .watch import alone, see_input, see_output, unwatched
 
 MOST_PASSES = 128  # that room is made for at once
 CLOSE = {torch.float16: 0.03, torch.bfloat16: 0.1}  # relative differences that rounding explains
@@ -51,10 +51,10 @@ class Reading:
     seen: int = 0  # how often queries were made in the pass under way
     probe: dict[str, Tensor] = field(default_factory=dict)  # queries of some positions, keys and values of that pass
 
-    def see_keys(self, keys: Tensor, text: Tensor) -> None:
+    def see_keys(self, keys: Tensor, text: Tensor, *, first: bool) -> None:
         """Take the (image, token, channels) keys of a pass. ValueError if the first are not those of the text."""
         self.probe["keys"] = keys
-        if self.made is not None:
+        if self.made is not None and not first:
             same = keys.shape == self.made.shape
             moved = (keys - self.made).abs().amax() if same else keys.new_tensor(torch.inf)
             self.moved = moved if self.moved is None else torch.maximum(self.moved, moved)
@@ -65,13 +65,12 @@ class Reading:
                 f"{self.site.name} makes other keys than its `to_k` does of the text: its maps are not DAAM's"
             )
 
-    def see_output(self, output: Tensor, mask: Tensor | None) -> None:
+    def see_output(self, output: Tensor, mask: Tensor | None, *, first: bool) -> None:
         """Compare the output at some positions with softmax(q k) v: ValueError in the first pass, else at the end."""
-        parts, first, self.probe = self.probe, self.error is None, {}
-        heads = (
-            parts[name].unflatten(-1, (self.site.heads, -1)).transpose(1, 2) for name in ("queries", "keys", "values")
-        )
-        error = attention_error(*heads, output, self.site.scale, mask).nan_to_num()  # NaN is an error where it is read
+        probe, self.probe = self.probe, {}
+        q, k, v = (probe[name].unflatten(-1, (self.site.heads, -1)) for name in ("queries", "keys", "values"))
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        error = attention_error(q, k, v, output, self.site.scale, mask).nan_to_num()  # NaN is an error where it is read
         self.error = error if self.error is None else torch.maximum(self.error, error)
         if first and not output.isfinite().all():
             raise ValueError(
@@ -118,12 +117,10 @@ class AttentionRecorder(Recorder):
     @override
     def register(self, stack: ExitStack) -> None:
         def after(module: Any, react: Callable, site: Site) -> None:
-            hook = module.register_forward_hook(lambda _, args, output: self._react(react, site, output))
-            stack.callback(hook.remove)
+            see_output(stack, module, partial(self._react, react, site))
 
         def before(module: Any, react: Callable, site: Site) -> None:
-            hook = module.register_forward_pre_hook(lambda _, args: self._react(react, site, args[0]))
-            stack.callback(hook.remove)
+            see_input(stack, module, partial(self._react, react, site))
 
         for site in self._sites:
             after(site.queries, self._after_queries, site)
@@ -171,11 +168,11 @@ class AttentionRecorder(Recorder):
     # -- passes --------------------------------------------------------------------------------------------------
 
     @override
-    def open_call(self, call: Call, told: Pass, rows: Rows) -> Kept:
+    def open_call(self, call: Call, inputs: Pass, rows: Rows) -> Kept:
         if any(site.module.to_q is not site.to_q for site in self._sites):
             raise ValueError("layers of the denoiser were replaced inside the `with`, as a LoRA does: load it before")
         refuse_caches(self.denoiser)
-        text, mask = told.text[rows].detach().clone(), None if told.mask is None else told.mask[rows].clone()
+        text, mask = inputs.text[rows].detach().clone(), None if inputs.mask is None else inputs.mask[rows].clone()
         named, embed = self._reader.named, self._reader.encode
         return Kept(
             embeddings=[
@@ -183,7 +180,7 @@ class AttentionRecorder(Recorder):
                 for i, (prompt, options) in enumerate(zip(call.prompts, call.options, strict=True))
             ],
             text=self._reader.project(text),
-            latent=(told.sample.shape[-2], told.sample.shape[-1]),
+            latent=(inputs.sample.shape[-2], inputs.sample.shape[-1]),
             texts={text: embed(text, padding=mask is None, options=call.options[0]) for text in self.options.texts},
             masked=mask is not None,
             check=self.check_text(self._reader, text, call.options[0]),
@@ -191,21 +188,21 @@ class AttentionRecorder(Recorder):
         )
 
     @override
-    def begin_pass(self, call: Call, told: Pass, rows: Rows) -> None:
-        latent = tuple(told.sample.shape[-2:])
+    def begin_pass(self, call: Call, inputs: Pass, rows: Rows) -> None:
+        latent = tuple(inputs.sample.shape[-2:])
         for reading in call.kept.sites.values():
             reading.seen = 0
         if latent != call.kept.latent:
             break_off(call, f"latents of {latent} followed those of {call.kept.latent}: maps are of one size")
 
     def _after_queries(self, call: Call, kept: Kept, site: Site, output: Tensor) -> None:
-        told, rows = self._under_way
+        inputs, rows = self._under_way
         reading = kept.sites.get(site.name)
         positions = output.shape[1] if reading is None else reading.positions
-        if len(output) != len(told.sample) or output.shape[1] != positions:
+        if len(output) != len(inputs.sample) or output.shape[1] != positions:
             break_off(
                 call,
-                f"{site.name} made queries of shape {tuple(output.shape)} for {len(told.sample)} latents, in pass 1 "
+                f"{site.name} made queries of shape {tuple(output.shape)} for {len(inputs.sample)} latents, in pass 1 "
                 f"at {positions} positions: its positions are not those of one image, as where they are tiles or are "
                 "merged",
             )
@@ -233,18 +230,18 @@ class AttentionRecorder(Recorder):
 
     def _after_keys(self, call: Call, kept: Kept, site: Site, output: Tensor) -> None:
         if site.name in kept.sites:
-            kept.sites[site.name].see_keys(output[self._under_way[1]], kept.text)
+            kept.sites[site.name].see_keys(output[self._under_way[1]], kept.text, first=not call.timesteps)
 
     def _after_values(self, call: Call, kept: Kept, site: Site, output: Tensor) -> None:
         if site.name in kept.sites:
             kept.sites[site.name].probe["values"] = output[self._under_way[1]]
 
     def _before_output(self, call: Call, kept: Kept, site: Site, received: Tensor) -> None:
-        (told, rows), reading = self._under_way, kept.sites.get(site.name)
+        (inputs, rows), reading = self._under_way, kept.sites.get(site.name)
         if reading is None or not {"keys", "values"} <= reading.probe.keys() or _adds_images(site.module.processor):
             return
-        mask = None if told.mask is None else told.mask[rows].bool().to(received.device)
-        reading.see_output(received[rows][:, _probed(received.shape[1], call)], mask)
+        mask = None if inputs.mask is None else inputs.mask[rows].bool().to(received.device)
+        reading.see_output(received[rows][:, _probed(received.shape[1], call)], mask, first=not call.timesteps)
 
     @property
     def _under_way(self) -> tuple[Pass, Rows]:
@@ -297,8 +294,8 @@ class AttentionRecorder(Recorder):
         kept.self_attention.queries[site.name] = output
 
     def _after_self_keys(self, call: Call, kept: Kept, site: Site, output: Tensor) -> None:
-        told, rows = self._under_way
-        late = told.level <= LATE * self.pipe.scheduler.config.num_train_timesteps
+        inputs, rows = self._under_way
+        late = inputs.level <= LATE * self.pipe.scheduler.config.num_train_timesteps
         kept.self_attention.see_keys(site, output, rows, first=not call.timesteps, late=late)
 
     # -- records -------------------------------------------------------------------------------------------------

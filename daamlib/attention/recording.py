@@ -14,7 +14,6 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
 from types import FrameType
 from typing import Any
 
@@ -26,11 +25,9 @@ from .calls import Call, Loop, LoopPlan, Options, Pass, Plan, Trace
 from .readers.sites import EMBED
 from .readers.words import check_text
 from .text import options_of_images
-from .watch import is_running, watch
+from .watch import is_running, see_output, watch, who_is_alone
 
 log = logging.getLogger("daamlib")
-
-_ALONE: ContextVar[Any] = ContextVar("alone", default=None)  # a recorder whose passes no other trace is to see
 
 BY_ITSELF = (
     "trace cannot know whose images its rows are. Announce the loop: `with trace.loop(prompts) as loop:` around it, "
@@ -58,11 +55,11 @@ class ModelHooks(abc.ABC):
         """Return what a call of `encode_prompt` took and returned."""
 
     @abc.abstractmethod
-    def open_call(self, call: Call, told: Pass, rows: Rows) -> Any:
+    def open_call(self, call: Call, inputs: Pass, rows: Rows) -> Any:
         """Return what to collect a call with, at the beginning of its first pass."""
 
     @abc.abstractmethod
-    def begin_pass(self, call: Call, told: Pass, rows: Rows) -> None:
+    def begin_pass(self, call: Call, inputs: Pass, rows: Rows) -> None:
         """Prepare for a pass that is a step."""
 
     @abc.abstractmethod
@@ -105,7 +102,7 @@ class Recorder(ModelHooks):
             stack.enter_context(watch(self.pipe, "maybe_free_model_hooks", self._after_call))
             self.register(stack)
             stack.callback(self.denoiser.register_forward_pre_hook(self._before_pass, with_kwargs=True).remove)
-            stack.callback(self.denoiser.register_forward_hook(lambda *_: self._after_pass()).remove)
+            see_output(stack, self.denoiser, self._after_pass)
             try:
                 yield self.trace
             except BaseException:
@@ -192,7 +189,7 @@ class Recorder(ModelHooks):
     @torch.no_grad()
     def _next_pass(self, args: tuple, kwargs: dict, gradients: bool) -> tuple[Pass, Rows] | None:
         """Return the pass that begins and its rows, None if it is no step of the call under way."""
-        if _ALONE.get() not in (None, self):
+        if who_is_alone() not in (None, self):
             return None
         failed, self.under_way, inside = self.under_way is not None, None, is_running(self.frame)
         if failed and self.call is not None:
@@ -203,35 +200,35 @@ class Recorder(ModelHooks):
             raise ValueError(f"the denoiser was called by itself, outside of a call of the traced {kind}: {BY_ITSELF}")
         if not inside and self.loop is not None and self.loop.paused:
             return None
-        told = self.read(args, kwargs)
-        if inside and gradients and told.sample.requires_grad:  # to steer the latents, as in Attend-and-Excite
-            self._gradients.add(told.level)
+        inputs = self.read(args, kwargs)
+        if inside and gradients and inputs.sample.requires_grad:  # to steer the latents, as in Attend-and-Excite
+            self._gradients.add(inputs.level)
             return None
         if self.call is not None and self.call.broken:
             return None
-        rows, encoding = self.rows_of_call(told) if inside else self._rows_of_loop(told)
-        if rows is None or not told.is_step:
+        rows, encoding = self.rows_of_call(inputs) if inside else self._rows_of_loop(inputs)
+        if rows is None or not inputs.is_step:
             return None
-        call = self.call = self.call or _begin_call(self, len(told.sample[rows]), encoding, inside)
-        if len(set(told.levels)) > 1:
-            problem: str | None = "several noise levels at once"
-        else:
-            problem = call.plan and call.plan.problem(told, told.sample[rows][:, : self._channels])
+        call = self.call = self.call or _begin_call(self, len(inputs.sample[rows]), encoding, inside)
+        problem: str | None = "several noise levels at once"
+        if len(set(inputs.levels)) == 1:
+            latents = inputs.sample[rows][:, : self._channels]
+            problem = None if call.plan is None else call.plan.problem(inputs, latents)
         if problem:
-            where = f"noise level {told.level:g}, pass {len(call.timesteps) + 1}"
+            where = f"noise level {inputs.level:g}, pass {len(call.timesteps) + 1}"
             break_off(
                 call, f"the denoiser was called at {problem} under the images' text ({where}): {NO_STEP}", after=2
             )
             return None
         if call.kept is None:
-            call.kept = self.open_call(call, told, rows)
-        self.begin_pass(call, told, rows)
-        return told, rows
+            call.kept = self.open_call(call, inputs, rows)
+        self.begin_pass(call, inputs, rows)
+        return inputs, rows
 
-    def rows_of_call(self, told: Pass) -> tuple[Rows | None, Encoding | None]:
+    def rows_of_call(self, inputs: Pass) -> tuple[Rows | None, Encoding | None]:
         """Return the rows of the images in a pass of the pipeline, None if it has none, and whose text they have."""
         text, known = self._latest
-        if text is not None and text[0] is told.text and text[1] == _version(told.text):
+        if text is not None and text[0] is inputs.text and text[1] == _version(inputs.text):
             return known  # comparing tensors makes a GPU's host wait
         perturbed = bool(getattr(self.pipe, "do_perturbed_attention_guidance", False))
         try:
@@ -241,7 +238,7 @@ class Recorder(ModelHooks):
                     "which rows of its batches are the images' prompts"
                 )
             rows, encoding = rows_of_images(
-                told, self.encodings, self.options.branch, self._channels, perturbed=perturbed
+                inputs, self.encodings, self.options.branch, self._channels, perturbed=perturbed
             )
         except ValueError as error:
             break_off(self.call, str(error))
@@ -249,9 +246,9 @@ class Recorder(ModelHooks):
         if self.options.branch == "unconditional" and encoding.negative is None and not encoding.guided:
             raise ValueError(
                 'branch="unconditional" needs classifier-free guidance, which is off in this call or pass '
-                f'({len(told.sample)} latents): give guidance_scale > 1, or trace branch="conditional"'
+                f'({len(inputs.sample)} latents): give guidance_scale > 1, or trace branch="conditional"'
             )
-        self._latest = ((told.text, _version(told.text)), (rows, encoding))
+        self._latest = ((inputs.text, _version(inputs.text)), (rows, encoding))
         return rows, encoding
 
     def check_text(self, reader: Any, texts: torch.Tensor, options: Mapping[str, Any]) -> torch.Tensor | None:
@@ -264,12 +261,12 @@ class Recorder(ModelHooks):
         """The number of noisy channels of the latents, before those of an image that is given with them."""
         return getattr(self.denoiser.config, "out_channels", None)
 
-    def _rows_of_loop(self, told: Pass) -> tuple[Rows | None, Encoding | None]:
+    def _rows_of_loop(self, inputs: Pass) -> tuple[Rows | None, Encoding | None]:
         assert self.loop is not None
-        rows = self.loop.find(told, self.options.branch)
-        return rows, None if rows is None else self.loop.encoding(told, rows, self.encodings, self.options.branch)
+        rows = self.loop.find(inputs, self.options.branch)
+        return rows, None if rows is None else self.loop.encoding(inputs, rows, self.encodings, self.options.branch)
 
-    def _after_pass(self) -> None:
+    def _after_pass(self, output: Any) -> None:
         under_way, self.under_way, call = self.under_way, None, self.call
         if under_way is None or call is None or call.broken:
             return
@@ -304,10 +301,9 @@ class Recorder(ModelHooks):
 
     def complete(self) -> None:
         """Finish a call that made all its passes and has returned without saying so."""
-        call = self.call
-        if call is not None and self.loop is None and not self._says_end and not is_running(self.frame):
-            if self.under_way is None and len(call.timesteps) == call.planned:
-                self._finish()
+        whole = self.call is not None and len(self.call.timesteps) == self.call.planned and self.under_way is None
+        if whole and self.loop is None and not self._says_end and not is_running(self.frame):
+            self._finish()
 
     def _close(self) -> None:
         """End the call of a pipeline that comes to nothing any more: an exception ended it."""
@@ -344,7 +340,7 @@ def _begin_call(recorder: Recorder, images: int, encoding: Encoding | None, insi
     scheduler = getattr(pipe, "scheduler", None)
     timesteps = getattr(scheduler, "timesteps", None)  # None before `set_timesteps`
     number = getattr(pipe, "num_timesteps", None) or (0 if timesteps is None else len(timesteps))
-    plan = Plan(timesteps) if inside else None if _ALONE.get() is recorder else LoopPlan(scheduler)
+    plan = Plan(timesteps) if inside else None if who_is_alone() is recorder else LoopPlan(scheduler)
     return Call(prompts, options_of_images(options, images), plan, number if inside else None, in_loop=not inside)
 
 
@@ -353,16 +349,6 @@ def break_off(call: Call | None, problem: str, after: int = 1) -> None:
     if call is None or len(call.timesteps) < after:
         raise ValueError(problem)
     call.broken, call.kept = problem, None
-
-
-@contextmanager
-def alone(recorder: Recorder) -> Iterator[None]:
-    """Hide the passes made inside from the other traces of this thread."""
-    before = _ALONE.set(recorder)
-    try:
-        yield
-    finally:
-        _ALONE.reset(before)
 
 
 def _call_of(pipe: Any, caller: FrameType) -> tuple[FrameType | None, bool]:

@@ -12,7 +12,7 @@ import torch
 
 from ...pipeline import denoiser_of, uncompiled
 from ..placement import on_device
-from ..watch import unwatched
+from ..watch import alone, unwatched
 from .families import Family
 from .maps import TOLERANCE, Formulae, JointAttention, Sums, concept_map, open_vocabulary_daam, prompt_daam
 from .stream import Stream, check_readable, take_rows
@@ -24,15 +24,10 @@ CONTROLNET = ("controlnet_block_samples", "controlnet_single_block_samples", "bl
 
 @dataclass(frozen=True, eq=False)
 class Calls(Sequence[Mapping[str, Any]]):
-    """The denoiser's arguments of each stored pass of one image.
+    """The denoiser's arguments of each stored pass of one image."""
 
-    Attributes:
-        tensors: of all passes; one that passes share is held once.
-        arguments: of each pass by name, {"tensor": number} or {"value": ...}.
-    """
-
-    tensors: tuple[torch.Tensor, ...]
-    arguments: tuple[Mapping[str, Any], ...]
+    tensors: tuple[torch.Tensor, ...]  # of all passes; one that passes share is held once
+    arguments: tuple[Mapping[str, Any], ...]  # of each pass by name, {"tensor": number} or {"value": ...}
 
     @classmethod
     def of(cls, calls: Sequence[Mapping[str, Any]]) -> "Calls":
@@ -48,32 +43,27 @@ class Calls(Sequence[Mapping[str, Any]]):
     def __len__(self) -> int:
         return len(self.arguments)
 
-    def __getitem__(self, number: Any) -> dict[str, Any]:
+    def __getitem__(self, number):
         held = self.arguments[number].items()
         return {name: self.tensors[it["tensor"]] if "tensor" in it else _tuples(it["value"]) for name, it in held}
 
 
 def _tuples(value: Any) -> Any:
-    """JSON's lists of sizes as the tuples they were, as in Qwen-Image's `img_shapes`."""
+    """Return JSON's lists of sizes as the tuples they were, as in Qwen-Image's `img_shapes`."""
     if not isinstance(value, list):
         return value
     return tuple(value) if all(isinstance(part, int) for part in value) else [_tuples(part) for part in value]
 
 
 def passes_to_keep(count: int) -> set[int]:
-    """Return the numbers of the passes to read, of `count`: the middles of four equal parts of the call, or all.
-
-    Early passes fix where things are and late ones their edges, so all parts take part; four of them are enough for a
-    mean over noise levels, and keep the cost of later readings to that of four steps.
-    """
+    """Return the numbers of the passes to read, of `count`: the middles of four equal parts of the call, or all."""
     return {int((part + 0.5) * count / KEPT) for part in range(KEPT)} if count > KEPT else set(range(count))
 
 
 def keep_arguments(arguments: Mapping[str, Any], row: int, known: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a pass of one image, to re-run it: its row of the batch, copied.
+    """Return a copy of the arguments of one image, a row of a pass, to re-run it; none of a pass with a ControlNet.
 
-    A tensor that equals that of an earlier pass (`known`), as the text's does, is shared with it. There are none of a
-    pass with a ControlNet, whose states are larger than all the rest.
+    A tensor that equals that of an earlier pass (`known`), as the text's does, is shared with it.
     """
     if any(arguments.get(name) is not None for name in CONTROLNET):
         return {}
@@ -150,7 +140,7 @@ def make_again(
         )
     denoiser, sums = denoiser_of(pipe), Sums(formulae)
     try:
-        with torch.no_grad(), uncompiled(pipe), Stream(family, denoiser) as stream, stream.alone():
+        with torch.no_grad(), uncompiled(pipe), Stream(family, denoiser) as stream, alone(stream):
             for number, arguments in enumerate(calls):
                 moved = on_device(arguments, pipe._execution_device)
                 _require_precision(pipe, family, moved["hidden_states"])

@@ -41,34 +41,18 @@ class JointRecord(ImageRecord):
 
     It holds the prompt's DAAM and the maps of the words that `trace` was given. Any other text has no keys that could
     be stored, for its state depends on the image, block by block: reading it needs the model, which re-runs the stored
-    passes (four steps of the pipeline, and about as much once more for the text). All maps are sums over these passes.
-
-    Attributes:
-        prompt: the text that generated the image, None if it was given as embeddings.
-        prompt_embeddings: (rows, d_text) as the denoiser saw them, padding included.
-        timesteps: of each stored pass, 0 ... 1000 (in the units of the scheduler).
-        grid: (H, W) of the maps, which all blocks share.
-        calls: the denoiser's arguments of each stored pass.
-        words: those that were read while the image was generated.
-        maps: the sums of these passes: "prompt" (m, H, W), and with words "daam" and "concept_map" (K, H, W).
-        fingerprint: what tells the model that made it from others.
-        computed: a few numbers of what each pass computed in each block, which a re-run pass must reproduce.
-        prompts: the prompt of each text encoder, by the argument of `encode_prompt`; None for given embeddings.
-        selected: names of the attentions that are read; None for all.
-        embedded_with: arguments of `encode_prompt` that the prompt was embedded with.
-        encoder_check: embeddings of `readers.words.CHECK_TEXT` while generating, if the prompt was given as embeddings.
-        pipe: reads further texts; None once nothing else holds it, and of copies, pickles and files. A record without
-            it knows only `maps`. See `with_pipe`.
+    passes (four steps of the pipeline, and about as much once more for the text). All maps are sums over these passes,
+    whose `timesteps` are 0 ... 1000. `ImageRecord` has the further fields.
     """
 
-    grid: tuple[int, int]
-    calls: Calls
-    words: tuple[str, ...]
-    maps: Mapping[str, torch.Tensor]
-    fingerprint: Fingerprint
-    computed: torch.Tensor
-    prompts: Mapping[str, str] | None
-    selected: tuple[str, ...] | None = None
+    grid: tuple[int, int]  # (H, W) of the maps, which all blocks share
+    calls: Calls  # the denoiser's arguments of each stored pass
+    words: tuple[str, ...]  # those that were read while the image was generated
+    maps: Mapping[str, torch.Tensor]  # "prompt" (m, H, W), and with words "daam" and "concept_map" (K, H, W)
+    fingerprint: Fingerprint  # what tells the model that made it from others
+    computed: torch.Tensor  # numbers of what each pass computed in each block, which a re-run pass must reproduce
+    prompts: Mapping[str, str] | None  # of each text encoder, by the argument of `encode_prompt`; None for embeddings
+    selected: tuple[str, ...] | None = None  # names of the attentions that are read; None for all
 
     FORMAT: ClassVar[str] = "daamlib-joint-record-3"
     self_attention: ClassVar[None] = None  # is not stored of a joint model
@@ -103,7 +87,7 @@ class JointRecord(ImageRecord):
         return replace(super().to(device), computed=self.computed)  # compared on the CPU
 
     def encode(self, text: str, *, padding: bool = False) -> TokenEmbeddings:
-        """Embed any text as the prompt was (`embedded_with`); without padding, which is of no meaning here.
+        """Embed any text as the prompt was (`embedded_with`), always without padding.
 
             record.encode("a tree").tokens  # of SD 3 those of CLIP, start and end token included, and then T5's
 
@@ -120,18 +104,9 @@ class JointRecord(ImageRecord):
             record.daam(["tree", "road"])["tree"]  # words are embedded one by one, and compete
 
         The prompt's (None) is exact: the image's positions take part in its softmax. Any other text is re-run with the
-        image, and the softmax is over the text alone. The keys of a listed word's tokens are averaged.
-
-        Args:
-            text: see above. The prompt itself and the words that `trace` was given need no model.
-            padding: of no meaning here, where a text is run without it.
-
-        Returns:
-            (m, H, W) maps, a row a token, or a row a word of a list; sums over the stored passes, blocks and heads.
-
-        Raises:
-            TypeError: `text` is neither.
-            ValueError: see `encode`; or fewer than two words are listed.
+        image, without padding, and the softmax is over the text alone. Maps are (m, H, W), a row a token, or a word of
+        a list, whose tokens' keys are averaged. The prompt and the words that `trace` was given need no model. Raises
+        TypeError or ValueError as `encode`, or for fewer than two words.
         """
         if text is None or text == self.prompt:
             names = self.prompt_embeddings.without_padding()

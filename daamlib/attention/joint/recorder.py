@@ -18,7 +18,7 @@ from ..text import TokenEmbeddings, texts_of_images
 from ..watch import is_running
 from .encoding import EMBEDDED_WITH, JointTexts, averages, check_words, encode_words
 from .families import NOT_LINEAR, Family
-from .maps import Sums
+from .maps import Formulae, Sums
 from .reading import Calls, check_arguments, keep_arguments, make_again, passes_to_keep, while_generating
 from .record import JointRecord, fingerprint_of_joint
 from .stream import Stream, check_readable
@@ -98,16 +98,16 @@ class JointRecorder(Recorder):
         )
 
     @override
-    def rows_of_call(self, told: Pass) -> tuple[Rows | None, Encoding | None]:
-        if len(self.encodings) > 1 and any(told.text is text for text in self._negatives):
+    def rows_of_call(self, inputs: Pass) -> tuple[Rows | None, Encoding | None]:
+        if len(self.encodings) > 1 and any(inputs.text is text for text in self._negatives):
             return None, None  # which may equal the prompt
-        return super().rows_of_call(told)
+        return super().rows_of_call(inputs)
 
     @override
-    def open_call(self, call: Call, told: Pass, rows: Rows) -> Kept:
+    def open_call(self, call: Call, inputs: Pass, rows: Rows) -> Kept:
         options, words = call.options[0], self._words
         extra = encode_words(self.pipe, self._family, words, options) if words else None
-        texts = told.text[rows].detach().clone()
+        texts = inputs.text[rows].detach().clone()
         prompts: list[Names] = []
         for prompt, own, values in zip(call.prompts, call.options, texts, strict=True):
             further = {name: text for name, text in own.items() if name in FURTHER and text}
@@ -115,40 +115,40 @@ class JointRecorder(Recorder):
             prompts.append((self._texts.named(named, values.clone()), named))
         self._made_by = fingerprint_of_joint(self.pipe)  # a LoRA may have come since the call before
         return Kept(
-            grid=check_arguments(self._family, self.denoiser, told.arguments),
+            grid=check_arguments(self._family, self.denoiser, inputs.arguments),
             words=extra,
             texts=texts,
             prompts=prompts,
             check=self.check_text(self._texts, texts, options),
             calls=[[] for _ in texts],
             timesteps=[],
-            sums=Sums((lambda image, texts: {}) if call.in_loop else while_generating(extra and averages(extra))),
+            sums=Sums((lambda image, texts: {}) if call.in_loop else _formulae(extra)),
         )
 
     @override
-    def begin_pass(self, call: Call, told: Pass, rows: Rows) -> None:
+    def begin_pass(self, call: Call, inputs: Pass, rows: Rows) -> None:
         kept, in_loop = call.kept, call.in_loop
-        if call.timesteps and (problem := self._later_problem(kept, told, rows)):
+        if call.timesteps and (problem := self._later_problem(kept, inputs, rows)):
             break_off(call, problem)
             return
         planned = call.planned or len(self.pipe.scheduler.timesteps)
         if not in_loop and len(call.timesteps) not in passes_to_keep(planned):
             return
-        kept.timesteps.append(told.level)
-        numbers = range(len(told.sample))[rows] if isinstance(rows, slice) else rows
+        kept.timesteps.append(inputs.level)
+        numbers = range(len(inputs.sample))[rows] if isinstance(rows, slice) else rows
         for stored, row in zip(kept.calls, numbers, strict=True):
-            stored.append(keep_arguments(told.arguments, row, stored[-1] if stored else {}))
+            stored.append(keep_arguments(inputs.arguments, row, stored[-1] if stored else {}))
         # how many passes a loop makes is not known: what it computed is noted, and maps are read of passes made again
         texts = [] if kept.words is None or in_loop else [kept.words.values]
-        self._stream.begin(told.arguments, rows, texts, kept.sums.read, strict=not call.timesteps)
+        self._stream.begin(inputs.arguments, rows, texts, kept.sums.read, strict=not call.timesteps)
 
-    def _later_problem(self, kept: Kept, told: Pass, rows: Rows) -> str | None:
+    def _later_problem(self, kept: Kept, inputs: Pass, rows: Rows) -> str | None:
         """Return why a pass after the first cannot be read."""
         try:
-            check_arguments(self._family, self.denoiser, told.arguments)
+            check_arguments(self._family, self.denoiser, inputs.arguments)
         except ValueError as error:
             return str(error)
-        if not torch.equal(told.text[rows], kept.texts):
+        if not torch.equal(inputs.text[rows], kept.texts):
             return (
                 "the text changed between passes, as when a callback swaps the prompt: no names hold for all passes. "
                 "Trace each part as a call of its own"
@@ -166,14 +166,14 @@ class JointRecorder(Recorder):
             raise ValueError("it ended before the first pass that is read")
         numbers = range(len(kept.timesteps))
         chosen = sorted(passes_to_keep(len(numbers))) if call.in_loop else list(numbers)
-        timesteps, words = [kept.timesteps[number] for number in chosen], kept.words and averages(kept.words)
+        timesteps = [kept.timesteps[number] for number in chosen]
         records = []
         for image, (names, stored) in enumerate(zip(kept.prompts, kept.calls, strict=True)):
             sums, row, calls = kept.sums, image, [stored[number] for number in chosen]
             computed = sums.computed(image, len(stored))[chosen]
             if call.in_loop:
                 texts = [] if kept.words is None else [kept.words.values]
-                sums, row = make_again(self.pipe, self._family, calls, texts, while_generating(words), computed), 0
+                sums, row = make_again(self.pipe, self._family, calls, texts, _formulae(kept.words), computed), 0
             options = {name: value for name, value in call.options[image].items() if name in EMBEDDED_WITH}
             fields = {"grid": kept.grid, "embedded_with": options, "encoder_check": kept.check, "words": self._words}
             record = self._record(names, timesteps, calls, sums, row, computed=computed, **fields)
@@ -224,3 +224,8 @@ class JointRecorder(Recorder):
         sums, prompts = make_again(self.pipe, self._family, calls, [], while_generating(None)), {"prompt": prompt}
         names, computed = (self._texts.named(prompts, encoded[0][0]), prompts), sums.computed(0, len(calls))
         return self._record(names, timesteps, calls, sums, 0, grid=grid, words=(), computed=computed)
+
+
+def _formulae(words: TokenEmbeddings | None) -> Formulae:
+    """Return what is read while generating, of the prompt and of extra words."""
+    return while_generating(None if words is None else averages(words))

@@ -63,7 +63,12 @@ def in_decoder(layer: str) -> bool:
 
 
 def encode(pipe: Any, text: str, *, padding: bool = False) -> TokenEmbeddings:
-    """Embed any text as the pipeline embeds its prompts, see the `encode` of its reader."""
+    """Embed any text as the pipeline embeds its prompts.
+
+        daamlib.encode(pipe, "a traffic light")["traffic light"]  # (tokens, d_text)
+
+    See `AttentionRecord.encode`.
+    """
     return reader_of(pipe).encode(text, padding=padding)
 
 

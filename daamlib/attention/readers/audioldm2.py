@@ -1,15 +1,10 @@
 """The readers of AudioLDM2, whose U-Net reads two texts.
 
-Each block attends in turn to itself, to eight vectors that a GPT-2 generates from the whole prompt, and to the prompt's
-tokens as Flan-T5 embeds them. Both are cross-attention without a bias, a norm or a projection, so that all formulae of
-images hold exactly. They are read one at a time: the T5's words, or the GPT-2's vectors by their position.
-
-A map's height is time, from the start of the sound, and its width is frequency, mel bins from low to high: its (H, W)
-is that of the latents, which the VAE enlarges to the mel-spectrogram.
-
-Padding to the longest prompt of a batch is masked in the T5's attention: here it is left out. Where `librosa` is
-installed, a pipeline sorts the several sounds of one prompt (`num_waveforms_per_prompt`) by how well they fit it, after
-it made them; records are in the order in which they were made.
+Each block attends to eight vectors that a GPT-2 generates from the whole prompt, and to the prompt's tokens as Flan-T5
+embeds them, without a bias, a norm or a projection. They are read one at a time: the T5's words, or the GPT-2's vectors
+by their position. A map's height is time, from the start of the sound, and its width is frequency, mel bins from low to
+high. Where `librosa` is installed, a pipeline sorts the sounds of one prompt (`num_waveforms_per_prompt`) by how well
+they fit it; records are in the order in which they were made.
 """
 
 import functools

@@ -52,7 +52,7 @@ class CrossTransformerReader(Reader):
         received: dict[str, Tensor] = {}
         config, patch = self.denoiser.config, self.denoiser.config.patch_size
         if getattr(config, "guidance_embeds", False):
-            raise ValueError("this transformer is told its guidance (Sana Sprint): its noise levels cannot be read")
+            raise ValueError("this transformer is given its guidance (Sana Sprint): its noise levels cannot be read")
         latents = torch.ones(1, config.in_channels, patch, PROBE_POSITIONS * patch)
         text = torch.ones(1, PROBE_TOKENS, config.caption_channels or config.cross_attention_dim)
         arguments = self._arguments(latents, 0.0, text, torch.ones(1, PROBE_TOKENS), (patch, PROBE_POSITIONS * patch))

@@ -134,5 +134,5 @@ class Reader(abc.ABC):
         """Return what `encode_prompt` returns for one prompt without guidance. ValueError without a text encoder."""
         require_text_encoder(self.pipe)
         embed, device = embedder_of(self.pipe), self.pipe._execution_device
-        encoded = embed(prompt, device=device, do_classifier_free_guidance=False, **options)
+        encoded = embed(prompt=prompt, device=device, do_classifier_free_guidance=False, **options)
         return (encoded,) if isinstance(encoded, Tensor) else encoded

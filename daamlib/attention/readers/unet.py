@@ -21,7 +21,7 @@ MIDDLE, UP = "mid_block", "up_blocks"  # what the names of a layer begin with in
 class UNetReader(Reader):
     """Reads the cross-attention (`attn2`) of a diffusers pipeline's U-Net."""
 
-    options = ("clip_skip", "lora_scale", "prompt_2", "max_sequence_length")
+    options: tuple[str, ...] = ("clip_skip", "lora_scale", "prompt_2", "max_sequence_length")
 
     @staticmethod
     def reads(denoiser: torch.nn.Module) -> bool:
@@ -195,7 +195,7 @@ def cross_attentions(unet: Any, *, middle: bool) -> Iterator[Site]:
 
 
 def _self_sites(unet: torch.nn.Module) -> Iterator[Site]:
-    """The last self-attention (`attn1`) of each transformer in the up blocks, where objects are told apart best."""
+    """The last self-attention (`attn1`) of each transformer in the up blocks, where objects differ most."""
     for name, module in unet.named_modules():
         if name.startswith(UP) and hasattr(module, "transformer_blocks"):
             last = len(module.transformer_blocks) - 1
