@@ -281,6 +281,6 @@ class Call:
     plan: Plan | LoopPlan | None  # says whether a pass is the next step; None for a real image, of any levels
     planned: int | None  # how many passes will be made, if that is known
     in_loop: bool  # whether it is a custom loop
-    kept: Any = None  # what the recorder collects
+    data: Any = None  # what the recorder collects
     timesteps: list[float] = field(default_factory=list)  # of the passes made
     broken: str | None = None  # why it will leave no record

@@ -1,6 +1,6 @@
-"""What is kept of one site while one pipeline call runs: its queries, their sum, or the maps of known texts.
+"""What is stored of one site while a pipeline call runs: its queries, their sum, or the maps of known texts.
 
-A collector takes every pass by `add` and returns what it stored of one image as fields of a `Layer` by `kept`.
+A collector takes every pass by `add` and returns what it stored of one image as fields of a `Layer` by `of_image`.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ class Queries:
             buffer[self._done] = of_image
         self._done += 1
 
-    def kept(self, image: int) -> dict[str, Any]:
+    def of_image(self, image: int) -> dict[str, Any]:
         """Return (step, h*w, heads * d_head) queries."""
         buffer = self._buffers[image]
         # not the room of steps that did not come
@@ -56,7 +56,7 @@ class QuerySum:
         for total, of_image in zip(self._sums, queries, strict=True):
             total += of_image.to(total.device)
 
-    def kept(self, image: int) -> dict[str, Any]:
+    def of_image(self, image: int) -> dict[str, Any]:
         """Return the (h*w, heads * d_head) float32 sum."""
         return {"query_sum": self._sums[image]}
 
@@ -88,9 +88,9 @@ class OnlineMaps(QuerySum):
                 summed = summed.to(self._device or summed.device)
                 maps[text] = maps[text] + summed if text in maps else summed
 
-    def kept(self, image: int) -> dict[str, Any]:
+    def of_image(self, image: int) -> dict[str, Any]:
         """Return the sum and, of each text, (m, h, w) float32 maps."""
-        return super().kept(image) | {"maps": tuple(self._maps[image].values())}
+        return super().of_image(image) | {"maps": tuple(self._maps[image].values())}
 
     @property
     def nbytes(self) -> int:

@@ -42,8 +42,8 @@ class Fingerprint:
 
     def of_layers(self, names: Iterable[str]) -> "Fingerprint":
         """Return that of these layers, as far as the model has them."""
-        wanted = set(names)
-        return Fingerprint({name: numbers for name, numbers in self.layers.items() if name in wanted})
+        chosen = set(names)
+        return Fingerprint({name: numbers for name, numbers in self.layers.items() if name in chosen})
 
     def difference(self, other: "Fingerprint") -> str | None:
         """Return the first difference, as in "the records have ...", or None where they are the same model."""

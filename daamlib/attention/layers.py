@@ -110,7 +110,7 @@ class Layer:
         """Return the (h*w, heads * d_head) sum over the steps, accumulated in float32."""
         if self.queries is not None:
             return self.queries.sum(dim=0, dtype=torch.float32)
-        assert self.query_sum is not None  # one of the two is kept
+        assert self.query_sum is not None  # one of the two is stored
         return self.query_sum
 
     def first_not_finite(self) -> float:
@@ -154,12 +154,12 @@ class Layer:
             raise ValueError(f"the bias or norm of the keys of {self.name} does not fit their {len(weight)} channels")
         if steps is None:
             return
-        kept = self.query_sum if self.queries is None else self.queries
+        stored = self.query_sum if self.queries is None else self.queries
         expected: tuple[int, ...] = (math.prod(self.grid), len(weight))
         if self.queries is not None:
             expected = (steps, *expected)
-        if kept is None or tuple(kept.shape) != expected:
-            got = None if kept is None else tuple(kept.shape)
+        if stored is None or tuple(stored.shape) != expected:
+            got = None if stored is None else tuple(stored.shape)
             raise ValueError(f"the queries of {self.name} have shape {got}, expected {expected}")
         if any(maps.ndim != 3 or tuple(maps.shape[1:]) != self.grid for maps in self.maps):
             raise ValueError(f"the maps of {self.name} are not of its grid {self.grid}")

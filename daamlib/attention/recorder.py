@@ -85,7 +85,7 @@ class Reading:
 
 
 @dataclass(eq=False)
-class Kept:
+class CallData:
     """What is collected of one call."""
 
     embeddings: list[TokenEmbeddings]  # the text of each image, as the attentions receive it
@@ -136,8 +136,8 @@ class AttentionRecorder(Recorder):
     @torch.no_grad()
     def _react(self, react: Callable, site: Site, value: Tensor) -> None:
         """Show a hook's value to a method, unless the attention is called by itself."""
-        if self.under_way is not None and self.call is not None and self.call.kept is not None:
-            react(self.call, self.call.kept, site, value.detach())
+        if self.under_way is not None and self.call is not None and self.call.data is not None:
+            react(self.call, self.call.data, site, value.detach())
 
     @override
     def read(self, args: tuple, kwargs: Mapping[str, Any]) -> Pass:
@@ -168,13 +168,13 @@ class AttentionRecorder(Recorder):
     # -- passes --------------------------------------------------------------------------------------------------
 
     @override
-    def open_call(self, call: Call, inputs: Pass, rows: Rows) -> Kept:
+    def open_call(self, call: Call, inputs: Pass, rows: Rows) -> CallData:
         if any(site.module.to_q is not site.to_q for site in self._sites):
             raise ValueError("layers of the denoiser were replaced inside the `with`, as a LoRA does: load it before")
         refuse_caches(self.denoiser)
         text, mask = inputs.text[rows].detach().clone(), None if inputs.mask is None else inputs.mask[rows].clone()
         named, embed = self._reader.named, self._reader.encode
-        return Kept(
+        return CallData(
             embeddings=[
                 named(prompt, text[i].clone(), None if mask is None else mask[i], options)
                 for i, (prompt, options) in enumerate(zip(call.prompts, call.options, strict=True))
@@ -190,14 +190,14 @@ class AttentionRecorder(Recorder):
     @override
     def begin_pass(self, call: Call, inputs: Pass, rows: Rows) -> None:
         latent = tuple(inputs.sample.shape[-2:])
-        for reading in call.kept.sites.values():
+        for reading in call.data.sites.values():
             reading.seen = 0
-        if latent != call.kept.latent:
-            break_off(call, f"latents of {latent} followed those of {call.kept.latent}: maps are of one size")
+        if latent != call.data.latent:
+            break_off(call, f"latents of {latent} followed those of {call.data.latent}: maps are of one size")
 
-    def _after_queries(self, call: Call, kept: Kept, site: Site, output: Tensor) -> None:
+    def _after_queries(self, call: Call, data: CallData, site: Site, output: Tensor) -> None:
         inputs, rows = self._under_way
-        reading = kept.sites.get(site.name)
+        reading = data.sites.get(site.name)
         positions = output.shape[1] if reading is None else reading.positions
         if len(output) != len(inputs.sample) or output.shape[1] != positions:
             break_off(
@@ -209,35 +209,35 @@ class AttentionRecorder(Recorder):
             return
         queries = output[rows]
         if reading is None:
-            self._reader.grid(kept.latent, positions)  # ValueError if positions were merged
+            self._reader.grid(data.latent, positions)  # ValueError if positions were merged
             keys = self._key_projection(site, output)
             collector = self._collector(call, site, queries, keys)
-            reading = kept.sites[site.name] = Reading(site, keys, collector, positions)
+            reading = data.sites[site.name] = Reading(site, keys, collector, positions)
         reading.seen += 1
         reading.probe = {"queries": queries[:, _probed(positions, call)].clone()}
         reading.collector.add(queries)
 
-    def _before_keys(self, call: Call, kept: Kept, site: Site, received: Tensor) -> None:
+    def _before_keys(self, call: Call, data: CallData, site: Site, received: Tensor) -> None:
         if call.timesteps:
             return
         _, rows = self._under_way
-        if received.ndim != 3 or received.shape[1:] != kept.text.shape[1:] or _differ(received[rows], kept.text):
+        if received.ndim != 3 or received.shape[1:] != data.text.shape[1:] or _differ(received[rows], data.text):
             raise ValueError(
                 f"the keys of {site.name} are made of {tuple(received.shape[1:])} values that are not the text of the "
-                f"pass, {tuple(kept.text.shape[1:])}: its processor {_processor(site)} reads a part of it, or image "
+                f"pass, {tuple(data.text.shape[1:])}: its processor {_processor(site)} reads a part of it, or image "
                 "rows beside it as the first IP-Adapter does. Its maps are not DAAM's"
             )
 
-    def _after_keys(self, call: Call, kept: Kept, site: Site, output: Tensor) -> None:
-        if site.name in kept.sites:
-            kept.sites[site.name].see_keys(output[self._under_way[1]], kept.text, first=not call.timesteps)
+    def _after_keys(self, call: Call, data: CallData, site: Site, output: Tensor) -> None:
+        if site.name in data.sites:
+            data.sites[site.name].see_keys(output[self._under_way[1]], data.text, first=not call.timesteps)
 
-    def _after_values(self, call: Call, kept: Kept, site: Site, output: Tensor) -> None:
-        if site.name in kept.sites:
-            kept.sites[site.name].probe["values"] = output[self._under_way[1]]
+    def _after_values(self, call: Call, data: CallData, site: Site, output: Tensor) -> None:
+        if site.name in data.sites:
+            data.sites[site.name].probe["values"] = output[self._under_way[1]]
 
-    def _before_output(self, call: Call, kept: Kept, site: Site, received: Tensor) -> None:
-        (inputs, rows), reading = self._under_way, kept.sites.get(site.name)
+    def _before_output(self, call: Call, data: CallData, site: Site, received: Tensor) -> None:
+        (inputs, rows), reading = self._under_way, data.sites.get(site.name)
         if reading is None or not {"keys", "values"} <= reading.probe.keys() or _adds_images(site.module.processor):
             return
         mask = None if inputs.mask is None else inputs.mask[rows].bool().to(received.device)
@@ -257,61 +257,61 @@ class AttentionRecorder(Recorder):
         return self._keys[site.name]
 
     def _collector(self, call: Call, site: Site, queries: Tensor, to_k: KeyProjection) -> Collector:
-        device, kept = self.options.device, call.kept
+        device, data = self.options.device, call.data
         if self.options.store == "queries":
             return Queries(min(call.planned or 4, MOST_PASSES), device)
         if self.options.store == "linear":
             return QuerySum(device)
-        layer = Layer(site.name, self._reader.grid(kept.latent, queries.shape[1]), site.heads, site.scale, to_k)
+        layer = Layer(site.name, self._reader.grid(data.latent, queries.shape[1]), site.heads, site.scale, to_k)
 
         def keys(text: TokenEmbeddings) -> Tensor:
             return layer.keys(text.values.to(to_k.weight.device, torch.float32)).to(queries.device)
 
-        further = [keys(text) for text in kept.texts.values()]
-        return OnlineMaps([[keys(own), *further] for own in kept.embeddings], layer.grid, device)
+        further = [keys(text) for text in data.texts.values()]
+        return OnlineMaps([[keys(own), *further] for own in data.embeddings], layer.grid, device)
 
     @override
     def end_pass(self, call: Call) -> str | None:
-        kept, first = call.kept, len(call.timesteps) == 1
-        how = {site.name: kept.sites[site.name].seen if site.name in kept.sites else 0 for site in self._sites}
+        data, first = call.data, len(call.timesteps) == 1
+        how = {site.name: data.sites[site.name].seen if site.name in data.sites else 0 for site in self._sites}
         how = {name: seen for name, seen in how.items() if seen != 1}
         if how:
             return (
                 f"these layers made no queries through `to_q`, or made them several times in one pass: {list(how)} "
                 f"({how} in pass {len(call.timesteps)}): their processors skip it, or a cache re-uses attention"
             )
-        if first and (names := sorted(name for name, reading in kept.sites.items() if reading.made is None)):
+        if first and (names := sorted(name for name, reading in data.sites.items() if reading.made is None)):
             return f"these layers made no keys through `to_k`: {names}. Undo fused projections before tracing"
-        if first and self.options.self_attention and not kept.self_attention.collectors:
+        if first and self.options.self_attention and not data.self_attention.collectors:
             return (
                 f"self_attention=True needs a self-attention with at most {LARGEST} positions, of which this model has "
-                f"none that can be read at latents of {kept.latent}"
+                f"none that can be read at latents of {data.latent}"
             )
-        self.trace.bytes_needed = kept.nbytes
+        self.trace.bytes_needed = data.nbytes
         return None
 
-    def _after_self_queries(self, call: Call, kept: Kept, site: Site, output: Tensor) -> None:
-        kept.self_attention.queries[site.name] = output
+    def _after_self_queries(self, call: Call, data: CallData, site: Site, output: Tensor) -> None:
+        data.self_attention.queries[site.name] = output
 
-    def _after_self_keys(self, call: Call, kept: Kept, site: Site, output: Tensor) -> None:
+    def _after_self_keys(self, call: Call, data: CallData, site: Site, output: Tensor) -> None:
         inputs, rows = self._under_way
         late = inputs.level <= LATE * self.pipe.scheduler.config.num_train_timesteps
-        kept.self_attention.see_keys(site, output, rows, first=not call.timesteps, late=late)
+        data.self_attention.see_keys(site, output, rows, first=not call.timesteps, late=late)
 
     # -- records -------------------------------------------------------------------------------------------------
 
     @override
     def make_records(self, call: Call) -> list[AttentionRecord]:
-        kept: Kept = call.kept
-        _check_readings(kept.sites)
+        data: CallData = call.data
+        _check_readings(data.sites)
         timesteps = [int(level) if level == int(level) else level for level in call.timesteps]
-        device = self.options.device or kept.embeddings[0].values.device
+        device = self.options.device or data.embeddings[0].values.device
         records = []
-        for image, (prompt, own) in enumerate(zip(call.prompts, kept.embeddings, strict=True)):
+        for image, (prompt, own) in enumerate(zip(call.prompts, data.embeddings, strict=True)):
             layers = []
             for site in self._sites:
-                reading = kept.sites[site.name]
-                grid, stored = self._reader.grid(kept.latent, reading.positions), reading.collector.kept(image)
+                reading = data.sites[site.name]
+                grid, stored = self._reader.grid(data.latent, reading.positions), reading.collector.of_image(image)
                 layers.append(Layer(site.name, grid, site.heads, site.scale, reading.keys, **stored))
             record = AttentionRecord(
                 prompt=prompt,
@@ -320,15 +320,15 @@ class AttentionRecorder(Recorder):
                 layers=tuple(layers),
                 branch=self.options.branch,
                 stream=self._reader.stream,
-                texts=on_device(kept.texts, device),
-                self_attention=kept.self_attention.of_image(image, partial(self._reader.grid, kept.latent)),
+                texts=on_device(data.texts, device),
+                self_attention=data.self_attention.of_image(image, partial(self._reader.grid, data.latent)),
                 embedded_with=call.options[image],
-                masked=kept.masked,
-                encoder_check=on_device(kept.check, device),
+                masked=data.masked,
+                encoder_check=on_device(data.check, device),
                 pipe=self.pipe,
             )
             records.append(record)
-        self.trace.bytes_needed = kept.nbytes
+        self.trace.bytes_needed = data.nbytes
         return records
 
     # -- real images ---------------------------------------------------------------------------------------------

@@ -220,8 +220,8 @@ class Recorder(ModelHooks):
                 call, f"the denoiser was called at {problem} under the images' text ({where}): {NO_STEP}", after=2
             )
             return None
-        if call.kept is None:
-            call.kept = self.open_call(call, inputs, rows)
+        if call.data is None:
+            call.data = self.open_call(call, inputs, rows)
         self.begin_pass(call, inputs, rows)
         return inputs, rows
 
@@ -348,7 +348,7 @@ def break_off(call: Call | None, problem: str, after: int = 1) -> None:
     """Raise a problem before `after` passes were made; a later one costs the call its record, not its images."""
     if call is None or len(call.timesteps) < after:
         raise ValueError(problem)
-    call.broken, call.kept = problem, None
+    call.broken, call.data = problem, None
 
 
 def _call_of(pipe: Any, caller: FrameType) -> tuple[FrameType | None, bool]:

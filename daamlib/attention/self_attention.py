@@ -5,7 +5,7 @@ In self-attention layer i, head l and step t the image's positions attend to one
     A = mean over i, l, t of softmax(q k^T / sqrt(d_head)),        (n, n), every row sums to one
 
 and A M averages a map M over what each position attends to: parts of one object share their values (DiffSegmenter,
-Wang et al. 2023; Dataset Diffusion, Nguyen et al. 2023). The matrix of a head is never kept: M is the VALUE of an
+Wang et al. 2023; Dataset Diffusion, Nguyen et al. 2023). The matrix of a head is never stored: M is the VALUE of an
 attention with these queries and keys, or A is accumulated as one running mean.
 
 A linear attention (Xie et al. 2024, arXiv:2410.10629, equation 2) has relu(q) relu(k)^T, divided by the sums of its
@@ -27,7 +27,7 @@ from .precision import without_autocast
 
 LARGEST = 32 * 32  # positions of the grid that is read: the largest one of the model with no more
 LATE = 0.5  # part of the noise schedule: self-attention follows the objects' outlines in the later half of denoising
-KEPT_PASSES = 8  # whose queries and keys are kept, evenly spaced
+STORED_PASSES = 8  # whose queries and keys are stored, evenly spaced
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,25 +91,25 @@ class SelfAttentionCollector:
         self, heads: int, scale: float, *, mean: bool, linear: bool = False, device: torch.device | None = None
     ):
         self._heads, self._scale, self._mean, self._linear, self._device = heads, scale, mean, linear, device
-        self._kept: list[Any] = []  # of each pass (image, n, n), or (2, image, n, heads * d_head)
+        self._stored: list[Any] = []  # of each pass (image, n, n), or (2, image, n, heads * d_head)
         self._late, self._stride = 0, 1
 
     def add(self, queries: torch.Tensor, keys: torch.Tensor, *, late: bool) -> None:
         """Take one pass: both (image, n, heads * d_head); late: of the less noisy half."""
         if late and not self._late:
-            self._kept = []
+            self._stored = []
         self._late += late
         if not late and self._late:
             return
         if not late:
-            self._kept = [self._of_pass(queries, keys)]
+            self._stored = [self._of_pass(queries, keys)]
         elif self._mean:
-            before = self._kept[0] * ((self._late - 1) / self._late) if self._kept else 0.0
-            self._kept = [before + self._of_pass(queries, keys) / self._late]
+            before = self._stored[0] * ((self._late - 1) / self._late) if self._stored else 0.0
+            self._stored = [before + self._of_pass(queries, keys) / self._late]
         elif (self._late - 1) % self._stride == 0:
-            self._kept.append(self._of_pass(queries, keys))
-            if len(self._kept) > KEPT_PASSES:
-                self._kept, self._stride = self._kept[::2], 2 * self._stride
+            self._stored.append(self._of_pass(queries, keys))
+            if len(self._stored) > STORED_PASSES:
+                self._stored, self._stride = self._stored[::2], 2 * self._stride
 
     @without_autocast
     def _of_pass(self, queries: torch.Tensor, keys: torch.Tensor) -> Any:
@@ -128,11 +128,11 @@ class SelfAttentionCollector:
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(each.nbytes for each in self._kept)
+        return sum(each.nbytes for each in self._stored)
 
-    def kept(self, image: int) -> torch.Tensor:
+    def of_image(self, image: int) -> torch.Tensor:
         """Return (1, n, n) of the image, or its (pass, 2, n, heads * d_head) queries and keys."""
-        return self._kept[0][image, None] if self._mean else torch.stack([each[:, image] for each in self._kept])
+        return self._stored[0][image, None] if self._mean else torch.stack([each[:, image] for each in self._stored])
 
 
 class SelfAttentions:
@@ -171,8 +171,8 @@ class SelfAttentions:
         sites = [site for site, positions in self._sites.values() if positions == largest]
         if not sites:
             return None
-        kept, site = torch.cat([self.collectors[each.name].kept(image) for each in sites]), sites[0]
-        parts = {"mean": kept.mean(dim=0)} if kept.ndim == 3 else {"queries": kept[:, 0], "keys": kept[:, 1]}
+        stored, site = torch.cat([self.collectors[each.name].of_image(image) for each in sites]), sites[0]
+        parts = {"mean": stored.mean(dim=0)} if stored.ndim == 3 else {"queries": stored[:, 0], "keys": stored[:, 1]}
         return SelfAttention(grid(largest), site.heads, site.scale, linear=site.linear, **parts)
 
 

@@ -142,12 +142,12 @@ def spelling(parts: Iterable[str]) -> str:
 
 def occurrences(word: str, words: Sequence[Word]) -> list[range]:
     """Return the rows of each occurrence of `word` (one word or several, as "traffic light"), in order."""
-    wanted, found, first = spelling([word]), [], 0
-    while wanted and first < len(words):
+    spelled, found, first = spelling([word]), [], 0
+    while spelled and first < len(words):
         last = first + 1
-        while last < len(words) and len(spelling(each.text for each in words[first:last])) < len(wanted):
+        while last < len(words) and len(spelling(each.text for each in words[first:last])) < len(spelled):
             last += 1
-        if spelling(each.text for each in words[first:last]) == wanted:
+        if spelling(each.text for each in words[first:last]) == spelled:
             found.append(range(words[first].start, words[last - 1].stop))
             first = last
         else:

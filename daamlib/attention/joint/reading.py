@@ -17,7 +17,7 @@ from .families import Family
 from .maps import TOLERANCE, Formulae, JointAttention, Sums, concept_map, open_vocabulary_daam, prompt_daam
 from .stream import Stream, check_readable, take_rows
 
-KEPT = 4  # passes of a call that are read
+STORED = 4  # passes of a call that are read
 PROMPT, WORDS, CONCEPTS = "prompt", "daam", "concept_map"  # what is summed while generating
 CONTROLNET = ("controlnet_block_samples", "controlnet_single_block_samples", "block_controlnet_hidden_states")
 
@@ -57,7 +57,7 @@ def _tuples(value: Any) -> Any:
 
 def passes_to_keep(count: int) -> set[int]:
     """Return the numbers of the passes to read, of `count`: the middles of four equal parts of the call, or all."""
-    return {int((part + 0.5) * count / KEPT) for part in range(KEPT)} if count > KEPT else set(range(count))
+    return {int((part + 0.5) * count / STORED) for part in range(STORED)} if count > STORED else set(range(count))
 
 
 def keep_arguments(arguments: Mapping[str, Any], row: int, known: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,25 +67,25 @@ def keep_arguments(arguments: Mapping[str, Any], row: int, known: Mapping[str, A
     """
     if any(arguments.get(name) is not None for name in CONTROLNET):
         return {}
-    kept = take_rows(arguments, slice(row, row + 1))
-    for name, value in kept.items():
+    stored = take_rows(arguments, slice(row, row + 1))
+    for name, value in stored.items():
         if isinstance(value, torch.Tensor):
             before = known.get(name)
             same = before is not None and before.shape == value.shape and torch.equal(before, value)
-            kept[name] = before if same else value.detach().clone()
+            stored[name] = before if same else value.detach().clone()
         elif isinstance(value, Mapping):
-            kept[name] = dict(value)
-    if kept.get("img_shapes"):
-        kept["img_shapes"] = kept["img_shapes"][:1]  # a pipeline makes images of one size
-    return kept | {"return_dict": False}
+            stored[name] = dict(value)
+    if stored.get("img_shapes"):
+        stored["img_shapes"] = stored["img_shapes"][:1]  # a pipeline makes images of one size
+    return stored | {"return_dict": False}
 
 
 def check_arguments(family: Family, denoiser: Any, arguments: Mapping[str, Any]) -> tuple[int, int]:
     """Return the grid of a pass' positions. ValueError for a pass of more than one text and one image."""
     for name in ("joint_attention_kwargs", "attention_kwargs"):
-        odd = set(arguments.get(name) or {}) - {"scale"}
-        if odd:
-            raise ValueError(f"the transformer is called with {name} of {sorted(odd)}, as an IP-Adapter: not supported")
+        further = sorted(set(arguments.get(name) or {}) - {"scale"})
+        if further:
+            raise ValueError(f"the transformer is called with {name} of {further}, as an IP-Adapter: not supported")
     check_readable(denoiser)
     grid = family.grid(denoiser, arguments)
     sample, text = arguments["hidden_states"], arguments["encoder_hidden_states"]

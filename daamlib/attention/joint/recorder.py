@@ -1,4 +1,4 @@
-"""The recorder of joint models, whose text changes along with the image: it stores passes that can be made again."""
+"""The recorder of joint models, whose text changes along with the image: it stores passes to re-run."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ FURTHER = ("prompt_2", "prompt_3")  # arguments of `encode_prompt` that name a p
 
 
 @dataclass(eq=False)
-class Kept:
+class CallData:
     """What is stored of one call."""
 
     grid: tuple[int, int]  # (h, w) of the image's positions
@@ -54,9 +54,9 @@ class JointRecorder(Recorder):
         if options.store == "linear":
             raise ValueError(f'store="linear" is not for {family.name}: {NOT_LINEAR}')
         usual = Options(words=options.words, device=options.device)
-        odd = [name for name, value in vars(options).items() if value != vars(usual)[name]]
-        if odd:
-            raise ValueError(f"{', '.join(odd)}: {family.name} is a joint model, it takes words and store_device only")
+        others = ", ".join(name for name, value in vars(options).items() if value != vars(usual)[name])
+        if others:
+            raise ValueError(f"{others}: {family.name} is a joint model, it takes words and store_device only")
         self._family, self._words = family, check_words(options.words) if options.words else ()
         self._texts, self._stream = JointTexts(pipe, family), Stream(family, self.denoiser)
         self._signature = inspect.signature(self.denoiser.forward)
@@ -104,7 +104,7 @@ class JointRecorder(Recorder):
         return super().rows_of_call(inputs)
 
     @override
-    def open_call(self, call: Call, inputs: Pass, rows: Rows) -> Kept:
+    def open_call(self, call: Call, inputs: Pass, rows: Rows) -> CallData:
         options, words = call.options[0], self._words
         extra = encode_words(self.pipe, self._family, words, options) if words else None
         texts = inputs.text[rows].detach().clone()
@@ -114,7 +114,7 @@ class JointRecorder(Recorder):
             named = None if prompt is None else {"prompt": prompt, **further}
             prompts.append((self._texts.named(named, values.clone()), named))
         self._made_by = fingerprint_of_joint(self.pipe)  # a LoRA may have come since the call before
-        return Kept(
+        return CallData(
             grid=check_arguments(self._family, self.denoiser, inputs.arguments),
             words=extra,
             texts=texts,
@@ -127,28 +127,28 @@ class JointRecorder(Recorder):
 
     @override
     def begin_pass(self, call: Call, inputs: Pass, rows: Rows) -> None:
-        kept, in_loop = call.kept, call.in_loop
-        if call.timesteps and (problem := self._later_problem(kept, inputs, rows)):
+        data, in_loop = call.data, call.in_loop
+        if call.timesteps and (problem := self._later_problem(data, inputs, rows)):
             break_off(call, problem)
             return
         planned = call.planned or len(self.pipe.scheduler.timesteps)
         if not in_loop and len(call.timesteps) not in passes_to_keep(planned):
             return
-        kept.timesteps.append(inputs.level)
+        data.timesteps.append(inputs.level)
         numbers = range(len(inputs.sample))[rows] if isinstance(rows, slice) else rows
-        for stored, row in zip(kept.calls, numbers, strict=True):
+        for stored, row in zip(data.calls, numbers, strict=True):
             stored.append(keep_arguments(inputs.arguments, row, stored[-1] if stored else {}))
-        # how many passes a loop makes is not known: what it computed is noted, and maps are read of passes made again
-        texts = [] if kept.words is None or in_loop else [kept.words.values]
-        self._stream.begin(inputs.arguments, rows, texts, kept.sums.read, strict=not call.timesteps)
+        # how many passes a loop makes is not known: of each is stored what it computed, and some are re-run for maps
+        texts = [] if data.words is None or in_loop else [data.words.values]
+        self._stream.begin(inputs.arguments, rows, texts, data.sums.read, strict=not call.timesteps)
 
-    def _later_problem(self, kept: Kept, inputs: Pass, rows: Rows) -> str | None:
+    def _later_problem(self, data: CallData, inputs: Pass, rows: Rows) -> str | None:
         """Return why a pass after the first cannot be read."""
         try:
             check_arguments(self._family, self.denoiser, inputs.arguments)
         except ValueError as error:
             return str(error)
-        if not torch.equal(inputs.text[rows], kept.texts):
+        if not torch.equal(inputs.text[rows], data.texts):
             return (
                 "the text changed between passes, as when a callback swaps the prompt: no names hold for all passes. "
                 "Trace each part as a call of its own"
@@ -161,21 +161,21 @@ class JointRecorder(Recorder):
 
     @override
     def make_records(self, call: Call) -> list[JointRecord]:
-        kept = call.kept
-        if not kept.timesteps:
+        data = call.data
+        if not data.timesteps:
             raise ValueError("it ended before the first pass that is read")
-        numbers = range(len(kept.timesteps))
+        numbers = range(len(data.timesteps))
         chosen = sorted(passes_to_keep(len(numbers))) if call.in_loop else list(numbers)
-        timesteps = [kept.timesteps[number] for number in chosen]
+        timesteps = [data.timesteps[number] for number in chosen]
         records = []
-        for image, (names, stored) in enumerate(zip(kept.prompts, kept.calls, strict=True)):
-            sums, row, calls = kept.sums, image, [stored[number] for number in chosen]
+        for image, (names, stored) in enumerate(zip(data.prompts, data.calls, strict=True)):
+            sums, row, calls = data.sums, image, [stored[number] for number in chosen]
             computed = sums.computed(image, len(stored))[chosen]
             if call.in_loop:
-                texts = [] if kept.words is None else [kept.words.values]
-                sums, row = make_again(self.pipe, self._family, calls, texts, _formulae(kept.words), computed), 0
+                texts = [] if data.words is None else [data.words.values]
+                sums, row = make_again(self.pipe, self._family, calls, texts, _formulae(data.words), computed), 0
             options = {name: value for name, value in call.options[image].items() if name in EMBEDDED_WITH}
-            fields = {"grid": kept.grid, "embedded_with": options, "encoder_check": kept.check, "words": self._words}
+            fields = {"grid": data.grid, "embedded_with": options, "encoder_check": data.check, "words": self._words}
             record = self._record(names, timesteps, calls, sums, row, computed=computed, **fields)
             records.append(record if self.options.device is None else record.to(self.options.device))
         self.trace.bytes_needed = sum(record.nbytes for record in records)
