@@ -7,8 +7,8 @@ text, for the image's keys must stay those of the pass. What a block computes is
 attentions, under any processor. An attention is joint if the text reaches it.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -69,10 +69,10 @@ class Stream:
     def __enter__(self) -> "Stream":
         with ExitStack() as self._stack:  # an error half-way removes what was registered
             for block in self._blocks:
-                self._keep(block.register_forward_pre_hook(self._before_block, with_kwargs=True))
+                self._hook(block.register_forward_pre_hook, self._before_block)
                 for module in attentions(block):
                     self._hook_attention(module)
-                self._keep(block.register_forward_hook(self._after_block, with_kwargs=True))
+                self._hook(block.register_forward_hook, partial(self._react, self._read_block))
             self._stack = self._stack.pop_all()
         return self
 
@@ -116,14 +116,14 @@ class Stream:
 
     # -- hooks ---------------------------------------------------------------------------------------------------
 
-    def _keep(self, handle: Any) -> None:
-        self._stack.callback(handle.remove)
+    def _hook(self, register: Callable[..., Any], react: Callable[..., None]) -> None:
+        self._stack.callback(register(react, with_kwargs=True).remove)
 
     def _hook_attention(self, module: Any) -> None:
         def before(module, args, kwargs):
             self._parts = {}
 
-        self._keep(module.register_forward_pre_hook(before, with_kwargs=True))
+        self._hook(module.register_forward_pre_hook, before)
         for name in ("to_q", "to_k", "to_v", "add_k_proj", "add_v_proj"):
             if getattr(module, name, None) is not None:
                 see_output(self._stack, getattr(module, name), partial(self._see, name))
@@ -131,7 +131,7 @@ class Stream:
             see_input(self._stack, module.to_out[0], partial(self._see, "image"))
         if getattr(module, "to_add_out", None) is not None:
             see_input(self._stack, module.to_add_out, partial(self._see, "text"))
-        self._keep(module.register_forward_hook(self._after_attention, with_kwargs=True))
+        self._hook(module.register_forward_hook, partial(self._react, self._read_attention))
 
     @property
     def _sees(self) -> bool:
@@ -146,23 +146,21 @@ class Stream:
             self._found, self._whole_batch = [], False
             self._lengths = (kwargs["encoder_hidden_states"].shape[1], kwargs["hidden_states"].shape[1])
 
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
-        """Leave a pass that cannot be read as it is, unless it is to be refused."""
+    @torch.no_grad()
+    def _react(self, read: Callable[..., None], module: Any, args: tuple, kwargs: Any, output: Any) -> None:
+        """Show what a module computed; a pass that cannot be read goes on, unless it is to be refused."""
+        inputs = self._pass
+        if inputs is None or not self._sees:
+            return
         try:
-            yield
+            read(inputs, module, kwargs, output)
         except ValueError as error:
-            if self._pass is None or self._pass.strict:
+            if inputs.strict:
                 raise
             self.end()
             self._problem = str(error)
 
-    def _after_attention(self, module: Any, args: tuple, kwargs: Mapping[str, Any], output: Any) -> None:
-        if self._sees:
-            with self._reading():
-                self._read_attention(module, kwargs, output)
-
-    def _read_attention(self, module: Any, kwargs: Mapping[str, Any], output: Any) -> None:
+    def _read_attention(self, inputs: Pass, module: Any, kwargs: Mapping[str, Any], output: Any) -> None:
         (text, image), split = self._lengths, len(self._parts.get("to_q", ())) > 1
         # perturbed-attention guidance computes its perturbed rows, the last of the batch, after the others
         parts = {name: torch.cat(found) if split else found[-1] for name, found in self._parts.items()}
@@ -207,13 +205,7 @@ class Stream:
         )
         self._found.append(found)
 
-    @torch.no_grad()
-    def _after_block(self, block: Any, args: tuple, kwargs: Mapping[str, Any], output: Any) -> None:
-        if self._pass is not None and self._sees:
-            with self._reading():
-                self._read_block(self._pass, block, kwargs)
-
-    def _read_block(self, inputs: "Pass", block: Any, kwargs: Mapping[str, Any]) -> None:
+    def _read_block(self, inputs: Pass, block: Any, kwargs: Mapping[str, Any], output: Any) -> None:
         found, texts = self._take(block).rows(inputs.rows), list[JointAttention]()
         found.require_softmax()
         if inputs.texts:
@@ -238,7 +230,7 @@ class Stream:
 
     # -- the second call -----------------------------------------------------------------------------------------
 
-    def _first_states(self, inputs: "Pass", like: torch.Tensor) -> list[torch.Tensor | None]:
+    def _first_states(self, inputs: Pass, like: torch.Tensor) -> list[torch.Tensor | None]:
         """Return the texts' states before the first block; an off-loaded denoiser is there when it is called."""
         self._tables = [self._family.rotary(self._denoiser, inputs.arguments, len(text)) for text in inputs.texts]
         states = [self._family.embed(self._denoiser, text[None].to(like)) for text in inputs.texts]
