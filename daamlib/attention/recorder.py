@@ -67,8 +67,7 @@ class Reading:
 
     def see_output(self, output: Tensor, mask: Tensor | None, *, first: bool) -> None:
         """Compare the output at some positions with softmax(q k) v: ValueError in the first pass, else at the end."""
-        probe, self.probe = self.probe, {}
-        q, k, v = (probe[name].unflatten(-1, (self.site.heads, -1)) for name in ("queries", "keys", "values"))
+        q, k, v = (self.probe[name].unflatten(-1, (self.site.heads, -1)) for name in ("queries", "keys", "values"))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         error = attention_error(q, k, v, output, self.site.scale, mask).nan_to_num()  # NaN is an error where it is read
         self.error = error if self.error is None else torch.maximum(self.error, error)
@@ -104,10 +103,7 @@ class CallData:
 
 
 class AttentionRecorder(Recorder):
-    """The hooks of one trace on a model's cross-attentions, which `reader` finds.
-
-    Raises ValueError if there is no cross-attention that can be read, or a cache that re-uses attention.
-    """
+    """The hooks of one trace on a model's cross-attentions. ValueError if there is none that can be read."""
 
     def __init__(self, reader: Reader, options: Options):
         super().__init__(reader.pipe, reader.denoiser, options)
@@ -238,10 +234,12 @@ class AttentionRecorder(Recorder):
 
     def _before_output(self, call: Call, data: CallData, site: Site, received: Tensor) -> None:
         (inputs, rows), reading = self._under_way, data.sites.get(site.name)
-        if reading is None or not {"keys", "values"} <= reading.probe.keys() or _adds_images(site.module.processor):
+        if reading is None or not {"keys", "values"} <= reading.probe.keys():
             return
         mask = None if inputs.mask is None else inputs.mask[rows].bool().to(received.device)
-        reading.see_output(received[rows][:, _probed(received.shape[1], call)], mask, first=not call.timesteps)
+        if not _adds_images(site.module.processor):
+            reading.see_output(received[rows][:, _probed(received.shape[1], call)], mask, first=not call.timesteps)
+        reading.probe = {}
 
     @property
     def _under_way(self) -> tuple[Pass, Rows]:

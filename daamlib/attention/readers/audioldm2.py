@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from ..calls import Pass
 from ..text import TokenEmbeddings
-from .reader import Options, Pair, Reader
+from .reader import EmbedOptions, Pair, Reader
 from .sites import Site
 from .unet import UNetReader, cross_attentions
 from .words import read_pieces, token_ids
@@ -66,11 +66,11 @@ class T5Reader(UNetReader):
         return result[0], None  # under guidance both texts in one batch, which the recorder takes apart
 
     @override
-    def run_encode_prompt(self, prompt: str, options: Options) -> tuple:
+    def run_encode_prompt(self, prompt: str, options: EmbedOptions) -> tuple:
         return Reader.run_encode_prompt(self, prompt, {"num_waveforms_per_prompt": 1})
 
     @override
-    def named(self, prompt: str | None, text: Tensor, mask: Tensor | None, options: Options) -> TokenEmbeddings:
+    def named(self, prompt: str | None, text: Tensor, mask: Tensor | None, options: EmbedOptions) -> TokenEmbeddings:
         values, tokenizer = text if mask is None else text[mask > 0], self.pipe.tokenizer_2
         if prompt is None:
             return TokenEmbeddings.unnamed(values)
@@ -79,7 +79,7 @@ class T5Reader(UNetReader):
         )
 
     @override
-    def count(self, text: str, options: Options) -> tuple[int, int]:
+    def count(self, text: str, options: EmbedOptions) -> tuple[int, int]:
         tokenizer = self.pipe.tokenizer_2
         return len(tokenizer(text, verbose=False).input_ids), tokenizer.model_max_length
 
@@ -95,11 +95,11 @@ class GPT2Reader(T5Reader):
         return result[2], None
 
     @override
-    def named(self, prompt: str | None, text: Tensor, mask: Tensor | None, options: Options) -> TokenEmbeddings:
+    def named(self, prompt: str | None, text: Tensor, mask: Tensor | None, options: EmbedOptions) -> TokenEmbeddings:
         return TokenEmbeddings.unnamed(text)
 
     @override
-    def encode_prompt(self, prompt: str, options: Options) -> Pair:
+    def encode_prompt(self, prompt: str, options: EmbedOptions) -> Pair:
         # vectors of another text are no words, and they depend on how the prompts are padded
         raise ValueError(
             "the vectors that GPT-2 generates of a prompt are no words: record.daam() and record.ldaam() read them by "

@@ -18,7 +18,7 @@ from typing_extensions import override
 from ...pipeline import uncompiled
 from ..calls import Pass
 from ..text import PAD, TokenEmbeddings
-from .reader import Arguments, Noisy, Options, Pair, Reader
+from .reader import Arguments, EmbedOptions, Noisy, Pair, Reader
 from .sites import Site, embedder_of, place_of, refuse_caches
 from .words import is_rough, read_pieces
 
@@ -139,7 +139,7 @@ class CrossTransformerReader(Reader):
         return result[0], result[2]
 
     @override
-    def named(self, prompt: str | None, text: Tensor, mask: Tensor | None, options: Options) -> TokenEmbeddings:
+    def named(self, prompt: str | None, text: Tensor, mask: Tensor | None, options: EmbedOptions) -> TokenEmbeddings:
         rows = list(range(len(text))) if mask is None else mask.nonzero().flatten().tolist()
         values = self.project(text[None])[0][rows]
         ids, first = ([], 0) if prompt is None else self._ids(prompt, options, truncation=True)
@@ -159,7 +159,7 @@ class CrossTransformerReader(Reader):
                 text = module(text.to(place_of(module, self.pipe), self.denoiser.dtype))
         return text.detach()
 
-    def _ids(self, prompt: str, options: Options, *, truncation: bool) -> tuple[list[int], int]:
+    def _ids(self, prompt: str, options: EmbedOptions, *, truncation: bool) -> tuple[list[int], int]:
         """Return the token of each row of a prompt's embeddings, and the row where its own words begin."""
         defaults = inspect.signature(embedder_of(self.pipe)).parameters
         given = {name: options.get(name, defaults[name].default) for name in self.options if name in defaults}
@@ -177,12 +177,12 @@ class CrossTransformerReader(Reader):
         return [ids[0], *ids[len(before) - 1 :]], max(1, same - len(before) + 2)
 
     @override
-    def count(self, text: str, options: Options) -> tuple[int, int]:
+    def count(self, text: str, options: EmbedOptions) -> tuple[int, int]:
         whole, cut = (len(self._ids(text, options, truncation=each)[0]) for each in (False, True))
         return whole, cut
 
     @override
-    def encode_prompt(self, prompt: str, options: Options) -> Pair:
+    def encode_prompt(self, prompt: str, options: EmbedOptions) -> Pair:
         text, mask, *_ = self.run_encode_prompt(prompt, options)
         return text, mask
 
@@ -199,7 +199,7 @@ class CrossTransformerReader(Reader):
         return {name: value for name, value in given.items() if value is not None}
 
     @override
-    def passes(self, prompt: str, options: Options, noisy: Noisy, size: tuple[int, int]) -> Iterator[Arguments]:
+    def passes(self, prompt: str, options: EmbedOptions, noisy: Noisy, size: tuple[int, int]) -> Iterator[Arguments]:
         text, mask = self.encode_prompt(prompt, options)
         for timestep, latents in noisy:
             yield (), self._arguments(latents, timestep, text, mask, size)

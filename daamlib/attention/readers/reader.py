@@ -15,7 +15,7 @@ from ..text import TextTooLongError, TokenEmbeddings, require_text
 from .sites import Site, embedder_of, fingerprint_of_sites
 from .words import require_text_encoder
 
-Options = Mapping[str, Any]  # arguments of `encode_prompt`
+EmbedOptions = Mapping[str, Any]  # arguments of `encode_prompt`
 Pair = tuple[Tensor, Tensor | None]  # positive and negative embeddings, or embeddings and their mask
 Noisy = Sequence[tuple[int, Tensor]]  # timesteps, and the (1, channel, h, w) latents of each
 Arguments = tuple[tuple, dict[str, Any]]  # of a pass
@@ -84,7 +84,7 @@ class Reader(abc.ABC):
         return {}
 
     @abc.abstractmethod
-    def passes(self, prompt: str, options: Options, noisy: Noisy, size: tuple[int, int]) -> Iterator[Arguments]:
+    def passes(self, prompt: str, options: EmbedOptions, noisy: Noisy, size: tuple[int, int]) -> Iterator[Arguments]:
         """Yield the arguments of a pass at each timestep under a prompt; `size` is of the image in pixels."""
 
     # -- texts ---------------------------------------------------------------------------------------------------
@@ -99,14 +99,14 @@ class Reader(abc.ABC):
         return text
 
     @abc.abstractmethod
-    def named(self, prompt: str | None, text: Tensor, mask: Tensor | None, options: Options) -> TokenEmbeddings:
+    def named(self, prompt: str | None, text: Tensor, mask: Tensor | None, options: EmbedOptions) -> TokenEmbeddings:
         """Return the rows of a text that a mask keeps, as the attentions receive them, with tokens and words."""
 
     @abc.abstractmethod
-    def count(self, text: str, options: Options) -> tuple[int, int]:
+    def count(self, text: str, options: EmbedOptions) -> tuple[int, int]:
         """Return the number of tokens of a text, special ones included, and how many are read."""
 
-    def encode(self, text: str, *, padding: bool = False, options: Options | None = None) -> TokenEmbeddings:
+    def encode(self, text: str, *, padding: bool = False, options: EmbedOptions | None = None) -> TokenEmbeddings:
         """Embed any text as a prompt with these options; TypeError if it is no string, ValueError if it is too long."""
         require_text(text)
         options = {name: value for name, value in (options or {}).items() if name != "prompt_2"}  # the prompt's alone
@@ -120,17 +120,17 @@ class Reader(abc.ABC):
         found = self.named(text, embedded[0], None if mask is None else mask[0], options)
         return found if padding else found.without_padding()
 
-    def embed(self, prompt: str, options: Options) -> Tensor:
+    def embed(self, prompt: str, options: EmbedOptions) -> Tensor:
         """Return the (m, d_text) embeddings of a prompt by `encode_prompt` with these options."""
         text, mask = self.encode_prompt(prompt, options)
         return self.named(None, text[0], None if mask is None else mask[0], options).values
 
-    def encode_prompt(self, prompt: str, options: Options) -> Pair:
+    def encode_prompt(self, prompt: str, options: EmbedOptions) -> Pair:
         """Return the (1, token, width) text of a prompt, and its mask where the attentions are given one."""
         return self.run_encode_prompt(prompt, options)[0], None
 
     @torch.no_grad()
-    def run_encode_prompt(self, prompt: str, options: Options) -> tuple:
+    def run_encode_prompt(self, prompt: str, options: EmbedOptions) -> tuple:
         """Return what `encode_prompt` returns for one prompt without guidance. ValueError without a text encoder."""
         require_text_encoder(self.pipe)
         embed, device = embedder_of(self.pipe), self.pipe._execution_device

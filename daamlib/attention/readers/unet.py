@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from ..calls import Pass
 from ..text import TokenEmbeddings
-from .reader import Arguments, Noisy, Options, Pair, Reader
+from .reader import Arguments, EmbedOptions, Noisy, Pair, Reader
 from .sites import Site, embedder_of, place_of
 from .words import is_rough, read_names, token_ids
 
@@ -92,7 +92,7 @@ class UNetReader(Reader):
             )
 
     @override
-    def passes(self, prompt: str, options: Options, noisy: Noisy, size: tuple[int, int]) -> Iterator[Arguments]:
+    def passes(self, prompt: str, options: EmbedOptions, noisy: Noisy, size: tuple[int, int]) -> Iterator[Arguments]:
         encoded = self.run_encode_prompt(prompt, options)
         dtype, conditions = self.denoiser.dtype, None
         if getattr(self.denoiser.config, "addition_embed_type", None) == "text_time":  # SDXL
@@ -121,7 +121,7 @@ class UNetReader(Reader):
         return layer(text.to(place_of(layer, self.pipe), self.denoiser.dtype))
 
     @override
-    def named(self, prompt: str | None, text: Tensor, mask: Tensor | None, options: Options) -> TokenEmbeddings:
+    def named(self, prompt: str | None, text: Tensor, mask: Tensor | None, options: EmbedOptions) -> TokenEmbeddings:
         values, context = self.project(text[None])[0], None if prompt is None else self._context(options)
         if prompt is None or len(values) != context:  # a pipeline may make other rows, as of a text in several parts
             found = TokenEmbeddings.unnamed(values)
@@ -131,18 +131,18 @@ class UNetReader(Reader):
             found = TokenEmbeddings.padded(values, *names, left=tokenizer.padding_side == "left")
         return found if mask is None else found.take(mask.bool())
 
-    def _context(self, options: Options) -> int:
+    def _context(self, options: EmbedOptions) -> int:
         """Return the number of rows that a text is padded to."""
         asked = inspect.signature(embedder_of(self.pipe)).parameters.get("max_sequence_length")  # Kolors
         return self._tokenizer[1] if asked is None else options.get("max_sequence_length", asked.default)
 
     @override
-    def count(self, text: str, options: Options) -> tuple[int, int]:
+    def count(self, text: str, options: EmbedOptions) -> tuple[int, int]:
         # without truncation; `verbose=False` silences the tokenizer's own warning
         return len(self._tokenizer[0](self._converted(text), verbose=False).input_ids), self._context(options)
 
     @override
-    def run_encode_prompt(self, prompt: str, options: Options) -> tuple:
+    def run_encode_prompt(self, prompt: str, options: EmbedOptions) -> tuple:
         return super().run_encode_prompt(prompt, {"num_images_per_prompt": 1, **options})
 
     @property
