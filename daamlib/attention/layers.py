@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from jaxtyping import Float
 
-from .placement import on_device
+from .placement import bytes_of, on_device
 from .precision import without_autocast
 
 
@@ -122,9 +122,13 @@ class Layer:
         return math.inf
 
     @property
-    def stored(self) -> tuple[torch.Tensor, ...]:
-        """What is stored of the image; the key weights are shared by the records of a trace."""
-        return tuple(part for part in (self.queries, self.query_sum, *self.maps) if part is not None)
+    def nbytes(self) -> int:
+        """Bytes of what is stored of the image; the key weights are shared by the records of a trace."""
+        return bytes_of(self.queries, self.query_sum, self.maps)
+
+    def to(self, device: torch.device) -> "Layer":
+        """Return the layer with its tensors on `device`."""
+        return on_device(self, device)
 
     def select(self, steps: Sequence[int] | None, heads: Sequence[int] | None) -> "Layer":
         """Return the layer with only some steps and heads (by number), and without maps, which are sums over both."""

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from .heatmaps import upsample
 from .layers import KeyProjection, Layer
+from .placement import bytes_of, on_device
 from .precision import without_autocast
 from .text import TokenEmbeddings, check_embeddings
 
@@ -61,6 +62,15 @@ class LinearMap:
         """Return a copy."""
         return LinearMap(self.weight.clone(), None if self.bias is None else self.bias.clone())
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of A."""
+        return bytes_of(self)
+
+    def to(self, device: torch.device) -> "LinearMap":
+        """Return the map on `device`."""
+        return on_device(self, device)
+
     def check(self, grid: tuple[int, int], d_text: int) -> None:
         """ValueError unless it is a map of this grid and width."""
         shapes = tuple(self.weight.shape), grid if self.bias is None else tuple(self.bias.shape)
@@ -86,6 +96,11 @@ class NormedLinearMap:
         values = check_embeddings(embeddings, weight.shape[2], weight.device)
         factors = [to_k.norm_factor(values)[:, None, None] for to_k in self.to_k]
         return functools.reduce(torch.add, [r * part(values) for r, part in zip(factors, self.maps, strict=True)])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all A_i."""
+        return bytes_of(self.maps)
 
     def clone(self) -> "NormedLinearMap":
         """Return a copy of the A_i, with the same r_i."""

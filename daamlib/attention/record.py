@@ -15,7 +15,6 @@ from .heatmaps import HeatMaps, upsample
 from .image_record import ImageRecord
 from .layers import Layer
 from .ldaam import LinearMap, NormedLinearMap, collapse
-from .placement import bytes_of
 from .readers import fingerprint_of, reader_of
 from .readers.words import CHECK_TEXT
 from .self_attention import SelfAttention
@@ -77,8 +76,7 @@ class AttentionRecord(ImageRecord):
         The key weights, which the records of a trace share, come on top.
         """
         linear = self.kept_map or vars(self).get("_linear_map")
-        maps = linear.maps if isinstance(linear, NormedLinearMap) else linear
-        return bytes_of([layer.stored for layer in self.layers], self.self_attention, maps)
+        return sum(part.nbytes for part in (*self.layers, self.self_attention, linear) if part is not None)
 
     def encode(self, text: str, *, padding: bool = False) -> TokenEmbeddings:
         """Embed any text with the model's own text encoder, as the prompt was (`embedded_with`).
