@@ -138,12 +138,14 @@ def _plain(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Any:
         return None
     if isinstance(value, list | tuple):
         return [_plain(part, f"{place}.{number}", tensors) for number, part in enumerate(value)]
+    is_mapping = isinstance(value, Mapping)
     if is_dataclass(value):
         value = {part.name: getattr(value, part.name) for part in fields(value)}
     if not isinstance(value, Mapping):
         return value
     parts = {name: _plain(part, f"{place}.{name}".lstrip("."), tensors) for name, part in value.items()}
-    return {name: part for name, part in parts.items() if not isinstance(value[name], torch.Tensor)}
+    # the header lists all names of a mapping; those of a dataclass are known
+    return {name: part for name, part in parts.items() if is_mapping or not isinstance(value[name], torch.Tensor)}
 
 
 def _restored(kind: Any, value: Any, place: str, tensors: Mapping[str, torch.Tensor]) -> Any:

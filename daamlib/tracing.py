@@ -1,7 +1,4 @@
-"""The two ways to a record: `trace` while a pipeline generates, `trace_image` of a real image.
-
-`recorder_of` is the one place that tells the kinds of models apart.
-"""
+"""The two ways to a record: `trace` while a pipeline generates, `trace_image` of a real image."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,7 +6,7 @@ from typing import Any, get_args
 
 import torch
 
-from .attention.calls import Branch, Options, Recorder, Store, Trace
+from .attention.calls import Branch, Options, Store, Trace
 from .attention.joint.families import family_of
 from .attention.joint.recorder import JointRecorder
 from .attention.readers import reader_of
@@ -17,8 +14,8 @@ from .attention.real_images import pixels_of
 from .attention.recorder import AttentionRecorder
 
 
-def recorder_of(pipe: Any, options: Options) -> Recorder:
-    """Return the recorder of a pipeline's kind of model. TypeError or ValueError where there is none."""
+def recorder_of(pipe: Any, options: Options) -> AttentionRecorder | JointRecorder:
+    """Return the recorder of a pipeline's kind of model, the one choice there is. TypeError or ValueError if unread."""
     family = family_of(pipe)
     if family is not None:
         return JointRecorder(pipe, family, options)
@@ -46,33 +43,28 @@ def trace(
             images = pipe(["a car", "a person"], num_images_per_prompt=2).images
         trace[3].daam()["person"]  # (H, W)
 
-    The image is the same bit for bit. A call that raises leaves no record. A call stopped by `pipe._interrupt` leaves a
-    record of the passes it made. Earlier records are kept. A custom denoising loop is announced by `trace.loop`
-    (`Trace.loop`); a pass of the denoiser outside of both is refused. Queries are detached: maps are
-    differentiable in a text's embeddings, not in the latents. With `branch="unconditional"` a record's prompt is the
-    negative text, which those passes read.
-
-    Inside the `with` compiled modules run eagerly, because compiled code would not call new hooks.
+    The image is the same bit for bit. A call that raises leaves no record, one that `pipe._interrupt` stops leaves a
+    record of the passes it made. A custom denoising loop is announced by `Trace.loop`; a pass outside of both is
+    refused. Maps are differentiable in a text's embeddings, not in the latents. Compiled modules run eagerly inside the
+    `with`, because compiled code would not call new hooks.
 
     For joint models (SD 3, SD 3.5, Flux.1, Qwen-Image) each record is a `JointRecord` made from four denoising passes,
-    one in the middle of each quarter of the steps. They hold the prompt's DAAM and the maps of `words`; any other text
-    is read by running these passes again. Of the other options only `store_device` fits such a model.
+    one in the middle of each quarter of the steps. Only `words` and `store_device` fit such a model.
 
     Args:
-        pipe: a diffusers pipeline whose denoiser has cross-attention: a U-Net (SD 1.x, SD 2.x, SDXL; also img2img,
-            LoRA), or a transformer of PixArt-alpha, PixArt-Sigma, Sana 1.0 or 1.5; or one of a joint model.
-        branch: the half of classifier-free guidance to read.
+        pipe: a diffusers pipeline with a U-Net (SD 1.x, SD 2.x, SDXL; also img2img, LoRA), a transformer of PixArt or
+            Sana 1.0 or 1.5, or a joint model.
+        branch: the half of classifier-free guidance to read; a record's prompt is then that half's text.
         store: "queries" keeps what any later text needs: steps * sum over layers of (h*w * channels) numbers an image
-            in the pipeline's dtype (logged after the first step, and `trace.bytes_needed`). "linear" keeps only their
-            float32 sums over the steps, enough for LDAAM. "maps" keeps those and DAAM of the prompt and of `texts`.
+            (`trace.bytes_needed`). "linear" keeps only their float32 sums over the steps, enough for LDAAM. "maps"
+            keeps those and DAAM of the prompt and of `texts`.
         texts: with `store="maps"`, what `record.daam` can be asked for besides the prompt.
         store_device: where it is kept, such as "cpu" to spare a GPU's memory; None: where the pipeline computes.
-        self_attention: whether to keep what `record.refine` needs: of the largest grid with at most 32 x 32 positions,
-            and of the less noisy half of the passes, the queries and keys of up to eight passes of each layer; with
-            "linear" and "maps", which hold no queries, the running mean of the attention, 4.2 MB at 32 x 32.
+        self_attention: whether to keep what `record.refine` needs, of the largest grid with at most 32 x 32 positions:
+            queries and keys of up to eight of the less noisy passes; with "linear" and "maps" their mean attention.
         middle: whether to read the middle block too, which DAAM leaves out.
-        stream: which text to read where a denoiser is given several. AudioLDM2: "t5" (the default), the words of the
-            prompt, or "gpt2", vectors of the whole prompt, which are read by position (`readers.audioldm2`).
+        stream: the text of AudioLDM2 to read: "t5" (the default), the words of the prompt, or "gpt2", vectors of the
+            whole prompt, which are read by position.
         words: of a joint model, two or more texts that are read while it generates, and compete with each other.
 
     Yields:
@@ -107,6 +99,9 @@ def trace_image(
 ) -> Any:  # an AttentionRecord, or a JointRecord
     """Return the record of a REAL image: encode it, add noise at each timestep, one pass of the denoiser each.
 
+        record = daamlib.trace_image(pipe, image, prompt="a red car")
+        record.daam()["car"]  # (H, W)
+
     The noise is the training's, whatever sampler the pipeline uses: z_t = sqrt(a_t) z + sqrt(1 - a_t) e, or of a model
     of flow matching, as every joint model is, z_t = (1 - s) z + s e with s = t / 1000 (the length of its schedule).
 
@@ -115,8 +110,7 @@ def trace_image(
         image: a PIL image, an (H, W, 3) uint8 array, or a (3, H, W) tensor in [0, 1]; H and W multiples of the VAE's
             factor (of a joint model, times its patches).
         prompt: what the passes are conditioned on.
-        timesteps: of the training schedule, 0 ... 999 (of a joint model 0 ... 1000): which noise a number means differs
-            between models.
+        timesteps: of the training schedule, 0 ... 999 (of a joint model 0 ... 1000).
         seed: of the noise, drawn anew for each timestep.
         self_attention: as for `trace`.
 

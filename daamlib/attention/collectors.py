@@ -1,23 +1,19 @@
-"""What is kept of one site while one pipeline call runs: its queries, their sum, or the maps of known texts.
+"""What is stored of one site while a pipeline call runs: its queries, their sum, or the maps of known texts.
 
-A collector is told of every pass by `add` and gives what it kept of one image as fields of a `Layer` by `kept`.
+A collector takes every pass by `add` and returns what it stored of one image as fields of a `Layer` by `of_image`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from .placement import bytes_of
 from .softmax import summed_probabilities
 
 
 class Queries:
-    """Every pass's queries, which any later text can be read with.
-
-    Args:
-        passes: how many are expected; more make the buffer grow.
-        device: where they are kept; None: where they are made.
-    """
+    """Every pass's queries, on `device`, which any later text can be read with; passes beyond `passes` cost a copy."""
 
     def __init__(self, passes: int, device: torch.device | None = None):
         self._passes, self._device, self._done = passes, device, 0
@@ -34,8 +30,8 @@ class Queries:
             buffer[self._done] = of_image
         self._done += 1
 
-    def kept(self, image: int) -> dict[str, Any]:
-        """(step, h*w, heads * d_head)."""
+    def of_image(self, image: int) -> dict[str, Any]:
+        """Return (step, h*w, heads * d_head) queries."""
         buffer = self._buffers[image]
         # not the room of steps that did not come
         return {"queries": buffer if self._done == len(buffer) else buffer[: self._done].clone()}
@@ -60,8 +56,8 @@ class QuerySum:
         for total, of_image in zip(self._sums, queries, strict=True):
             total += of_image.to(total.device)
 
-    def kept(self, image: int) -> dict[str, Any]:
-        """(h*w, heads * d_head) float32."""
+    def of_image(self, image: int) -> dict[str, Any]:
+        """Return the (h*w, heads * d_head) float32 sum."""
         return {"query_sum": self._sums[image]}
 
     @property
@@ -73,40 +69,33 @@ class QuerySum:
 class OnlineMaps(QuerySum):
     """DAAM of texts that are known beforehand, and the sum of the queries: no query outlives its pass.
 
-    Args:
-        keys: for each image and text (None: its prompt) the keys (heads, m, d_head), scaled.
-        grid: (h, w).
-        device: where the maps and sums are kept; None: where they are made.
+    `keys` are (heads, m, d_head), scaled, of each image and text.
     """
 
     def __init__(
-        self,
-        keys: Sequence[Mapping[str | None, torch.Tensor]],
-        grid: tuple[int, int],
-        device: torch.device | None = None,
+        self, keys: Sequence[Sequence[torch.Tensor]], grid: tuple[int, int], device: torch.device | None = None
     ):
         super().__init__(device)
         self._keys, self._grid = keys, grid
-        self._maps: list[dict[str | None, torch.Tensor]] = [{} for _ in keys]
+        self._maps: list[dict[int, torch.Tensor]] = [{} for _ in keys]  # of each image, by the number of the text
 
     def add(self, queries: torch.Tensor) -> None:
         """Take one pass: (image, h*w, heads * d_head)."""
         super().add(queries)
         for of_image, maps, keys in zip(queries, self._maps, self._keys, strict=True):
-            for text, of_text in keys.items():
+            for text, of_text in enumerate(keys):
                 summed = summed_probabilities(of_image[None], of_text).unflatten(1, self._grid)
                 summed = summed.to(self._device or summed.device)
                 maps[text] = maps[text] + summed if text in maps else summed
 
-    def kept(self, image: int) -> dict[str, Any]:
-        """(h*w, heads * d_head) float32 and, by text, (m, h, w) float32."""
-        return super().kept(image) | {"maps": self._maps[image]}
+    def of_image(self, image: int) -> dict[str, Any]:
+        """Return the sum and, of each text, (m, h, w) float32 maps."""
+        return super().of_image(image) | {"maps": tuple(self._maps[image].values())}
 
     @property
     def nbytes(self) -> int:
         """Bytes of the sums and maps."""
-        maps = [tensor for of_image in self._maps for tensor in of_image.values()]
-        return super().nbytes + sum(tensor.nbytes for tensor in maps)
+        return super().nbytes + bytes_of(self._maps)
 
 
 Collector = Queries | QuerySum  # `OnlineMaps` is the latter

@@ -25,16 +25,10 @@ def daam(
     grid: tuple[int, int],
     max_bytes: int = MAX_BYTES,
 ) -> Float[torch.Tensor, "m height width"]:
-    """D of the module's formula, differentiable in the embeddings.
+    """Return D of the module's formula, (m, H, W), differentiable in the embeddings and in their type.
 
-    Args:
-        layers: each with its queries (step, h*w, heads * d_head).
-        embeddings: (m, d_text) of the text's tokens; the softmax is over exactly these.
-        grid: (H, W) that every layer's maps are up-sampled to.
-        max_bytes: of attention probabilities held at a time.
-
-    Returns:
-        (m, H, W) sums over steps, layers and heads, in the type of the embeddings.
+    The softmax is over exactly these m tokens. Every layer's maps are up-sampled to `grid`; `max_bytes` bounds the
+    attention probabilities held at a time.
     """
     maps = []
     for layer in layers:
@@ -47,14 +41,9 @@ def daam(
 def summed_probabilities_plainly(
     queries: Float[torch.Tensor, "steps n channels"], keys: Float[torch.Tensor, "heads m d_head"]
 ) -> Float[torch.Tensor, "m n"]:
-    """The inner sum of the formula as it is written, in memory for all steps at once; `softmax.py` is its fast form.
+    """Return the inner sum of the formula as it is written, in memory for all steps at once; keys are scaled.
 
-    Args:
-        queries: (step, n, head * d_head).
-        keys: (head, m, d_head), scaled by d_head ** -0.5.
-
-    Returns:
-        (m, n) probabilities, summed over steps and heads.
+    `softmax.summed_probabilities` is its fast form; tests hold the two equal.
     """
     by_head = queries.to(keys.dtype).unflatten(2, (len(keys), -1))
     scores = torch.einsum("tnlc,lkc->tlkn", by_head, keys)  # step t, position n, head l, token k

@@ -1,16 +1,13 @@
 """The one answer to "is this the same model?": a few numbers for each cross-attention's key weights.
 
-Records, tokens, datasets and widgets mix only what one model made. Which model that was is told by the products of its
-key weights W_k with fixed random probes, u_j^T W_k p_j: they change with a rotation, a fine-tune or a LoRA, which the
-norms of the weights hardly do, and they need one small matrix product a layer.
+They are products of its key weights W_k with fixed random vectors, u_j^T W_k p_j, which change with a rotation, a
+fine-tune or a LoRA; the norms of the weights hardly do.
 """
 
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,19 +17,15 @@ TOLERANCE = 0.015  # of their length; rounding the weights to bfloat16 changed i
 
 @functools.lru_cache(maxsize=64)
 def random_signs(width: int, seed: int) -> torch.Tensor:
-    """(PROBES, width) of -1 and 1, which every precision holds exactly."""
+    """Return (PROBES, width) of -1 and 1, which every precision holds exactly."""
     return 2.0 * torch.randint(2, (PROBES, width), generator=torch.Generator().manual_seed(seed)) - 1
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What a model's cross-attention keys make of the probes.
+    """What a model's cross-attention keys make of random vectors."""
 
-    Attributes:
-        layers: `PROBES` numbers for each layer, by its name.
-    """
-
-    layers: Mapping[str, tuple[float, ...]]
+    layers: Mapping[str, tuple[float, ...]]  # `PROBES` numbers for each layer, by its name
 
     @classmethod
     def of_keys(cls, keys: Mapping[str, Callable[[torch.Tensor], torch.Tensor]], d_text: int) -> "Fingerprint":
@@ -48,34 +41,15 @@ class Fingerprint:
         return cls(layers)
 
     def of_layers(self, names: Iterable[str]) -> "Fingerprint":
-        """That of these layers, as far as the model has them."""
-        wanted = set(names)
-        return Fingerprint({name: numbers for name, numbers in self.layers.items() if name in wanted})
+        """Return that of these layers, as far as the model has them."""
+        chosen = set(names)
+        return Fingerprint({name: numbers for name, numbers in self.layers.items() if name in chosen})
 
     def difference(self, other: "Fingerprint") -> str | None:
-        """What tells the two models apart, as in "the records have ...", or None where they are the same model."""
+        """Return the first difference, as in "the records have ...", or None where they are the same model."""
         if list(self.layers) != list(other.layers):
             return f"other cross-attention layers ({len(self.layers)} and {len(other.layers)} of them)"
         for name, numbers in self.layers.items():
             if math.dist(numbers, other.layers[name]) > TOLERANCE * math.hypot(*numbers):
                 return f"other key weights in {name}"
         return None
-
-
-def placed(
-    record: Any,
-    path: str | Path,
-    pipe: Any,
-    device: str | torch.device | None,
-    fingerprint_of: Callable[[Any], Fingerprint],
-) -> Any:
-    """The record that was read from `path`, where its maps are to be computed: on `device`, or where `pipe` computes.
-
-    Raises ValueError unless it was made by the model of `pipe`, if there is one; it may hold some of the layers alone.
-    """
-    if pipe is not None:
-        difference = record.fingerprint.difference(fingerprint_of(pipe).of_layers(record.fingerprint.layers))
-        if difference:
-            raise ValueError(f"{path} and the pipeline have {difference}: give the model that made it, with its LoRA")
-        device = device or pipe._execution_device
-    return record if device is None else record.to(device)

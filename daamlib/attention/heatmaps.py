@@ -8,12 +8,15 @@ import torch
 from jaxtyping import Float
 from torch.nn import functional as F
 
-from .text import Word, rows_of
+from .text import TokenEmbeddings, Word, rows_of
 
 
 @dataclass(frozen=True, eq=False)
 class HeatMaps:
     """Attention heat maps of a text's tokens.
+
+        maps = record.daam()
+        maps["car"], maps["car", 0], maps[2]  # each (H, W)
 
     Attributes:
         values: (m, H, W) float32, unnormalised sums over steps, layers and heads (thesis: D_k[x, y] or LD(x)[x, y]).
@@ -35,6 +38,13 @@ class HeatMaps:
         return cls(values, tuple(str(row) for row in range(len(values))))
 
     @classmethod
+    def of(cls, values: torch.Tensor, embeddings: torch.Tensor | TokenEmbeddings) -> "HeatMaps":
+        """Return (m, H, W) maps with the tokens and words of their embeddings; those of bare tensors are numbered."""
+        if isinstance(embeddings, TokenEmbeddings):
+            return cls(values, embeddings.tokens, embeddings.words)
+        return cls.unnamed(values)
+
+    @classmethod
     def of_words(cls, values: torch.Tensor, words: tuple[str, ...]) -> "HeatMaps":
         """Return (K, H, W) maps that are looked up by `words`, one row each."""
         return cls(values, words, tuple(Word(word, row, row + 1) for row, word in enumerate(words)))
@@ -43,11 +53,7 @@ class HeatMaps:
         return len(self.values)
 
     def __getitem__(self, word: str | tuple[str, int] | SupportsIndex) -> Float[torch.Tensor, "height width"]:
-        """Return the (H, W) map of a word, of one of its occurrences, or of one row.
-
-            maps["car"]     # the mean over the tokens of every "car" of the text
-            maps["car", 1]  # of the second one alone
-            maps[2]         # the third token
+        """Return the (H, W) map of a word, the mean over its tokens, of one of its occurrences, or of one row.
 
         Raises ValueError, listing the tokens, for a word that is not in the text, or not so often.
         """
@@ -66,7 +72,7 @@ class HeatMaps:
         return self.values.detach().cpu().numpy().copy()
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """Return what `np.asarray(maps)` is: see `numpy`."""
+        """Return what `np.asarray(maps)` is."""
         return self.numpy().astype(dtype or np.float32, copy=False)
 
     def resize(self, height: int, width: int) -> "HeatMaps":
@@ -92,10 +98,7 @@ def upsample(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def require_ratio(name: str, size: tuple[int, int], grid: tuple[int, int]) -> None:
-    """ValueError for a (height, width) whose ratio is not that of an image with maps of this (h, w) grid.
-
-    The grid's sides are rounded: up to one cell less is taken for the image's.
-    """
+    """ValueError for a (height, width) whose ratio is not that of an (h, w) grid, up to rounding by one cell."""
     (height, width), (h, w) = size, grid
     if not (h - 1) * width < height * w or not height * (w - 1) < h * width:
         raise ValueError(
@@ -104,9 +107,7 @@ def require_ratio(name: str, size: tuple[int, int], grid: tuple[int, int]) -> No
         )
 
 
-def normalize(
-    maps: Float[torch.Tensor, "m height width"],
-) -> Float[torch.Tensor, "m height width"]:
+def normalize(maps: Float[torch.Tensor, "m height width"]) -> Float[torch.Tensor, "m height width"]:
     """Scale each of (m, H, W) maps to its own [0, 1] (min-max); a constant map becomes zero."""
     low = maps.amin(dim=(1, 2), keepdim=True)
     span = maps.amax(dim=(1, 2), keepdim=True) - low

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from .heatmaps import upsample
 from .layers import KeyProjection, Layer
+from .placement import bytes_of, on_device
 from .precision import without_autocast
 from .text import TokenEmbeddings, check_embeddings
 
@@ -33,6 +34,8 @@ from .text import TokenEmbeddings, check_embeddings
 @dataclass(frozen=True, eq=False)
 class LinearMap:
     """The whole of Linear DAAM for one image.
+
+        record.linear_map()(record.encode("car")["car"])  # (tokens, H, W)
 
     Attributes:
         weight: (H, W, d_text) float32, A in the derivation above.
@@ -49,40 +52,38 @@ class LinearMap:
 
     @without_autocast
     def __call__(self, embeddings: torch.Tensor | TokenEmbeddings) -> Float[torch.Tensor, "m height width"]:
-        """(m, d_text) token embeddings -> (m, H, W) maps, differentiable in the embeddings.
-
-        Raises ValueError if the embeddings are not (m, d_text).
-        """
+        """Return (m, H, W) maps of (m, d_text) embeddings, differentiable in them; ValueError for another width."""
         height, width, d_text = self.weight.shape
         values = check_embeddings(embeddings, d_text, self.weight.device)
         bias = None if self.bias is None else self.bias.to(values.dtype).flatten()
         return F.linear(values, self.weight.to(values.dtype).reshape(-1, d_text), bias).view(-1, height, width)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of A."""
-        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
-
     def clone(self) -> "LinearMap":
         """Return a copy."""
         return LinearMap(self.weight.clone(), None if self.bias is None else self.bias.clone())
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of A."""
+        return bytes_of(self)
+
     def to(self, device: torch.device) -> "LinearMap":
-        """The same on `device`."""
-        return LinearMap(self.weight.to(device), None if self.bias is None else self.bias.to(device))
+        """Return the map on `device`."""
+        return on_device(self, device)
+
+    def check(self, grid: tuple[int, int], d_text: int) -> None:
+        """ValueError unless it is a map of this grid and width."""
+        shapes = tuple(self.weight.shape), grid if self.bias is None else tuple(self.bias.shape)
+        if shapes != ((*grid, d_text), grid):
+            raise ValueError(f"its map has shape {shapes[0]}, expected {(*grid, d_text)}")
 
 
 @dataclass(frozen=True, eq=False)
 class NormedLinearMap:
-    """The whole of Linear DAAM for one image of a model that normalises its keys: one linear map a layer.
+    """The whole of Linear DAAM for one image of a model that normalises its keys: one linear map a layer."""
 
-    Attributes:
-        maps: A_i in the derivation above.
-        to_k: of each layer, for r_i.
-    """
-
-    maps: tuple[LinearMap, ...]
-    to_k: tuple[KeyProjection, ...]
+    maps: tuple[LinearMap, ...]  # A_i in the derivation above
+    to_k: tuple[KeyProjection, ...]  # of each layer, for r_i
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -90,10 +91,7 @@ class NormedLinearMap:
         return (len(self.maps), *self.maps[0].shape)
 
     def __call__(self, embeddings: torch.Tensor | TokenEmbeddings) -> Float[torch.Tensor, "m height width"]:
-        """(m, d_text) token embeddings -> (m, H, W) maps, differentiable in the embeddings.
-
-        Raises ValueError if the embeddings are not (m, d_text).
-        """
+        """Return (m, H, W) maps of (m, d_text) embeddings, differentiable in them; ValueError for another width."""
         weight = self.maps[0].weight
         values = check_embeddings(embeddings, weight.shape[2], weight.device)
         factors = [to_k.norm_factor(values)[:, None, None] for to_k in self.to_k]
@@ -102,21 +100,21 @@ class NormedLinearMap:
     @property
     def nbytes(self) -> int:
         """Bytes of all A_i."""
-        return sum(part.nbytes for part in self.maps)
+        return bytes_of(self.maps)
 
     def clone(self) -> "NormedLinearMap":
         """Return a copy of the A_i, with the same r_i."""
         return NormedLinearMap(tuple(part.clone() for part in self.maps), self.to_k)
 
     def near(self, embeddings: torch.Tensor) -> LinearMap:
-        """The linear map with each layer's r_i held at its mean over (m, d_text) embeddings."""
+        """Return the linear map with each layer's r_i held at its mean over (m, d_text) embeddings."""
         values = embeddings.to(self.maps[0].weight)
         factors = [to_k.norm_factor(values).mean() for to_k in self.to_k]
         return LinearMap(functools.reduce(torch.add, [r * a.weight for r, a in zip(factors, self.maps, strict=True)]))
 
 
 def collapse(layers: Sequence[Layer], grid: tuple[int, int]) -> LinearMap | NormedLinearMap:
-    """A of the module's derivation, or each A_i where the keys are normalised; all are up-sampled to `grid`."""
+    """Return A of the module's derivation, or each A_i where the keys are normalised, up-sampled to `grid`."""
     if all(layer.to_k.norm is None for layer in layers):
         return _sum(layers, grid)
     return NormedLinearMap(tuple(_sum([layer], grid) for layer in layers), tuple(layer.to_k for layer in layers))
@@ -124,7 +122,7 @@ def collapse(layers: Sequence[Layer], grid: tuple[int, int]) -> LinearMap | Norm
 
 @without_autocast
 def _sum(layers: Sequence[Layer], grid: tuple[int, int]) -> LinearMap:
-    """The sum of A_i over the layers: those of one grid are summed before they are up-sampled, once."""
+    """Return the sum of A_i over the layers: those of one grid are summed before they are up-sampled, once."""
     d_text, biased = layers[0].to_k.weight.shape[1], layers[0].to_k.bias is not None
     by_grid: dict[tuple[int, int], torch.Tensor] = {}
     for layer in layers:

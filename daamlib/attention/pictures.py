@@ -28,10 +28,7 @@ COLOUR_MAPS = {
 
 
 def rgb(image: Image.Image | np.ndarray) -> np.ndarray:
-    """Return the (H, W, 3) uint8 pixels of an image, a copy.
-
-    Raises TypeError unless it is a PIL image or an array, ValueError for an array of another shape or type.
-    """
+    """Return a copy of the (H, W, 3) uint8 pixels of a PIL image or array; TypeError or ValueError for another."""
     if isinstance(image, Image.Image):
         image = image.convert("RGB")
     elif not isinstance(image, np.ndarray):
@@ -43,24 +40,13 @@ def rgb(image: Image.Image | np.ndarray) -> np.ndarray:
 
 
 def overlay(image: Any, heat: Any, *, opacity: float = 0.65, colour_map: str = "magma") -> Image.Image:
-    """Paint a heat map over its image, scaled to its own minimum and maximum.
+    """Return an image of a PIL image or (H, W, 3) uint8 array under an (h, w) heat map, scaled to its own range.
 
         overlay(image, record.daam()["car"]).save("car.png")
         overlay(image, record.ldaam("tree")["tree"], opacity=0.4, colour_map="viridis")
 
-    Args:
-        image: a PIL image or an (H, W, 3) uint8 array.
-        heat: an (h, w) map, tensor or array, up-sampled to the image.
-        opacity: of the colours, in [0, 1].
-        colour_map: one of `COLOUR_MAPS`.
-
-    Returns:
-        A picture of the image's size.
-
-    Raises:
-        TypeError: for an image of another kind.
-        ValueError: for a map that is no (h, w) or has another ratio of height and width than the image, or holds NaN,
-            for an unknown colour map, and an opacity outside of [0, 1].
+    `opacity` in [0, 1] is that of the colours, `colour_map` one of `COLOUR_MAPS`. Raises TypeError or ValueError for
+    others, and for a map of another ratio of height and width than the image, or with NaN.
     """
     pixels, values = rgb(image), torch.as_tensor(heat).detach().float().cpu()
     if values.ndim != 2 or not values.isfinite().all():
@@ -80,24 +66,14 @@ def overlay(image: Any, heat: Any, *, opacity: float = 0.65, colour_map: str = "
 def label_picture(
     labels: np.ndarray, image: Any = None, *, classes: Classes | None = None, opacity: float = 0.55
 ) -> Image.Image:
-    """Paint a label map in the colours of its classes, over its image, and then of its size, if one is given.
+    """Return (h, w) uint8 labels in the colours of their classes; over an image, if one is given, in its size.
 
         labels = daamlib.label_map(record, [token])
         label_picture(labels).save("labels.png")
 
-    Args:
-        labels: (h, w) uint8 ids; 255, to be ignored, is light grey.
-        image: a PIL image or an (H, W, 3) uint8 array.
-        classes: whose ids they are, see `daamlib.classes.class_list`; None: Cityscapes'.
-        opacity: of the colours over the image, in [0, 1].
-
-    Returns:
-        A picture of the size of the image, without one of the labels.
-
-    Raises:
-        TypeError: for an image of another kind.
-        ValueError: for labels that are no (h, w) uint8 or hold an id of no class, an image of another ratio, and an
-            opacity outside of [0, 1].
+    The ids are Cityscapes' or those of `classes` (see `daamlib.classes.class_list`); 255, to be ignored, is light grey.
+    Raises TypeError for an image of another kind; ValueError for other labels, an id of no class, an image of another
+    ratio of height and width, and an opacity outside of [0, 1].
     """
     labels, table = np.asarray(labels), class_list(classes)
     if labels.ndim != 2 or labels.dtype != np.uint8 or not 0 <= opacity <= 1:

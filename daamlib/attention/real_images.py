@@ -23,17 +23,11 @@ def add_noise(latents: torch.Tensor, factors: Sequence[tuple[Factor, Factor]], s
 
 
 def noise_levels(scheduler: Any, step: int, device: torch.device) -> tuple[Factor, Factor]:
-    """Return the factors of the latents and of the noise at a timestep of the training.
-
-    Raises ValueError for a scheduler of another parametrisation, such as EDM's, whose noise levels are no timesteps.
-    """
+    """Return the factors of latents and noise at a timestep; ValueError where noise levels are no timesteps (EDM)."""
     name, config = type(scheduler).__name__, scheduler.config
     # some samplers do either, and know alphas that flow matching does not use
-    if (
-        getattr(config, "use_flow_sigmas", False)
-        or "FlowMatch" in name
-        or config.get("prediction_type") == "flow_prediction"
-    ):
+    flow = getattr(config, "use_flow_sigmas", False) or config.get("prediction_type") == "flow_prediction"
+    if flow or "FlowMatch" in name:
         sigma = torch.tensor(step / config.num_train_timesteps, device=device)
         return 1 - sigma, sigma
     if getattr(scheduler, "alphas_cumprod", None) is None:
@@ -46,11 +40,8 @@ def noise_levels(scheduler: Any, step: int, device: torch.device) -> tuple[Facto
 
 
 def latents_of(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
-    """Return the (1, channel, h, w) latents of pixels in [-1, 1], as the denoiser knows them, without noise.
-
-    The VAE's mean, moved and scaled as its config says; a VAE of videos takes the image for one frame.
-    """
-    frames = (1,) * (next((weight.ndim for weight in vae.parameters() if weight.ndim > 3), 4) - 4)
+    """Return the (1, channel, h, w) latents of pixels in [-1, 1]: the VAE's mean, moved and scaled as it asks."""
+    frames = (1,) * (next((weight.ndim for weight in vae.parameters() if weight.ndim > 3), 4) - 4)  # of a video VAE
     with _wide_enough(vae) as wide:
         encoded = wide.encode(pixels.to(wide.dtype).unflatten(1, (3, *frames)))
     if hasattr(encoded, "latent_dist"):
@@ -69,10 +60,7 @@ def latents_of(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def _wide_enough(vae: Any) -> Iterator[Any]:
-    """The VAE in float32 where its config says that float16 overflows, as SDXL's does; in float16 again afterwards.
-
-    Every float16 is a float32, so the weights come back bit for bit.
-    """
+    """Hold the VAE in float32 where float16 overflows, as SDXL's; its weights come back bit for bit."""
     upcast = vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
     try:
         yield vae.float() if upcast else vae

@@ -5,7 +5,7 @@ In self-attention layer i, head l and step t the image's positions attend to one
     A = mean over i, l, t of softmax(q k^T / sqrt(d_head)),        (n, n), every row sums to one
 
 and A M averages a map M over what each position attends to: parts of one object share their values (DiffSegmenter,
-Wang et al. 2023; Dataset Diffusion, Nguyen et al. 2023). The matrix of a head is never kept: M is the VALUE of an
+Wang et al. 2023; Dataset Diffusion, Nguyen et al. 2023). The matrix of a head is never stored: M is the VALUE of an
 attention with these queries and keys, or A is accumulated as one running mean.
 
 A linear attention (Xie et al. 2024, arXiv:2410.10629, equation 2) has relu(q) relu(k)^T, divided by the sums of its
@@ -13,46 +13,38 @@ rows, in the place of the softmax. A position whose relu(q) is zero attends to n
 """
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch.nn import functional as F
 
+from .heatmaps import upsample
+from .placement import bytes_of
 from .precision import without_autocast
 
 LARGEST = 32 * 32  # positions of the grid that is read: the largest one of the model with no more
 LATE = 0.5  # part of the noise schedule: self-attention follows the objects' outlines in the later half of denoising
-KEPT_PASSES = 8  # whose queries and keys are kept, evenly spaced
+STORED_PASSES = 8  # whose queries and keys are stored, evenly spaced
 
 
 @dataclass(frozen=True, eq=False)
 class SelfAttention:
-    """One image's self-attention, of the layers of one grid.
+    """One image's self-attention, of the layers of one grid: queries and keys of layers and steps, or their mean A."""
 
-    Attributes:
-        grid: (h, w), n positions.
-        heads: number of heads.
-        scale: d_head ** -0.5.
-        queries: (layer and step, n, heads * d_head), or None where the mean is kept.
-        keys: likewise.
-        mean: A itself, (n, n) float32, or None where queries and keys are kept.
-        linear: whether it is a linear attention.
-    """
-
-    grid: tuple[int, int]
+    grid: tuple[int, int]  # (h, w), n positions
     heads: int
-    scale: float
+    scale: float  # d_head ** -0.5
     queries: Float[torch.Tensor, "passes positions channels"] | None = None
     keys: Float[torch.Tensor, "passes positions channels"] | None = None
-    mean: Float[torch.Tensor, "positions positions"] | None = None
-    linear: bool = False
+    mean: Float[torch.Tensor, "positions positions"] | None = None  # float32
+    linear: bool = False  # whether it is a linear attention
 
     @without_autocast
     def propagate(self, maps: Float[torch.Tensor, "m positions"]) -> Float[torch.Tensor, "m positions"]:
-        """A M for each map M: (m, n) -> (m, n), differentiable in the maps."""
+        """Return A M for each map M: (m, n) -> (m, n), differentiable in the maps."""
         if self.mean is not None:
             return maps @ self.mean.to(maps).T
         assert self.queries is not None and self.keys is not None
@@ -70,54 +62,54 @@ class SelfAttention:
                 means.append(F.scaled_dot_product_attention(q, k, values, scale=self.scale).mean(dim=1)[0])
         return (functools.reduce(torch.add, means) / len(means)).T[: len(maps)]
 
+    def refine(self, maps: Float[torch.Tensor, "m height width"], iterations: int) -> torch.Tensor:
+        """Return (m, H, W) maps propagated so often on this grid. ValueError if the attention is not finite."""
+        refined = F.adaptive_avg_pool2d(maps[None], self.grid)[0].flatten(1)
+        for _ in range(iterations):
+            refined = self.propagate(refined)
+        if not refined.isfinite().all() and maps.isfinite().all():
+            raise ValueError(
+                "the self-attention holds NaN or infinite values, it overflowed as in float16: generate the image in "
+                "bfloat16 or float32"
+            )
+        return upsample(refined.unflatten(1, self.grid), (maps.shape[1], maps.shape[2]))
+
     @property
     def nbytes(self) -> int:
         """Bytes of the queries and keys, or of the mean."""
-        kept = (self.queries, self.keys, self.mean)
-        return sum(tensor.nbytes for tensor in kept if tensor is not None)
-
-    def to(self, device: torch.device) -> "SelfAttention":
-        """The same with its tensors on `device`."""
-        tensors = {name: getattr(self, name) for name in ("queries", "keys", "mean")}
-        return replace(self, **{name: each.to(device) for name, each in tensors.items() if each is not None})
+        return bytes_of(self)
 
 
 class SelfAttentionCollector:
     """Collects what `SelfAttention` holds of one layer while a call runs.
 
-    Passes of the noisier half are passed over, unless there are no others: then the last one counts.
-
-    Args:
-        heads: number of heads.
-        scale: d_head ** -0.5.
-        mean: whether to keep the running mean of A, or the queries and keys of some passes.
-        linear: whether it is a linear attention.
-        device: where it is kept; None: where it is made.
+    That is the running mean of A (`mean`), or the queries and keys of some passes, on `device` (None: where they are
+    made). Passes of the noisier half are passed over, unless there are no others: then the last one counts.
     """
 
     def __init__(
         self, heads: int, scale: float, *, mean: bool, linear: bool = False, device: torch.device | None = None
     ):
         self._heads, self._scale, self._mean, self._linear, self._device = heads, scale, mean, linear, device
-        self._kept: list[Any] = []  # of each pass (image, n, n), or the pair of (image, n, heads * d_head)
+        self._stored: list[Any] = []  # of each pass (image, n, n), or (2, image, n, heads * d_head)
         self._late, self._stride = 0, 1
 
     def add(self, queries: torch.Tensor, keys: torch.Tensor, *, late: bool) -> None:
         """Take one pass: both (image, n, heads * d_head); late: of the less noisy half."""
         if late and not self._late:
-            self._kept = []
+            self._stored = []
         self._late += late
         if not late and self._late:
             return
         if not late:
-            self._kept = [self._of_pass(queries, keys)]
+            self._stored = [self._of_pass(queries, keys)]
         elif self._mean:
-            before = self._kept[0] * ((self._late - 1) / self._late) if self._kept else 0.0
-            self._kept = [before + self._of_pass(queries, keys) / self._late]
+            before = self._stored[0] * ((self._late - 1) / self._late) if self._stored else 0.0
+            self._stored = [before + self._of_pass(queries, keys) / self._late]
         elif (self._late - 1) % self._stride == 0:
-            self._kept.append(self._of_pass(queries, keys))
-            if len(self._kept) > KEPT_PASSES:
-                self._kept, self._stride = self._kept[::2], 2 * self._stride
+            self._stored.append(self._of_pass(queries, keys))
+            if len(self._stored) > STORED_PASSES:
+                self._stored, self._stride = self._stored[::2], 2 * self._stride
 
     @without_autocast
     def _of_pass(self, queries: torch.Tensor, keys: torch.Tensor) -> Any:
@@ -136,27 +128,52 @@ class SelfAttentionCollector:
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(each.nbytes for each in self._kept)
+        return sum(each.nbytes for each in self._stored)
 
-    def kept(self, image: int) -> torch.Tensor:
-        """(1, n, n) of the image, or its (pass, 2, n, heads * d_head) queries and keys."""
-        return self._kept[0][image, None] if self._mean else torch.stack([each[:, image] for each in self._kept])
+    def of_image(self, image: int) -> torch.Tensor:
+        """Return (1, n, n) of the image, or its (pass, 2, n, heads * d_head) queries and keys."""
+        return self._stored[0][image, None] if self._mean else torch.stack([each[:, image] for each in self._stored])
 
 
-def together(
-    collectors: Sequence[SelfAttentionCollector],
-    grid: tuple[int, int],
-    heads: int,
-    scale: float,
-    image: int,
-    *,
-    linear: bool = False,
-) -> SelfAttention:
-    """One image's self-attention of all layers of a grid."""
-    kept = torch.cat([collector.kept(image) for collector in collectors])
-    if kept.ndim == 3:
-        return SelfAttention(grid, heads, scale, mean=kept.mean(dim=0), linear=linear)
-    return SelfAttention(grid, heads, scale, queries=kept[:, 0], keys=kept[:, 1], linear=linear)
+class SelfAttentions:
+    """The self-attentions of one call, of the largest grid with no more than `LARGEST` positions."""
+
+    def __init__(self, mean: bool = False, device: torch.device | None = None):
+        self._mean, self._device = mean, device
+        self.collectors: dict[str, SelfAttentionCollector] = {}  # by the attention's name
+        self.queries: dict[str, torch.Tensor] = {}  # of the pass under way, whose keys are about to come
+        self._sites: dict[str, tuple[Any, int]] = {}  # the attention and the number of its positions
+
+    def see_keys(self, site: Any, keys: torch.Tensor, rows: Any, *, first: bool, late: bool) -> None:
+        """Take the (batch, n, channels) keys of a `Site` in a pass, the first of the call or a later one."""
+        queries, positions = self.queries.pop(site.name, None), keys.shape[1]
+        if queries is None or positions > LARGEST or not (first or positions == self._largest):
+            return
+        if site.name not in self.collectors:
+            self._sites[site.name] = site, positions
+            self.collectors[site.name] = SelfAttentionCollector(
+                site.heads, site.scale, linear=site.linear, mean=self._mean, device=self._device
+            )
+        self.collectors[site.name].add(queries[rows].clone(), keys[rows].clone(), late=late)
+
+    @property
+    def _largest(self) -> int:
+        return max((positions for _, positions in self._sites.values()), default=0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(collector.nbytes for collector in self.collectors.values())
+
+    def of_image(self, image: int, grid: Callable[[int], tuple[int, int]]) -> SelfAttention | None:
+        """Return the self-attention of an image, None if nothing was read; `grid` is that of a number of positions."""
+        largest = self._largest
+        sites = [site for site, positions in self._sites.values() if positions == largest]
+        if not sites:
+            return None
+        stored, site = torch.cat([self.collectors[each.name].of_image(image) for each in sites]), sites[0]
+        parts = {"mean": stored.mean(dim=0)} if stored.ndim == 3 else {"queries": stored[:, 0], "keys": stored[:, 1]}
+        return SelfAttention(grid(largest), site.heads, site.scale, linear=site.linear, **parts)
 
 
 def _linear_attention(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

@@ -16,18 +16,12 @@ SAFE_POWER = 64  # of two: sums of such powers and their reciprocals stay far in
 
 @without_autocast
 def summed_probabilities(queries: torch.Tensor, keys: torch.Tensor, max_bytes: int = MAX_BYTES) -> torch.Tensor:
-    """Sum the attention probabilities over steps and heads, differentiably in the keys.
+    """Return (m, n) attention probabilities, summed over steps and heads, differentiably in the keys and in their type.
 
-    It works through the steps (and, if one step is too large, the positions) in pieces; on a CPU in pieces that stay in
-    its cache. With gradients, each piece is computed again in the backward pass, not kept.
-
-    Args:
-        queries: (step, n, head * d_head), of any floating-point type.
-        keys: (head, m, d_head), scaled by d_head ** -0.5.
-        max_bytes: of probabilities held at a time.
-
-    Returns:
-        (m, n) in the type of the keys; the softmax is over the m tokens.
+    Of (step, n, head * d_head) queries of any floating-point type and (head, m, d_head) keys, scaled by d_head ** -0.5;
+    the softmax is over the m tokens. It works through the steps (and, if one step is too large, the positions) in
+    pieces of `max_bytes` of probabilities, on a CPU in pieces that stay in its cache. With gradients, each piece is
+    computed again in the backward pass.
     """
     differentiable = keys.requires_grad and torch.is_grad_enabled()
     in_cache = keys.device.type == "cpu" and not differentiable
@@ -49,17 +43,16 @@ def summed_probabilities(queries: torch.Tensor, keys: torch.Tensor, max_bytes: i
 
 
 def _attend(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """(step, n, head * d_head) and (head, m, d_head) -> (m, n): probabilities summed over steps and heads."""
+    """Return (m, n) probabilities of (step, n, head * d_head) and (head, m, d_head), summed over steps and heads."""
     probabilities = torch.softmax(torch.bmm(keys, _columns(queries, keys)), dim=1)
     return probabilities.unflatten(2, (len(queries), -1)).sum(dim=(0, 2))
 
 
 def _attend_in_place(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """The same on a CPU, up to rounding: each pass over the scores finds them in the cache, and writes them there.
+    """Return the same on a CPU, up to rounding, by passes over the scores that stay in the cache.
 
-    The products of all heads are made for a few steps before the next: each head reads a part of the same queries.
-    2 ** (x / ln 2) is e ** x, in half the time. The largest score of a position is taken off only where a power of
-    two would leave the range of float32 without it.
+    Each head reads a part of the same few steps' queries. 2 ** (x / ln 2) is e ** x, in half the time. The largest
+    score of a position is taken off only where a power of two would leave the range of float32 without it.
     """
     tokens = keys.shape[1]
     keys = F.pad(keys, (0, 0, 0, max(0, 4 - tokens)))  # matrix products with 4 rows are faster than with 2 or 3
@@ -82,5 +75,25 @@ def _attend_in_place(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
 
 
 def _columns(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """(head, d_head, step * n): products stand as (token, position), so that a softmax over few tokens is fast too."""
+    """Return (head, d_head, step * n): products stand as (token, position), so that a softmax over few is fast too."""
     return queries.to(keys.dtype).flatten(0, 1).unflatten(1, (len(keys), -1)).permute(1, 2, 0)
+
+
+def attention_error(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    output: torch.Tensor,
+    scale: float,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return how far the output of an attention is from softmax(q k) v, of the latter's largest value.
+
+    q is (n, head, p, d_head), k and v are (n, head, m, d_head), the output (n, p, head * d_head), and the mask says of
+    the first tokens which take part.
+    """
+    scores = queries.float() @ keys.float().transpose(2, 3) * scale
+    if mask is not None:
+        scores[..., : mask.shape[1]].masked_fill_(~mask[:, None, None], -torch.inf)
+    expected = (scores.softmax(dim=3) @ values.float()).transpose(1, 2).flatten(2)
+    return (output.float() - expected).abs().amax() / expected.abs().amax()

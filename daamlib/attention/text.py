@@ -3,7 +3,7 @@
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -17,7 +17,8 @@ class TextTooLongError(ValueError):
     """A text has more tokens than the text encoder reads."""
 
 
-class Word(NamedTuple):
+@dataclass(frozen=True)
+class Word:
     """A word of a text and the rows `start ... stop - 1` of its tokens."""
 
     text: str
@@ -33,9 +34,10 @@ class Word(NamedTuple):
 class TokenEmbeddings:
     """The embeddings of a text's tokens, as cross-attention receives them (thesis: x, the columns of X').
 
+        record.encode("a traffic light")["traffic light"]  # (tokens, d_text)
+
     Attributes:
-        values: (m, d_text) float tensor: the start token, the text and the end token, where a tokenizer has them, and
-            padding on either side, if asked for.
+        values: (m, d_text): the start token, the text and the end token, where a tokenizer has them, and padding.
         tokens: the m tokens, readable.
         words: the words they make, without the special tokens.
     """
@@ -52,7 +54,7 @@ class TokenEmbeddings:
 
     @classmethod
     def unnamed(cls, values: torch.Tensor) -> "TokenEmbeddings":
-        """Embeddings whose text is unknown; the tokens are numbered."""
+        """Return embeddings whose text is unknown; the tokens are numbered."""
         return cls(values, tuple(str(row) for row in range(len(values))))
 
     @classmethod
@@ -63,11 +65,6 @@ class TokenEmbeddings:
         count = len(values) - len(tokens)
         words = tuple(word.moved(count) for word in words) if left else words
         return cls(values, (PAD,) * count + tokens if left else tokens + (PAD,) * count, words)
-
-    @classmethod
-    def stored(cls, values: torch.Tensor, tokens: Sequence[str], words: Sequence[Sequence]) -> "TokenEmbeddings":
-        """Rebuild from a file's header, where tuples are stored as lists."""
-        return cls(values, tuple(tokens), tuple(Word(*word) for word in words))
 
     @property
     def rows(self) -> list[int]:
@@ -80,10 +77,7 @@ class TokenEmbeddings:
         return len(self.rows)
 
     def __getitem__(self, word: str | tuple[str, int]) -> Float[torch.Tensor, "k d_text"]:
-        """Return the embeddings of all tokens of a word: of all its occurrences, or of one, as in `["car", 1]`.
-
-        Raises ValueError, listing the tokens, if the word is not in the text.
-        """
+        """Return the embeddings of the tokens of a word, of all its occurrences, or of one, as in `["car", 1]`."""
         return self.values[rows_of(word, self.words, self.tokens)]
 
     def to(self, device: torch.device) -> "TokenEmbeddings":
@@ -100,10 +94,7 @@ class TokenEmbeddings:
 
     def without_padding(self) -> "TokenEmbeddings":
         """Return the rows from start to end token, wherever the padding stands."""
-        rows = self.rows
-        place = {row: number for number, row in enumerate(rows)}
-        words = tuple(word.moved(place[word.start] - word.start) for word in self.words)
-        return TokenEmbeddings(self.values[rows], tuple(self.tokens[row] for row in rows), words)
+        return self.take(torch.tensor([token != PAD for token in self.tokens]))
 
 
 def side_by_side(texts: Sequence[TokenEmbeddings]) -> TokenEmbeddings:
@@ -141,7 +132,7 @@ def without_spaces(sign: str) -> bool:
 
 
 def spelling(parts: Iterable[str]) -> str:
-    """Return words as one string, in which case, width and space between other signs than letters do not count."""
+    """Return words as one string without case, width, and spaces between other signs than letters."""
     text = ""
     for part in (piece for word in parts for piece in unicodedata.normalize("NFKC", word).casefold().split()):
         apart = text and all(sign.isalpha() and not without_spaces(sign) for sign in (text[-1], part[0]))
@@ -151,12 +142,12 @@ def spelling(parts: Iterable[str]) -> str:
 
 def occurrences(word: str, words: Sequence[Word]) -> list[range]:
     """Return the rows of each occurrence of `word` (one word or several, as "traffic light"), in order."""
-    wanted, found, first = spelling([word]), [], 0
-    while wanted and first < len(words):
+    spelled, found, first = spelling([word]), [], 0
+    while spelled and first < len(words):
         last = first + 1
-        while last < len(words) and len(spelling(each.text for each in words[first:last])) < len(wanted):
+        while last < len(words) and len(spelling(each.text for each in words[first:last])) < len(spelled):
             last += 1
-        if spelling(each.text for each in words[first:last]) == wanted:
+        if spelling(each.text for each in words[first:last]) == spelled:
             found.append(range(words[first].start, words[last - 1].stop))
             first = last
         else:
@@ -196,10 +187,9 @@ def rows_of(word: str | tuple[str, int], words: Sequence[Word], tokens: Sequence
 
 
 def find_phrases(phrases: Sequence[str], words: Sequence[Word], tokens: Sequence[str]) -> list[list[int]]:
-    """Return the rows of each phrase of a text that lists them in this order, whatever other phrases they occur in.
+    """Return the rows of each phrase of a text that lists them in this order; ValueError if one does not follow.
 
-    A text that several encoders embed is listed several times (SD 3: CLIP's tokens, then T5's); a phrase has the rows
-    of all. Raises ValueError for a phrase that does not come after the one before it.
+    A text that several encoders embed is listed several times (SD 3: CLIP's tokens, then T5's); a phrase has all rows.
     """
     found: list[list[int]] = [[] for _ in phrases]
     rest = list(words)

@@ -1,14 +1,16 @@
-"""Report the calls of an object's method."""
+"""Report the calls of methods and modules, and hide some of them from others."""
 
 import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from types import FrameType
 from typing import Any
 
 After = Callable[[FrameType, dict, Any], None]
+_ALONE: ContextVar[Any] = ContextVar("alone", default=None)  # who alone is to see what runs now; one a thread
 
 
 @contextmanager
@@ -64,3 +66,28 @@ def is_running(frame: FrameType | None) -> bool:
             return True
         current = current.f_back
     return False
+
+
+def see_output(stack: ExitStack, module: Any, see: Callable[[Any], None]) -> None:
+    """Show what a module returns, until the stack is closed."""
+    stack.callback(module.register_forward_hook(lambda module, args, output: see(output)).remove)
+
+
+def see_input(stack: ExitStack, module: Any, see: Callable[[Any], None]) -> None:
+    """Show what a module is called with, until the stack is closed."""
+    stack.callback(module.register_forward_pre_hook(lambda module, args: see(args[0])).remove)
+
+
+@contextmanager
+def alone(owner: Any) -> Iterator[None]:
+    """Hide what runs inside from all other owners of hooks."""
+    before = _ALONE.set(owner)
+    try:
+        yield
+    finally:
+        _ALONE.reset(before)
+
+
+def who_is_alone() -> Any:
+    """Return the owner that `alone` was given, None outside of it."""
+    return _ALONE.get()

@@ -438,8 +438,8 @@ def test_a_record_comes_back_as_it_was(family, run, tmp_path, device):
     with pytest.raises(ValueError, match="transformer_blocks.0.attn2"):
         AttentionRecord.load(tmp_path / "a.safetensors", pipe=other)
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
-        names = {name.partition(".")[2] for name in file.keys() if name.startswith("0.")}
-    assert names == {"key_weight", "key_bias", "queries"} | ({"key_norm"} if family in NORMED else set())
+        names = {name.removeprefix("layers.0.") for name in file.keys() if name.startswith("layers.0.")}
+    assert names == {"to_k.weight", "to_k.bias", "queries"} | ({"to_k.norm"} if family in NORMED else set())
 
 
 @pytest.mark.parametrize("part", ["text_encoder", "transformer"])

@@ -28,7 +28,7 @@ def layer_of(device, grid=(6, 7), heads=2, steps=5, d_head=8, d_text=5):
     generator = torch.Generator().manual_seed(0)
     queries = torch.randn(steps, grid[0] * grid[1], heads * d_head, generator=generator)
     weight = torch.randn(heads * d_head, d_text, generator=generator)
-    return Layer("a.attn2", grid, heads, d_head**-0.5, KeyProjection(weight), queries=queries).to(device)
+    return Layer("a.attn2", grid, heads, d_head**-0.5, KeyProjection(weight.to(device)), queries=queries.to(device))
 
 
 def embeddings_of(device, tokens, dtype=torch.float32):

@@ -16,7 +16,9 @@ def layers(device):
     for name, grid, heads, d_head in [("a", (4, 6), 2, 3), ("b", (2, 3), 4, 2), ("c", (4, 6), 2, 3)]:
         queries = torch.randn(5, grid[0] * grid[1], heads * d_head, generator=generator)
         keys = torch.randn(heads * d_head, 7, generator=generator)
-        layers.append(Layer(name, grid, heads, d_head**-0.5, KeyProjection(keys), queries=queries).to(device))
+        layers.append(
+            Layer(name, grid, heads, d_head**-0.5, KeyProjection(keys.to(device)), queries=queries.to(device))
+        )
     return layers
 
 

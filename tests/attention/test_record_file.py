@@ -95,7 +95,7 @@ def test_a_collapsed_record_comes_back_as_it_was(record, sd1_pipe, tmp_path):
     assert torch.equal(back.ldaam("a tree").values, small.ldaam("a tree").values)
     with pytest.raises(ValueError, match="collapsed"):
         back.daam()
-    rewrite(path, lambda header, tensors: tensors.update({"linear.weight": tensors["linear.weight"][:-1]}))
+    rewrite(path, lambda header, tensors: tensors.update({"kept_map.weight": tensors["kept_map.weight"][:-1]}))
     with pytest.raises(ValueError, match=r"its map has shape \(15, 24, 24\), expected \(16, 24, 24\)"):
         AttentionRecord.load(path)
 
@@ -104,17 +104,26 @@ def test_records_of_one_trace_share_no_storage_on_disk(record, path):
     assert path.stat().st_size < 1.2 * (record.nbytes + 77 * 24 * 4 + sum(a.key_weight.nbytes for a in record.layers))
 
 
-def test_a_file_from_before_there_were_other_keys(sd1_pipe, tmp_path):
-    """Those of U-Nets hold the same tensors as then."""
+def test_a_file_holds_what_the_formats_page_lists_and_needs_no_more(sd1_pipe, tmp_path):
     with daamlib.trace(sd1_pipe, self_attention=True) as trace:
         generate(sd1_pipe, PROMPT)
     trace[0].save(tmp_path / "a.safetensors")
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
-        names = {name.partition(".")[2] for name in file.keys() if name[0].isdigit()}
-    assert names == {"key_weight", "queries"}
-    rewrite(tmp_path / "a.safetensors", lambda header, tensors: header["self_attention"].pop("linear"))
+        names = {name.split(".", 2)[2] for name in file.keys() if name.startswith("layers.")}
+    assert names == {"to_k.weight", "queries"}
+    rewrite(tmp_path / "a.safetensors", lambda header, tensors: header["self_attention"].pop("linear"))  # a default
     back = AttentionRecord.load(tmp_path / "a.safetensors", pipe=sd1_pipe)
     assert torch.equal(back.refine(back.ldaam()).values, trace[0].refine(trace[0].ldaam()).values)
+
+
+@pytest.mark.parametrize("version", [2, 4])
+def test_a_file_of_another_version(path, version):
+    with safe_open(path, "pt") as file:
+        written, tensors = json.loads(file.metadata()["daamlib"]), {name: file.get_tensor(name) for name in file.keys()}
+    written["format"] = f"daamlib-record-{version}"
+    save_file(tensors, path, metadata={"daamlib": json.dumps(written)})
+    with pytest.raises(ValueError, match=f"its format is daamlib-record-{version}: make it anew"):
+        AttentionRecord.load(path)
 
 
 def test_without_a_pipeline_there_are_maps_but_no_texts(record, path):
@@ -222,24 +231,33 @@ def set_layer(**fields):
     return lambda header, tensors: header["layers"][0].update(fields)
 
 
+def set_prompt(**fields):
+    return lambda header, tensors: header["prompt_embeddings"].update(fields)
+
+
 CHANGES = {
     "no layers": (set_header(layers=[]), "it holds no layers"),
-    "no words": (lambda header, tensors: header.pop("words"), "words"),
-    "words of another kind": (set_header(words=[[1]]), "argument"),
-    "layers of another kind": (set_header(layers=3), "int"),
+    "no tokens": (lambda header, tensors: header["prompt_embeddings"].pop("tokens"), "tokens is missing"),
+    "words of another kind": (set_prompt(words=[[1]]), "prompt_embeddings.words.0"),
+    "words without rows": (set_prompt(words=[{"text": "car"}]), "prompt_embeddings.words.0.start is missing"),
+    "layers of another kind": (set_header(layers=3), "layers is 3"),
     "endless timesteps": (set_header(timesteps=[float("inf")] * 2), "its timesteps are"),
     "fewer steps": (set_header(timesteps=[1]), r"have shape \(2, 384, 8\), expected \(1, 384, 8\)"),
     "another grid": (set_layer(grid=[16, 16]), r"expected \(2, 256, 8\)"),
-    "a grid in words": (set_layer(grid=["a", "b"]), "multiply"),
+    "a grid in words": (set_layer(grid=["a", "b"]), "layers.0.grid.0 is 'a'"),
     "other heads": (set_layer(heads=3), r"keys of down_blocks.0.* have shape \(8, 24\), not 3 heads of width 24"),
     "no heads": (set_layer(heads=0), "not 0 heads"),
-    "no grid": (lambda header, tensors: header["layers"][0].pop("grid"), "grid"),
-    "fewer tokens": (set_header(tokens=["a"]), r"it has 1 tokens and embeddings of shape \(77, 24\)"),
-    "no embeddings": (lambda header, tensors: tensors.pop("prompt_embeddings"), "prompt_embeddings"),
-    "no queries": (lambda header, tensors: tensors.pop("0.queries"), "have shape None"),
-    "no keys": (lambda header, tensors: tensors.pop("1.key_weight"), "None"),
-    "flat keys": (lambda header, tensors: tensors.update({"0.key_weight": torch.zeros(8)}), "out of range"),
-    "other keys": (lambda header, tensors: tensors.update({"1.key_weight": torch.zeros(16, 5)}), r"shape \(16, 5\)"),
+    "no grid": (lambda header, tensors: header["layers"][0].pop("grid"), "grid is missing"),
+    "a field of no use": (set_header(colour="red"), "unexpected colour"),
+    "fewer tokens": (set_prompt(tokens=["a"]), r"it has 1 tokens and embeddings of shape \(77, 24\)"),
+    "no embeddings": (lambda header, tensors: tensors.pop("prompt_embeddings.values"), "prompt_embeddings.values"),
+    "no queries": (lambda header, tensors: tensors.pop("layers.0.queries"), "have shape None"),
+    "no keys": (lambda header, tensors: tensors.pop("layers.1.to_k.weight"), "layers.1.to_k.weight is missing"),
+    "flat keys": (lambda header, tensors: tensors.update({"layers.0.to_k.weight": torch.zeros(8)}), r"shape \(8,\)"),
+    "other keys": (
+        lambda header, tensors: tensors.update({"layers.1.to_k.weight": torch.zeros(16, 5)}),
+        r"shape \(16, 5\)",
+    ),
 }
 
 

@@ -240,7 +240,7 @@ def test_padding_before_the_text(left):
 
 def test_a_text_of_other_rows_than_the_context_is_not_named(sd1_pipe):
     """As of a pipeline that reads a long prompt in parts of 77 tokens."""
-    (named,) = reader_of(sd1_pipe).named(["a car"], torch.zeros(1, 154, 24), None, {})
+    named = reader_of(sd1_pipe).named("a car", torch.zeros(154, 24), None, {})
     assert named.tokens[:2] == ("0", "1") and len(named.tokens) == 154
     with pytest.raises(ValueError, match="the text of these 154 rows is unknown"):
         named["car"]

@@ -7,38 +7,27 @@ from typing import Any
 import torch
 
 from ..readers.sites import embedder_of
-from ..text import TokenEmbeddings, require_text
+from ..readers.words import side_by_side
+from ..text import TokenEmbeddings, Word, require_text
 from .families import Family
-from .text import one_after_another, side_by_side
+from .maps import TOLERANCE
 
 EMBEDDED_WITH = ("clip_skip", "lora_scale", "max_sequence_length")  # arguments of `encode_prompt` that later texts need
 MANY = 4096  # rows; more than any text has
 
 
 class JointTexts:
-    """Embeds texts by a pipeline's own `encode_prompt`.
-
-    Args:
-        pipe: the pipeline.
-        family: its own.
-    """
+    """Embeds texts by a pipeline's own `encode_prompt`."""
 
     def __init__(self, pipe: Any, family: Family):
         self.pipe, self.family = pipe, family
 
     @torch.no_grad()
     def encode_prompt(self, prompts: Mapping[str, str], options: Mapping[str, Any]) -> tuple:
-        """Return `pipe.encode_prompt`'s result for one prompt without a negative one.
+        """Return `pipe.encode_prompt`'s result for one prompt, as {"prompt": ..., "prompt_2": ...}, without guidance.
 
-        Args:
-            prompts: by the argument of `encode_prompt`, as {"prompt": ..., "prompt_2": ...}.
-            options: of its further arguments, those of `EMBEDDED_WITH` are used.
-
-        Returns:
-            The embeddings, and what else the method returns.
-
-        Raises:
-            ValueError: the pipeline has no text encoder, or it embeds a text together with an image.
+        Of the options those of `EMBEDDED_WITH` are used. Raises ValueError if the pipeline has no text encoder, or
+        embeds a text together with an image.
         """
         embed = embedder_of(self.pipe)
         if "image" in inspect.signature(embed).parameters:
@@ -59,6 +48,19 @@ class JointTexts:
     def embed(self, text: str, options: Mapping[str, Any]) -> torch.Tensor:
         """Return the (rows, d_text) embeddings of a text in the prompt's place."""
         return self.encode_prompt({"prompt": text}, options)[0][0]
+
+    def require_same(self, given: TokenEmbeddings, prompts: Mapping[str, str], options: Mapping[str, Any]) -> None:
+        """ValueError if prompts that were embedded while generating have other embeddings now."""
+        now = self.encode_prompt(prompts, options)[0][0]
+        rows = [row for row in given.rows if row < len(now)]
+        then, tolerance = given.values[rows].float(), max(TOLERANCE[each.dtype] for each in (given.values, now)) / 2
+        same = (now[rows].to(then) - then).norm(dim=1) <= tolerance * then.norm(dim=1)  # each token: of each encoder
+        if len(rows) < given.length or not same.all():
+            raise ValueError(
+                "the pipeline's text encoders do not embed this record's prompt as they did (was a LoRA loaded or "
+                "unloaded since, or is it another model?): a new text would not fit the image. Bring the pipeline back "
+                "to what it was"
+            )
 
     def named(self, prompts: Mapping[str, str] | None, values: torch.Tensor) -> TokenEmbeddings:
         """Return the (rows, d_text) embeddings of a prompt with its tokens; numbers without a prompt."""
@@ -86,9 +88,31 @@ class JointTexts:
 
 
 def encode_words(pipe: Any, family: Family, words: Sequence[str], options: Mapping[str, Any]) -> TokenEmbeddings:
-    """Return words one after the other in one text, each embedded alone; without special tokens."""
+    """Return words one after the other in one text, each embedded alone; without special tokens.
+
+    Raises ValueError for a text without a word.
+    """
     texts = JointTexts(pipe, family)
-    return one_after_another([texts.encode(word, options) for word in words], words)
+    values: list[torch.Tensor] = []
+    tokens: list[str] = []
+    named: list[Word] = []
+    for word in words:
+        text = texts.encode(word, options)
+        rows = [row for part in text.words for row in range(part.start, part.stop)]
+        if not rows:
+            raise ValueError(f"{word!r} has no word in it: its tokens are {list(text.tokens)}")
+        values.append(text.values[rows])
+        named.append(Word(word, len(tokens), len(tokens) + len(rows)))
+        tokens.extend(text.tokens[row] for row in rows)
+    return TokenEmbeddings(torch.cat(values), tuple(tokens), tuple(named))
+
+
+def averages(embeddings: TokenEmbeddings) -> torch.Tensor:
+    """Return the (words, tokens) matrix that averages the rows of each word."""
+    matrix = torch.zeros(len(embeddings.words), len(embeddings.tokens))
+    for row, word in enumerate(embeddings.words):
+        matrix[row, word.start : word.stop] = 1 / (word.stop - word.start)
+    return matrix
 
 
 def check_words(words: Any) -> tuple[str, ...]:

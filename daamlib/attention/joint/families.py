@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from ...pipeline import denoiser_of
-from ..readers.words import BYTE_SPACE, Names, read_pieces, read_tokens, token_ids
-from .text import side_by_side
+from ..readers.words import BYTE_SPACE, Names, read_pieces, read_tokens, side_by_side, token_ids
 
 NOT_LINEAR = (  # why there is no linear map, and what there is
     "the text of a joint model changes with the image from block to block, so a word's map is not linear in its "
@@ -20,47 +19,32 @@ NOT_LINEAR = (  # why there is no linear map, and what there is
 
 @dataclass(frozen=True)
 class Family:
-    """How one family of joint models is read.
-
-    Attributes:
-        name: as its users know it.
-        denoiser: the name of the class of `pipe.transformer`.
-        blocks: the names of its lists of blocks, in the order they are called.
-        embed: (denoiser, text values (m, d_text)) -> (m, channels), what the first block receives of a text.
-        rotary: (denoiser, arguments of a pass, n) -> `image_rotary_emb` of the blocks for a text of n tokens.
-        split: (`image_rotary_emb`, n) -> the tables of the n text tokens and of the image.
-        rotate: (x (batch, token, head, d_head), table) -> x.
-        grid: (denoiser, arguments of a pass) -> (h, w) of the image's positions.
-        timestep: what the passes' `timestep` is multiplied with to be 0 ... 1000.
-        image_embedder: the name of the layer that receives `hidden_states`.
-        encoders: parts of the pipeline that embed a text.
-        unused: arguments of `encode_prompt` that have no default.
-        negative: where `encode_prompt` returns the negative text, None where it is called once more for it.
-        names: (pipe, texts by the argument of `encode_prompt`, rows) -> the names of the text's tokens.
-        arguments: (pipe, noisy latents, noise level 0 ... 1, result of `encode_prompt`) -> arguments of a pass.
-        sides: (pipe) -> what an image's sides must be multiples of.
-    """
+    """How one family of joint models is read."""
 
     name: str
-    denoiser: str
-    blocks: tuple[str, ...]
+    denoiser: str  # the name of the class of `pipe.transformer`
+    blocks: tuple[str, ...]  # the names of its lists of blocks, in the order they are called
+    # (denoiser, text values (m, d_text)) -> (m, channels), what the first block receives of a text
     embed: Callable[[Any, torch.Tensor], torch.Tensor]
+    # (denoiser, arguments of a pass, n) -> `image_rotary_emb` of the blocks for a text of n tokens
     rotary: Callable[[Any, Mapping[str, Any], int], Any]
-    split: Callable[[Any, int], tuple[Any, Any]]
-    rotate: Callable[[torch.Tensor, Any], torch.Tensor]
-    grid: Callable[[Any, Mapping[str, Any]], tuple[int, int]]
-    timestep: float
-    image_embedder: str
-    encoders: tuple[str, ...]
-    unused: Mapping[str, Any]
-    negative: int | None
+    split: Callable[[Any, int], tuple[Any, Any]]  # (`image_rotary_emb`, n) -> tables of n text tokens and of the image
+    rotate: Callable[[torch.Tensor, Any], torch.Tensor]  # (x (batch, token, head, d_head), table) -> x
+    grid: Callable[[Any, Mapping[str, Any]], tuple[int, int]]  # (denoiser, arguments of a pass) -> (h, w)
+    timestep: float  # what the passes' `timestep` is multiplied with to be 0 ... 1000
+    image_embedder: str  # the name of the layer that receives `hidden_states`
+    encoders: tuple[str, ...]  # parts of the pipeline that embed a text
+    unused: Mapping[str, Any]  # arguments of `encode_prompt` that have no default
+    negative: int | None  # where `encode_prompt` returns the negative text; None: it is called once more for it
+    # (pipe, texts by the argument of `encode_prompt`, rows) -> the names of the text's tokens
     names: Callable[[Any, Mapping[str, str], int], Names]
+    # (pipe, noisy latents, noise level 0 ... 1, result of `encode_prompt`) -> arguments of a pass
     arguments: Callable[[Any, torch.Tensor, float, Sequence[Any]], dict[str, Any]]
-    sides: Callable[[Any], int]
+    sides: Callable[[Any], int]  # (pipe) -> what an image's sides must be multiples of
 
 
 def family_of(pipe: Any) -> Family | None:
-    """The family of a pipeline's transformer; None if it is none of these."""
+    """Return the family of a pipeline's transformer; None if it is none of these."""
     if getattr(pipe, "transformer", None) is None:
         return None
     kinds = {kind.__name__ for kind in type(denoiser_of(pipe)).__mro__}  # by name: diffusers takes seconds to import

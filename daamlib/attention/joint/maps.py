@@ -14,43 +14,30 @@ from jaxtyping import Bool, Float
 from ..batches import Rows
 from ..fingerprint import random_signs
 from ..precision import without_autocast
-from ..softmax import MAX_BYTES
+from ..softmax import MAX_BYTES, attention_error
 
 # How far two computations of one thing may differ between processors, as a part of its length: the largest difference,
-# and four times their root mean square. Of 57 blocks of random weights another kernel for attention changed it by 0.012
-# and 0.005 in bfloat16; a map changes by less than the numbers compared.
+# and four times their root mean square
 TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 0.12}
 CHECKED = 4  # positions at which the attention's output is compared with its formula
 
 
 @dataclass(frozen=True, eq=False)
 class JointAttention:
-    """What one joint attention computes of the image and a text in one pass.
+    """What one joint attention computes of the image and a text in one pass."""
 
-    Attributes:
-        name: its module path in the denoiser.
-        scale: s.
-        queries: the image's q.
-        image_keys: the image's k.
-        text_keys: the text's k.
-        mask: which tokens take part, None for all.
-        image_vectors: the image's o.
-        text_vectors: the text's o; None where the block makes none that the model uses (the last one of SD 3).
-        values: v of the text and then of the image.
-    """
-
-    name: str
-    scale: float
-    queries: Float[torch.Tensor, "n h p d"]
+    name: str  # its module path in the denoiser
+    scale: float  # s
+    queries: Float[torch.Tensor, "n h p d"]  # q of the image
     image_keys: Float[torch.Tensor, "n h p d"]
     text_keys: Float[torch.Tensor, "n h m d"]
-    mask: Bool[torch.Tensor, "n m"] | None
-    image_vectors: Float[torch.Tensor, "n p channels"]
-    text_vectors: Float[torch.Tensor, "n m channels"] | None
-    values: Float[torch.Tensor, "n k channels"]
+    mask: Bool[torch.Tensor, "n m"] | None  # which tokens take part; None: all
+    image_vectors: Float[torch.Tensor, "n p channels"]  # o of the image
+    text_vectors: Float[torch.Tensor, "n m channels"] | None  # None where the model uses none (the last block of SD 3)
+    values: Float[torch.Tensor, "n k channels"]  # v of the text and then of the image
 
     def numbers(self) -> Float[torch.Tensor, "n 5 probes"]:
-        """Products u_j^T X v_j with fixed random signs of all that a map may be made of: q, both k, and both o."""
+        """Return products u_j^T X v_j with fixed random signs of all that maps are made of: q, both k, and both o."""
         parts = [part.transpose(1, 2).flatten(2) for part in (self.queries, self.image_keys, self.text_keys)]
         parts += [self.image_vectors, self.image_vectors[:, :0] if self.text_vectors is None else self.text_vectors]
         dtype = torch.promote_types(self.queries.dtype, torch.float32)
@@ -63,15 +50,11 @@ class JointAttention:
     @without_autocast
     def require_softmax(self) -> None:
         """ValueError unless the image's o is softmax(s q k) v, here at a few positions."""
-        dtype, heads, count = torch.float32, self.queries.shape[1], self.queries.shape[2]
-        places = slice(0, None, max(1, count // CHECKED))
-        queries, keys = self.queries[:, :, places].to(dtype), (self.text_keys, self.image_keys)
-        scores = torch.cat([queries @ part.to(dtype).transpose(2, 3) for part in keys], dim=3) * self.scale
-        if self.mask is not None:
-            scores[..., : self.mask.shape[1]].masked_fill_(~self.mask[:, None, None], -torch.inf)
-        expected = scores.softmax(dim=3) @ self.values.unflatten(2, (heads, -1)).transpose(1, 2).to(dtype)
-        expected, output = expected.transpose(1, 2).flatten(2), self.image_vectors[:, places]
-        error = float((output.to(dtype) - expected).abs().amax() / expected.abs().amax())
+        places = slice(0, None, max(1, self.queries.shape[2] // CHECKED))
+        queries, output = self.queries[:, :, places], self.image_vectors[:, places]
+        keys = torch.cat([self.text_keys, self.image_keys], dim=2)
+        values = self.values.unflatten(2, (queries.shape[1], -1)).transpose(1, 2)
+        error = float(attention_error(queries, keys, values, output, self.scale, self.mask))
         if error > TOLERANCE[output.dtype]:  # NaN is an error where it is read
             raise ValueError(
                 f"{self.name} does not compute softmax(q k) v of its text and image, it is off by {error:.1%}: its "
@@ -79,13 +62,13 @@ class JointAttention:
             )
 
     def rows(self, rows: Rows) -> "JointAttention":
-        """The same of some images of the batch."""
+        """Return the same of some images of the batch."""
         tensors: dict[str, Any] = {name: part for name, part in vars(self).items() if isinstance(part, torch.Tensor)}
         return replace(self, **{name: part[rows] for name, part in tensors.items()})
 
 
 def prompt_daam(image: JointAttention, max_bytes: int = MAX_BYTES) -> Float[torch.Tensor, "n m p"]:
-    """DAAM of the prompt (Tang et al. 2022): the block image -> text of the joint softmax, summed over the heads.
+    """Return DAAM of the prompt (Tang et al. 2022): the block image -> text of the joint softmax, summed over heads.
 
         D[m, p] = sum_h  exp(s q_p . k_m) / ( sum_text exp(s q_p . k) + sum_image exp(s q_p . k) )
 
@@ -109,13 +92,12 @@ def prompt_daam(image: JointAttention, max_bytes: int = MAX_BYTES) -> Float[torc
 def open_vocabulary_daam(
     image: JointAttention, text: JointAttention, pool: Float[torch.Tensor, "k m"]
 ) -> Float[torch.Tensor, "n k p"]:
-    """Open-vocabulary DAAM: the same scores against the keys of another text, softmax over its words.
+    """Return open-vocabulary DAAM: the same scores against the keys of another text, softmax over its words.
 
         D[k, p] = sum_h softmax_k ( s q_p . k_k )
 
-    The keys are exactly those that the text would have in the prompt's place in front of this image's state; `pool`
-    averages those of a word's tokens. The image's positions take no part in this softmax, and neither does the prompt:
-    words compete with each other alone. Over the k the maps sum to the number of heads.
+    The keys are those that the text would have in the prompt's place; `pool` averages those of a word's tokens. Words
+    compete with each other alone. Over the k the maps sum to the number of heads.
     """
     return _scores(image, text, pool).softmax(dim=2).sum(dim=1)
 
@@ -123,12 +105,12 @@ def open_vocabulary_daam(
 def lone_word(
     image: JointAttention, text: JointAttention, pool: Float[torch.Tensor, "k m"]
 ) -> Float[torch.Tensor, "n k p"]:
-    """The scores of a text that is run by itself, without a softmax, as LDAAM has none.
+    """Return the scores of a text that is run by itself, without a softmax, as LDAAM has none.
 
         L[k, p] = sum_h s q_p . k_k
 
     Linear in the key k_k of each block, but NOT in the text's embedding: between the two lie the blocks that the text
-    ran through, together with the image. There is no matrix that makes this map of any word. Maps have any sign.
+    ran through, together with the image. Maps have any sign.
     """
     return _scores(image, text, pool).sum(dim=1)
 
@@ -136,13 +118,12 @@ def lone_word(
 def concept_map(
     image: JointAttention, text: JointAttention, pool: Float[torch.Tensor, "k m"]
 ) -> Float[torch.Tensor, "n k p"] | None:
-    """The concept map, in the output space of the attention (ConceptAttention, Helbling et al., ICML 2025).
+    """Return the concept map, in the output space of the attention (ConceptAttention, Helbling et al., ICML 2025).
 
         C[k, p] = softmax_k <o_p, o_k>
 
-    o_k is the mean of a word's tokens. Published with a mean over blocks and steps; the sum here is that times their
-    number. There the words are modulated with a pooled text of zeros; here with what the pass has, the prompt's. Over
-    the k the maps sum to 1. None for a block without vectors of the text.
+    o_k is the mean of a word's tokens. Published with a mean over blocks and steps, and with words modulated by a
+    pooled text of zeros; here with a sum, and the prompt's. Over the k the maps sum to 1. None without text vectors.
     """
     if text.text_vectors is None:
         return None
@@ -163,15 +144,12 @@ Formulae = Callable[[JointAttention, tuple[JointAttention, ...]], Mapping[str, t
 
 
 class Sums(dict[str, torch.Tensor]):
-    """Sums of what formulae make of the image and of each further text, over the blocks and passes that are read.
-
-    `numbers` holds `JointAttention.numbers` of each block, in order.
-    """
+    """Sums of what formulae make of the image and of each further text, over the blocks and passes that are read."""
 
     def __init__(self, formulae: Formulae):
         super().__init__()
         self._formulae = formulae
-        self.numbers: list[torch.Tensor] = []
+        self.numbers: list[torch.Tensor] = []  # `JointAttention.numbers` of each block
 
     @without_autocast
     def read(self, image: JointAttention, texts: tuple[JointAttention, ...]) -> None:
@@ -182,5 +160,5 @@ class Sums(dict[str, torch.Tensor]):
                 self[name] = self[name] + value.to(self[name].device) if name in self else value
 
     def computed(self, image: int, passes: int) -> Float[torch.Tensor, "passes blocks 5 probes"]:
-        """The numbers of one image of the batch, on the CPU."""
+        """Return the numbers of one image of the batch, on the CPU."""
         return torch.stack([of_block[image].float().cpu() for of_block in self.numbers]).unflatten(0, (passes, -1))

@@ -5,57 +5,87 @@ must compute what the stored one did: a few numbers of the queries, keys and out
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ...pipeline import denoiser_of, uncompiled
-from ..watch import unwatched
+from ..placement import on_device
+from ..watch import alone, unwatched
 from .families import Family
 from .maps import TOLERANCE, Formulae, JointAttention, Sums, concept_map, open_vocabulary_daam, prompt_daam
-from .stream import Stream, check_readable, on_device, take_rows
+from .stream import Stream, check_readable, take_rows
 
-KEPT = 4  # passes of a call that are read
+STORED = 4  # passes of a call that are read
 PROMPT, WORDS, CONCEPTS = "prompt", "daam", "concept_map"  # what is summed while generating
 CONTROLNET = ("controlnet_block_samples", "controlnet_single_block_samples", "block_controlnet_hidden_states")
 
 
-def passes_to_keep(count: int) -> set[int]:
-    """Return the numbers of the passes to read, of `count`: the middles of four equal parts of the call, or all.
+@dataclass(frozen=True, eq=False)
+class Calls(Sequence[Mapping[str, Any]]):
+    """The denoiser's arguments of each stored pass of one image."""
 
-    Early passes fix where things are and late ones their edges, so all parts take part; four of them are enough for a
-    mean over noise levels, and keep the cost of later readings to that of four steps.
-    """
-    return {int((part + 0.5) * count / KEPT) for part in range(KEPT)} if count > KEPT else set(range(count))
+    tensors: tuple[torch.Tensor, ...]  # of all passes; one that passes share is held once
+    arguments: tuple[Mapping[str, Any], ...]  # of each pass by name, {"tensor": number} or {"value": ...}
+
+    @classmethod
+    def of(cls, calls: Sequence[Mapping[str, Any]]) -> "Calls":
+        """Return the arguments of passes."""
+        tensors = {id(each): each for call in calls for each in call.values() if isinstance(each, torch.Tensor)}
+        number = {key: at for at, key in enumerate(tensors)}
+
+        def held(value: Any) -> dict[str, Any]:
+            return {"tensor": number[id(value)]} if id(value) in number else {"value": value}
+
+        return cls(tuple(tensors.values()), tuple({name: held(each) for name, each in call.items()} for call in calls))
+
+    def __len__(self) -> int:
+        return len(self.arguments)
+
+    def __getitem__(self, number):
+        held = self.arguments[number].items()
+        return {name: self.tensors[it["tensor"]] if "tensor" in it else _tuples(it["value"]) for name, it in held}
+
+
+def _tuples(value: Any) -> Any:
+    """Return JSON's lists of sizes as the tuples they were, as in Qwen-Image's `img_shapes`."""
+    if not isinstance(value, list):
+        return value
+    return tuple(value) if all(isinstance(part, int) for part in value) else [_tuples(part) for part in value]
+
+
+def passes_to_keep(count: int) -> set[int]:
+    """Return the numbers of the passes to read, of `count`: the middles of four equal parts of the call, or all."""
+    return {int((part + 0.5) * count / STORED) for part in range(STORED)} if count > STORED else set(range(count))
 
 
 def keep_arguments(arguments: Mapping[str, Any], row: int, known: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a pass of one image, to re-run it: its row of the batch, copied.
+    """Return a copy of the arguments of one image, a row of a pass, to re-run it; none of a pass with a ControlNet.
 
-    A tensor that equals that of an earlier pass (`known`), as the text's does, is shared with it. There are none of a
-    pass with a ControlNet, whose states are larger than all the rest.
+    A tensor that equals that of an earlier pass (`known`), as the text's does, is shared with it.
     """
     if any(arguments.get(name) is not None for name in CONTROLNET):
         return {}
-    kept = take_rows(arguments, slice(row, row + 1))
-    for name, value in kept.items():
+    stored = take_rows(arguments, slice(row, row + 1))
+    for name, value in stored.items():
         if isinstance(value, torch.Tensor):
             before = known.get(name)
             same = before is not None and before.shape == value.shape and torch.equal(before, value)
-            kept[name] = before if same else value.detach().clone()
+            stored[name] = before if same else value.detach().clone()
         elif isinstance(value, Mapping):
-            kept[name] = dict(value)
-    if kept.get("img_shapes"):
-        kept["img_shapes"] = kept["img_shapes"][:1]  # a pipeline makes images of one size
-    return kept | {"return_dict": False}
+            stored[name] = dict(value)
+    if stored.get("img_shapes"):
+        stored["img_shapes"] = stored["img_shapes"][:1]  # a pipeline makes images of one size
+    return stored | {"return_dict": False}
 
 
 def check_arguments(family: Family, denoiser: Any, arguments: Mapping[str, Any]) -> tuple[int, int]:
     """Return the grid of a pass' positions. ValueError for a pass of more than one text and one image."""
     for name in ("joint_attention_kwargs", "attention_kwargs"):
-        odd = set(arguments.get(name) or {}) - {"scale"}
-        if odd:
-            raise ValueError(f"the transformer is called with {name} of {sorted(odd)}, as an IP-Adapter: not supported")
+        further = sorted(set(arguments.get(name) or {}) - {"scale"})
+        if further:
+            raise ValueError(f"the transformer is called with {name} of {further}, as an IP-Adapter: not supported")
     check_readable(denoiser)
     grid = family.grid(denoiser, arguments)
     sample, text = arguments["hidden_states"], arguments["encoder_hidden_states"]
@@ -110,9 +140,9 @@ def make_again(
         )
     denoiser, sums = denoiser_of(pipe), Sums(formulae)
     try:
-        with torch.no_grad(), uncompiled(pipe), Stream(family, denoiser) as stream, stream.alone():
+        with torch.no_grad(), uncompiled(pipe), Stream(family, denoiser) as stream, alone(stream):
             for number, arguments in enumerate(calls):
-                moved = {name: on_device(value, pipe._execution_device) for name, value in arguments.items()}
+                moved = on_device(arguments, pipe._execution_device)
                 _require_precision(pipe, family, moved["hidden_states"])
                 stream.begin(moved, slice(None), texts, sums.read)
                 denoiser.forward(**moved)  # past the hooks on the denoiser, of a trace that is open

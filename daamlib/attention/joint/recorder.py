@@ -1,9 +1,9 @@
-"""The recorder of joint models, whose text changes along with the image: it stores passes that can be made again."""
+"""The recorder of joint models, whose text changes along with the image: it stores passes to re-run."""
 
 import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,19 +11,17 @@ from typing_extensions import override
 
 from ...pipeline import denoiser_of
 from ..batches import Encoding, Rows
-from ..calls import Call, Options, Pass, Recorder
-from ..readers.sites import embeds
-from ..readers.words import check_text
+from ..calls import Call, Options, Pass
 from ..real_images import add_noise, check_levels, latents_of
+from ..recording import Recorder, break_off
 from ..text import TokenEmbeddings, texts_of_images
 from ..watch import is_running
-from .encoding import EMBEDDED_WITH, JointTexts, check_words, encode_words
+from .encoding import EMBEDDED_WITH, JointTexts, averages, check_words, encode_words
 from .families import NOT_LINEAR, Family
-from .maps import Sums
-from .reading import check_arguments, keep_arguments, make_again, passes_to_keep, while_generating
+from .maps import Formulae, Sums
+from .reading import Calls, check_arguments, keep_arguments, make_again, passes_to_keep, while_generating
 from .record import JointRecord, fingerprint_of_joint
 from .stream import Stream, check_readable
-from .text import averages
 
 Names = tuple[TokenEmbeddings, dict[str, str] | None]  # of a prompt, and the text for each text encoder
 LEVELS = 1000  # noise levels of the training schedule: the timestep is 1000 times the share of noise
@@ -31,28 +29,17 @@ FURTHER = ("prompt_2", "prompt_3")  # arguments of `encode_prompt` that name a p
 
 
 @dataclass(eq=False)
-class Kept:
-    """What is stored of one call.
+class CallData:
+    """What is stored of one call."""
 
-    Attributes:
-        grid: (h, w) of the image's positions.
-        words: extra texts that are read while generating.
-        texts: (image, token, width), the prompts' embeddings.
-        prompts: the same of each image, with their tokens.
-        check: of embeddings that `encode_prompt` did not return, what shows the text encoders as they are.
-        calls: for each image the denoiser's arguments of its stored passes.
-        timesteps: of these passes.
-        sums: of what is read while generating; of a custom loop no maps, its passes are made again at its end.
-    """
-
-    grid: tuple[int, int]
-    words: TokenEmbeddings | None
-    texts: torch.Tensor
-    prompts: list[Names]
-    check: torch.Tensor | None
-    calls: list[list[dict[str, Any]]]
-    timesteps: list[float]
-    sums: Sums
+    grid: tuple[int, int]  # (h, w) of the image's positions
+    words: TokenEmbeddings | None  # extra texts that are read while generating
+    texts: torch.Tensor  # (image, token, width), the prompts' embeddings
+    prompts: list[Names]  # the same of each image, with their tokens
+    check: torch.Tensor | None  # of embeddings that `encode_prompt` did not return: the text encoders as they are
+    calls: list[list[dict[str, Any]]]  # for each image the denoiser's arguments of its stored passes
+    timesteps: list[float]  # of these passes
+    sums: Sums  # of what is read while generating; of a custom loop no maps, its passes are re-run at its end
 
 
 class JointRecorder(Recorder):
@@ -67,9 +54,9 @@ class JointRecorder(Recorder):
         if options.store == "linear":
             raise ValueError(f'store="linear" is not for {family.name}: {NOT_LINEAR}')
         usual = Options(words=options.words, device=options.device)
-        odd = [name for name, value in vars(options).items() if value != vars(usual)[name]]
-        if odd:
-            raise ValueError(f"{', '.join(odd)}: {family.name} is a joint model, it takes words and store_device only")
+        others = ", ".join(name for name, value in vars(options).items() if value != vars(usual)[name])
+        if others:
+            raise ValueError(f"{others}: {family.name} is a joint model, it takes words and store_device only")
         self._family, self._words = family, check_words(options.words) if options.words else ()
         self._texts, self._stream = JointTexts(pipe, family), Stream(family, self.denoiser)
         self._signature = inspect.signature(self.denoiser.forward)
@@ -111,62 +98,57 @@ class JointRecorder(Recorder):
         )
 
     @override
-    def rows_of_call(self, told: Pass) -> tuple[Rows | None, Encoding | None]:
-        if len(self.encodings) > 1 and any(told.text is text for text in self._negatives):
+    def rows_of_call(self, inputs: Pass) -> tuple[Rows | None, Encoding | None]:
+        if len(self.encodings) > 1 and any(inputs.text is text for text in self._negatives):
             return None, None  # which may equal the prompt
-        return super().rows_of_call(told)
+        return super().rows_of_call(inputs)
 
     @override
-    def open_call(self, call: Call, told: Pass, rows: Rows) -> Kept:
-        words = None
-        if self._words:
-            words = encode_words(self.pipe, self._family, self._words, call.options[0])
-        texts = told.text[rows].detach().clone()
+    def open_call(self, call: Call, inputs: Pass, rows: Rows) -> CallData:
+        options, words = call.options[0], self._words
+        extra = encode_words(self.pipe, self._family, words, options) if words else None
+        texts = inputs.text[rows].detach().clone()
         prompts: list[Names] = []
-        for prompt, options, values in zip(call.prompts, call.options, texts, strict=True):
-            further = {name: text for name, text in options.items() if name in FURTHER and text}
+        for prompt, own, values in zip(call.prompts, call.options, texts, strict=True):
+            further = {name: text for name, text in own.items() if name in FURTHER and text}
             named = None if prompt is None else {"prompt": prompt, **further}
             prompts.append((self._texts.named(named, values.clone()), named))
         self._made_by = fingerprint_of_joint(self.pipe)  # a LoRA may have come since the call before
-        given = any(all(encoding.text_of(row) is None for encoding in self.encodings) for row in texts)
-        return Kept(
-            grid=check_arguments(self._family, self.denoiser, told.arguments),
-            words=words,
+        return CallData(
+            grid=check_arguments(self._family, self.denoiser, inputs.arguments),
+            words=extra,
             texts=texts,
             prompts=prompts,
-            check=check_text(self._texts, call.options[0]) if given and embeds(self.pipe) else None,
+            check=self.check_text(self._texts, texts, options),
             calls=[[] for _ in texts],
             timesteps=[],
-            sums=Sums(
-                while_generating(None if words is None else averages(words)) if call.plan else lambda image, texts: {}
-            ),
+            sums=Sums((lambda image, texts: {}) if call.in_loop else _formulae(extra)),
         )
 
     @override
-    def begin_pass(self, call: Call, told: Pass, rows: Rows) -> None:
-        kept, in_loop = call.kept, call.plan is None
-        if call.timesteps:
-            if problem := self._later_problem(kept, told, rows):
-                self.break_off(call, problem)
-                return
+    def begin_pass(self, call: Call, inputs: Pass, rows: Rows) -> None:
+        data, in_loop = call.data, call.in_loop
+        if call.timesteps and (problem := self._later_problem(data, inputs, rows)):
+            break_off(call, problem)
+            return
         planned = call.planned or len(self.pipe.scheduler.timesteps)
         if not in_loop and len(call.timesteps) not in passes_to_keep(planned):
             return
-        kept.timesteps.append(told.level)
-        numbers = range(len(told.sample))[rows] if isinstance(rows, slice) else rows
-        for stored, row in zip(kept.calls, numbers, strict=True):
-            stored.append(keep_arguments(told.arguments, row, stored[-1] if stored else {}))
-        # how many passes a loop makes is not known: what it computed is noted, and maps are read of passes made again
-        texts = [] if kept.words is None or in_loop else [kept.words.values]
-        self._stream.begin(told.arguments, rows, texts, kept.sums.read, strict=not call.timesteps)
+        data.timesteps.append(inputs.level)
+        numbers = range(len(inputs.sample))[rows] if isinstance(rows, slice) else rows
+        for stored, row in zip(data.calls, numbers, strict=True):
+            stored.append(keep_arguments(inputs.arguments, row, stored[-1] if stored else {}))
+        # how many passes a loop makes is not known: of each is stored what it computed, and some are re-run for maps
+        texts = [] if data.words is None or in_loop else [data.words.values]
+        self._stream.begin(inputs.arguments, rows, texts, data.sums.read, strict=not call.timesteps)
 
-    def _later_problem(self, kept: Kept, told: Pass, rows: Rows) -> str | None:
+    def _later_problem(self, data: CallData, inputs: Pass, rows: Rows) -> str | None:
         """Return why a pass after the first cannot be read."""
         try:
-            check_arguments(self._family, self.denoiser, told.arguments)
+            check_arguments(self._family, self.denoiser, inputs.arguments)
         except ValueError as error:
             return str(error)
-        if not torch.equal(told.text[rows], kept.texts):
+        if not torch.equal(inputs.text[rows], data.texts):
             return (
                 "the text changed between passes, as when a callback swaps the prompt: no names hold for all passes. "
                 "Trace each part as a call of its own"
@@ -179,50 +161,41 @@ class JointRecorder(Recorder):
 
     @override
     def make_records(self, call: Call) -> list[JointRecord]:
-        kept = call.kept
-        if not kept.timesteps:
+        data = call.data
+        if not data.timesteps:
             raise ValueError("it ended before the first pass that is read")
-        chosen = range(len(kept.timesteps)) if call.plan else sorted(passes_to_keep(len(kept.timesteps)))
-        levels = [kept.timesteps[number] for number in chosen]
-        texts = [] if kept.words is None else [kept.words.values]
+        numbers = range(len(data.timesteps))
+        chosen = sorted(passes_to_keep(len(numbers))) if call.in_loop else list(numbers)
+        timesteps = [data.timesteps[number] for number in chosen]
         records = []
-        for image, (names, stored) in enumerate(zip(kept.prompts, kept.calls, strict=True)):
-            sums, row, calls = kept.sums, image, [stored[number] for number in chosen]
+        for image, (names, stored) in enumerate(zip(data.prompts, data.calls, strict=True)):
+            sums, row, calls = data.sums, image, [stored[number] for number in chosen]
             computed = sums.computed(image, len(stored))[chosen]
-            if call.plan is None:
-                formulae = while_generating(None if kept.words is None else averages(kept.words))
-                sums, row = make_again(self.pipe, self._family, calls, texts, formulae, computed), 0
-            record = self._record(names, levels, calls, sums, row, computed, kept.grid, call.options[image])
-            record = replace(record, words=self._words, encoder_check=kept.check)
+            if call.in_loop:
+                texts = [] if data.words is None else [data.words.values]
+                sums, row = make_again(self.pipe, self._family, calls, texts, _formulae(data.words), computed), 0
+            options = {name: value for name, value in call.options[image].items() if name in EMBEDDED_WITH}
+            fields = {"grid": data.grid, "embedded_with": options, "encoder_check": data.check, "words": self._words}
+            record = self._record(names, timesteps, calls, sums, row, computed=computed, **fields)
             records.append(record if self.options.device is None else record.to(self.options.device))
         self.trace.bytes_needed = sum(record.nbytes for record in records)
         return records
 
     def _record(
-        self,
-        names: Names,
-        levels: Sequence[float],
-        calls: Sequence[Mapping[str, Any]],
-        sums: Sums,
-        row: int,
-        computed: torch.Tensor,
-        grid: tuple[int, int],
-        options: Mapping[str, Any],
+        self, names: Names, timesteps: Sequence[float], calls: Sequence[Any], sums: Sums, row: int, **fields: Any
     ) -> JointRecord:
+        """Return the record of an image, whose sums are one row of those of a batch."""
         embeddings, prompts = names
         return JointRecord(
             prompt=None if prompts is None else prompts["prompt"],
             prompt_embeddings=embeddings,
-            timesteps=[int(level) if level == int(level) else level for level in levels],
-            grid=grid,
-            calls=tuple(calls),
-            words=(),
-            maps={name: values[row].unflatten(1, grid).clone() for name, values in sums.items()},
+            timesteps=[int(level) if level == int(level) else level for level in timesteps],
+            calls=Calls.of(calls),
+            maps={name: values[row].unflatten(1, fields["grid"]).clone() for name, values in sums.items()},
             fingerprint=self._made_by,
-            computed=computed,
             prompts=prompts,
-            embedded_with={name: value for name, value in options.items() if name in EMBEDDED_WITH},
             pipe=self.pipe,
+            **fields,
         )
 
     # -- real images ---------------------------------------------------------------------------------------------
@@ -235,21 +208,24 @@ class JointRecorder(Recorder):
     def read_image(self, pixels: torch.Tensor, prompt: str, timesteps: Sequence[int], seed: int) -> JointRecord:
         """Return the record of a real image: x_t = (1 - s) x + s e, s = t / 1000 (flow matching), one pass each.
 
-        A model with guidance embedded is given the scale that its pipeline has by default. The timesteps are the noise
-        levels themselves, whatever shift the scheduler has.
+        A model with guidance embedded is given its pipeline's default scale. The scheduler's shift does not matter.
         """
         check_readable(self.denoiser)
         check_levels(timesteps, LEVELS)
         self._made_by = fingerprint_of_joint(self.pipe)
-        family, device = self._family, self.pipe._execution_device
-        latents = latents_of(self.pipe.vae, pixels.to(device))
+        latents = latents_of(self.pipe.vae, pixels.to(self.pipe._execution_device))
         encoded = self._texts.encode_prompt({"prompt": prompt}, {})
         levels = [step / LEVELS for step in timesteps]
         calls: list[dict[str, Any]] = []
         for noisy, level in zip(add_noise(latents, [(1 - s, s) for s in levels], seed), levels, strict=True):
-            arguments = family.arguments(self.pipe, noisy.to(self.denoiser.dtype), level, encoded)
+            arguments = self._family.arguments(self.pipe, noisy.to(self.denoiser.dtype), level, encoded)
             calls.append(keep_arguments(arguments, 0, calls[-1] if calls else {}))
-        grid = check_arguments(family, self.denoiser, calls[0])
-        sums, prompts = make_again(self.pipe, family, calls, [], while_generating(None)), {"prompt": prompt}
-        names = self._texts.named(prompts, encoded[0][0]), prompts
-        return self._record(names, timesteps, calls, sums, 0, sums.computed(0, len(calls)), grid, {})
+        grid = check_arguments(self._family, self.denoiser, calls[0])
+        sums, prompts = make_again(self.pipe, self._family, calls, [], while_generating(None)), {"prompt": prompt}
+        names, computed = (self._texts.named(prompts, encoded[0][0]), prompts), sums.computed(0, len(calls))
+        return self._record(names, timesteps, calls, sums, 0, grid=grid, words=(), computed=computed)
+
+
+def _formulae(words: TokenEmbeddings | None) -> Formulae:
+    """Return what is read while generating, of the prompt and of extra words."""
+    return while_generating(None if words is None else averages(words))

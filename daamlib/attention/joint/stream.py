@@ -1,24 +1,23 @@
 """Read a joint model's passes, and further texts in the place of the prompt, without any effect on the image.
 
-After every block the same block is called once more, with the state of another text in the place of the prompt's; what
-it returns for the text is the text's next state. The image in this second call is the real one, so the text sees
-exactly what the prompt sees, and its keys are those it would have had. With the prompt itself both streams are equal.
-
-The second call has the modulation (`temb`) of the pass: its noise level, guidance and the prompt's pooled text, for
-the image's keys must stay those of the pass. Nothing is replaced; what a block computes is seen by hooks on the
-projections of its attentions, under any processor. An attention is joint if the text reaches it.
+After every block the same block is called once more, with the hidden state of another text in the place of the
+prompt's; what it returns for the text is the text's next hidden state. The image in this second call is the real one,
+so the text sees exactly what the prompt sees. The modulation (`temb`) is that of the pass, with the prompt's pooled
+text, for the image's keys must stay those of the pass. What a block computes is seen by hooks on the projections of its
+attentions, under any processor. An attention is joint if the text reaches it.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 
 from ..batches import Rows
+from ..placement import on_device
 from ..readers.sites import refuse_caches
+from ..watch import alone, see_input, see_output, who_is_alone
 from .families import Family
 from .maps import JointAttention
 
@@ -33,12 +32,9 @@ BATCHED = (  # arguments of a pass or a block with a row for each image
     "guidance",
     "temb",
 )
-# The stream whose second call of a block, or re-run of a pass, is under way: others must not see it; one a thread.
-_ALONE: ContextVar["Stream | None"] = ContextVar("alone", default=None)
 
 
-@dataclass(frozen=True, eq=False)
-class Pass:
+class Pass(NamedTuple):
     """What is read of a pass; see `Stream.begin`."""
 
     arguments: Mapping[str, Any]
@@ -73,10 +69,10 @@ class Stream:
     def __enter__(self) -> "Stream":
         with ExitStack() as self._stack:  # an error half-way removes what was registered
             for block in self._blocks:
-                self._keep(block.register_forward_pre_hook(self._before_block, with_kwargs=True))
+                self._hook(block.register_forward_pre_hook, self._before_block)
                 for module in attentions(block):
                     self._hook_attention(module)
-                self._keep(block.register_forward_hook(self._after_block, with_kwargs=True))
+                self._hook(block.register_forward_hook, partial(self._react, self._read_block))
             self._stack = self._stack.pop_all()
         return self
 
@@ -93,11 +89,10 @@ class Stream:
         *,
         strict: bool = True,
     ) -> None:
-        """Read some rows of the pass that is about to be made, and each (m, d_text) text in the prompt's place.
+        """Read some rows (with texts a slice) of the next pass, and each (m, d_text) text in the prompt's place.
 
         `read` is called after every block with what it computed for the prompt and for each text. What cannot be read
-        is a ValueError at once if `strict`; else `finish` returns it, and the pass goes on. With texts, `rows` is a
-        slice.
+        is a ValueError at once if `strict`; else `finish` returns it, and the pass goes on.
         """
         self.end()
         self._pass, self._read, self._problem = Pass(arguments, rows, texts, read, strict), 0, None
@@ -121,32 +116,26 @@ class Stream:
 
     # -- hooks ---------------------------------------------------------------------------------------------------
 
-    def _keep(self, handle: Any) -> None:
-        self._stack.callback(handle.remove)
+    def _hook(self, register: Callable[..., Any], react: Callable[..., None]) -> None:
+        self._stack.callback(register(react, with_kwargs=True).remove)
 
     def _hook_attention(self, module: Any) -> None:
         def before(module, args, kwargs):
             self._parts = {}
 
-        def output_of(name):
-            return lambda module, args, output: self._see(name, output)
-
-        def input_of(name):
-            return lambda module, args: self._see(name, args[0])
-
-        self._keep(module.register_forward_pre_hook(before, with_kwargs=True))
+        self._hook(module.register_forward_pre_hook, before)
         for name in ("to_q", "to_k", "to_v", "add_k_proj", "add_v_proj"):
             if getattr(module, name, None) is not None:
-                self._keep(getattr(module, name).register_forward_hook(output_of(name)))
+                see_output(self._stack, getattr(module, name), partial(self._see, name))
         if getattr(module, "to_out", None) is not None:
-            self._keep(module.to_out[0].register_forward_pre_hook(input_of("image")))
+            see_input(self._stack, module.to_out[0], partial(self._see, "image"))
         if getattr(module, "to_add_out", None) is not None:
-            self._keep(module.to_add_out.register_forward_pre_hook(input_of("text")))
-        self._keep(module.register_forward_hook(self._after_attention, with_kwargs=True))
+            see_input(self._stack, module.to_add_out, partial(self._see, "text"))
+        self._hook(module.register_forward_hook, partial(self._react, self._read_attention))
 
     @property
     def _sees(self) -> bool:
-        return self._pass is not None and _ALONE.get() in (None, self)
+        return self._pass is not None and who_is_alone() in (None, self)
 
     def _see(self, name: str, value: torch.Tensor) -> None:
         if self._sees:
@@ -157,23 +146,21 @@ class Stream:
             self._found, self._whole_batch = [], False
             self._lengths = (kwargs["encoder_hidden_states"].shape[1], kwargs["hidden_states"].shape[1])
 
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
-        """Leave a pass that cannot be read as it is, unless it is to be refused."""
+    @torch.no_grad()
+    def _react(self, read: Callable[..., None], module: Any, args: tuple, kwargs: Any, output: Any) -> None:
+        """Show what a module computed; a pass that cannot be read goes on, unless it is to be refused."""
+        inputs = self._pass
+        if inputs is None or not self._sees:
+            return
         try:
-            yield
+            read(inputs, module, kwargs, output)
         except ValueError as error:
-            if self._pass is None or self._pass.strict:
+            if inputs.strict:
                 raise
             self.end()
             self._problem = str(error)
 
-    def _after_attention(self, module: Any, args: tuple, kwargs: Mapping[str, Any], output: Any) -> None:
-        if self._sees:
-            with self._reading():
-                self._read_attention(module, kwargs, output)
-
-    def _read_attention(self, module: Any, kwargs: Mapping[str, Any], output: Any) -> None:
+    def _read_attention(self, inputs: Pass, module: Any, kwargs: Mapping[str, Any], output: Any) -> None:
         (text, image), split = self._lengths, len(self._parts.get("to_q", ())) > 1
         # perturbed-attention guidance computes its perturbed rows, the last of the batch, after the others
         parts = {name: torch.cat(found) if split else found[-1] for name, found in self._parts.items()}
@@ -205,40 +192,33 @@ class Stream:
         else:
             parts["to_v"] = torch.cat([parts["add_v_proj"], parts["to_v"]], dim=1)
         queries = heads(parts["to_q"], norm_q, image_table)
-        self._found.append(
-            JointAttention(
-                name=self._names[module],
-                scale=queries.shape[-1] ** -0.5,
-                queries=queries,
-                image_keys=heads(parts["to_k"], norm_k, image_table),
-                text_keys=heads(parts["add_k_proj"], norm_text, text_table),
-                mask=kwargs.get("encoder_hidden_states_mask"),
-                image_vectors=parts["image"],
-                text_vectors=parts.get("text"),
-                values=parts["to_v"],
-            )
+        found = JointAttention(
+            name=self._names[module],
+            scale=queries.shape[-1] ** -0.5,
+            queries=queries,
+            image_keys=heads(parts["to_k"], norm_k, image_table),
+            text_keys=heads(parts["add_k_proj"], norm_text, text_table),
+            mask=kwargs.get("encoder_hidden_states_mask"),
+            image_vectors=parts["image"],
+            text_vectors=parts.get("text"),
+            values=parts["to_v"],
         )
+        self._found.append(found)
 
-    @torch.no_grad()
-    def _after_block(self, block: Any, args: tuple, kwargs: Mapping[str, Any], output: Any) -> None:
-        if self._pass is not None and self._sees:
-            with self._reading():
-                self._read_block(self._pass, block, kwargs)
-
-    def _read_block(self, told: "Pass", block: Any, kwargs: Mapping[str, Any]) -> None:
-        found, texts = self._take(block).rows(told.rows), list[JointAttention]()
+    def _read_block(self, inputs: Pass, block: Any, kwargs: Mapping[str, Any], output: Any) -> None:
+        found, texts = self._take(block).rows(inputs.rows), list[JointAttention]()
         found.require_softmax()
-        if told.texts:
-            assert isinstance(told.rows, slice)
+        if inputs.texts:
+            assert isinstance(inputs.rows, slice)
             batch = len(kwargs["hidden_states"])
             # rows after the images' are perturbed copies of them: what splits the batch must be given the whole of it
-            whole = self._whole_batch or range(batch)[told.rows].stop != batch
-            own, rows = (kwargs, told.rows) if whole else (take_rows(kwargs, told.rows), slice(None))
+            whole = self._whole_batch or range(batch)[inputs.rows].stop != batch
+            own, rows = (kwargs, inputs.rows) if whole else (take_rows(kwargs, inputs.rows), slice(None))
             if self._states is None:
-                self._states = self._board(told, kwargs["encoder_hidden_states"][told.rows])
-            texts = [self._along(block, own, number, rows) for number in range(len(told.texts))]
+                self._states = self._first_states(inputs, kwargs["encoder_hidden_states"][inputs.rows])
+            texts = [self._call_again(block, own, number, rows) for number in range(len(inputs.texts))]
         self._read += 1
-        told.read(found, tuple(texts))
+        inputs.read(found, tuple(texts))
 
     def _take(self, block: Any) -> JointAttention:
         if len(self._found) != 1:
@@ -250,17 +230,14 @@ class Stream:
 
     # -- the second call -----------------------------------------------------------------------------------------
 
-    def _board(self, told: "Pass", like: torch.Tensor) -> list[torch.Tensor | None]:
+    def _first_states(self, inputs: Pass, like: torch.Tensor) -> list[torch.Tensor | None]:
         """Return the texts' states before the first block; an off-loaded denoiser is there when it is called."""
-        self._tables = [self._family.rotary(self._denoiser, told.arguments, len(text)) for text in told.texts]
-        states = [self._family.embed(self._denoiser, text[None].to(like)) for text in told.texts]
+        self._tables = [self._family.rotary(self._denoiser, inputs.arguments, len(text)) for text in inputs.texts]
+        states = [self._family.embed(self._denoiser, text[None].to(like)) for text in inputs.texts]
         return [state.expand(len(like), -1, -1) for state in states]
 
-    def _along(self, block: Any, kwargs: Mapping[str, Any], number: int, rows: slice) -> JointAttention:
-        """Call the block again with a text in the prompt's place, and store the text's next state.
-
-        `rows` are those of the images in this call's batch.
-        """
+    def _call_again(self, block: Any, kwargs: Mapping[str, Any], number: int, rows: slice) -> JointAttention:
+        """Call the block again with a text in the prompt's place, and store its next state; `rows` are the images'."""
         assert self._states is not None  # a pass is read
         state, image = self._states[number], kwargs["hidden_states"]
         assert state is not None  # a block follows
@@ -271,19 +248,10 @@ class Stream:
         if "encoder_hidden_states_mask" in own:
             own["encoder_hidden_states_mask"] = None
         self._before_block(block, (), own)
-        with self.alone():
+        with alone(self):  # no other stream is to see it
             state, _ = block.forward(**own)  # past the hooks on the block
         self._states[number] = None if state is None else state[rows]
         return self._take(block).rows(rows)
-
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Hide the calls of blocks made inside from other streams."""
-        before = _ALONE.set(self)
-        try:
-            yield
-        finally:
-            _ALONE.reset(before)
 
 
 def take_rows(arguments: Mapping[str, Any], rows: slice) -> dict[str, Any]:
@@ -296,15 +264,6 @@ def take_rows(arguments: Mapping[str, Any], rows: slice) -> dict[str, Any]:
             if isinstance(value, torch.Tensor) and value.ndim and len(value) == batch:
                 found[name] = value[rows]
     return found
-
-
-def on_device(value: Any, device: torch.device) -> Any:
-    """Return an argument of a block or a pass with its tensors on `device`; mappings are copied."""
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if isinstance(value, tuple):
-        return tuple(on_device(part, device) for part in value)
-    return dict(value) if isinstance(value, Mapping) else value
 
 
 def attentions(block: torch.nn.Module) -> list[Any]:

@@ -1,16 +1,6 @@
 """The readers: which attentions of a model can be read, and what a call of its denoiser means.
 
-A reader is the one place that knows a model family, one module each. It offers
-
-- `reads`: whether a denoiser is of its family, and `stream`, the text that it reads where a denoiser is given several;
-- `denoiser`: the module whose calls are the denoising passes;
-- `sites`: its cross-attentions that can be read, and `self_sites`: self-attentions whose mean refines maps;
-- `read`: the latents, the noise level and the text of one pass;
-- `grid`: the (h, w) of a site's positions;
-- `prompt_of` and `options`: what a call of `encode_prompt` returned, and which of its arguments later texts need;
-- `named`: the text of a pass as its attentions receive it, with its tokens and words;
-- `encode`: any text likewise;
-- `denoise`: one pass on latents of our own.
+A reader (`reader.Reader`) is the one place that knows a model family, one module each.
 """
 
 from typing import Any
@@ -20,9 +10,9 @@ from ..fingerprint import Fingerprint
 from ..text import TokenEmbeddings
 from .audioldm2 import GPT2Reader, T5Reader
 from .cross_transformer import CrossTransformerReader
+from .reader import Reader
 from .unet import UP, UNetReader
 
-Reader = CrossTransformerReader | UNetReader
 READERS: tuple[type[Reader], ...] = (CrossTransformerReader, T5Reader, GPT2Reader, UNetReader)  # the first that reads
 
 VIDEO = "makes videos: a pass has many frames, maps are of one image"
@@ -48,7 +38,7 @@ def why_unread(kind: str) -> str | None:
 
 
 def reader_of(pipe: Any, *, middle: bool = False, stream: str | None = None) -> Reader:
-    """The reader of a pipeline's model family and text. TypeError or ValueError where there is none."""
+    """Return the reader of a pipeline's model family and text. TypeError or ValueError where there is none."""
     denoiser = denoiser_of(pipe)
     kind = type(denoiser).__name__
     if why := why_unread(kind):
@@ -68,12 +58,17 @@ def reader_of(pipe: Any, *, middle: bool = False, stream: str | None = None) -> 
 
 
 def in_decoder(layer: str) -> bool:
-    """Whether the layer of this name is in a decoder, which only some families have: U-Nets."""
+    """Return whether the layer of this name is in a decoder, which only some families have: U-Nets."""
     return layer.startswith(UP)
 
 
 def encode(pipe: Any, text: str, *, padding: bool = False) -> TokenEmbeddings:
-    """Embed any text as the pipeline embeds its prompts, see the `encode` of its reader."""
+    """Embed any text as the pipeline embeds its prompts.
+
+        daamlib.encode(pipe, "a traffic light")["traffic light"]  # (tokens, d_text)
+
+    See `AttentionRecord.encode`.
+    """
     return reader_of(pipe).encode(text, padding=padding)
 
 

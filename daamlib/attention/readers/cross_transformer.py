@@ -7,18 +7,20 @@ RMS norm across heads; a mask leaves padding out; and there is one grid, that of
 
 import functools
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
 import torch
+from torch import Tensor
+from typing_extensions import override
 
-from ...pipeline import denoiser_of, uncompiled
+from ...pipeline import uncompiled
 from ..calls import Pass
-from ..fingerprint import Fingerprint
-from ..text import PAD, TextTooLongError, TokenEmbeddings, require_text
-from .sites import Site, embedder_of, embeds, fingerprint_of_sites, place_of, refuse_caches
-from .words import is_rough, read_pieces, require_text_encoder
+from ..text import PAD, TokenEmbeddings
+from .reader import Arguments, EmbedOptions, Noisy, Pair, Reader
+from .sites import Site, embedder_of, place_of, refuse_caches
+from .words import is_rough, read_pieces
 
 KINDS = ("PixArtTransformer2DModel", "SanaTransformer2DModel")
 PROJECTIONS = ("caption_projection", "caption_norm")  # what c has gone through, in this order, where a model has it
@@ -26,22 +28,15 @@ PROBE_TOKENS, PROBE_POSITIONS = 3, 2  # of the pass that shows which attentions 
 SELF_LAYERS = 4  # self-attentions that are read, evenly spaced in the later half of the blocks; not tuned
 
 
-class CrossTransformerReader:
+class CrossTransformerReader(Reader):
     """Reads the attentions of a diffusers pipeline's transformer that the text reaches, whatever `middle` says."""
 
-    stream: str | None = None  # one text reaches the attentions
     options = ("clean_caption", "complex_human_instruction", "lora_scale", "max_sequence_length")
 
     @staticmethod
     def reads(denoiser: torch.nn.Module) -> bool:
-        """Whether this is the family of the denoiser."""
+        """Return whether it is a transformer of `KINDS`."""
         return type(denoiser).__name__ in KINDS
-
-    def __init__(self, pipe: Any, *, middle: bool = False):
-        self.pipe = pipe
-        self.denoiser: Any = denoiser_of(pipe)
-        self._signature = inspect.signature(self.denoiser.forward)
-        self._scale = getattr(self.denoiser.config, "timestep_scale", None) or 1.0
 
     @functools.cached_property
     def _attentions(self) -> dict[str, Any]:
@@ -51,16 +46,13 @@ class CrossTransformerReader:
         return {name: named[name] for name, (to_q, to_k) in kinds.items() if to_q is not None and to_k is not None}
 
     @functools.cached_property
-    def _received(self) -> dict[str, torch.Tensor]:
-        """What `to_k` of each attention receives where the denoiser reads a text of few tokens at fewer positions.
-
-        The denoiser's own hooks, a trace's among them, are passed by.
-        """
+    def _received(self) -> dict[str, Tensor]:
+        """Inputs of every `to_k` in one probe pass with 3 tokens and 2 positions, past the denoiser's own hooks."""
         refuse_caches(self.denoiser)  # a cache would hand this pass' attention to the image
-        received: dict[str, torch.Tensor] = {}
+        received: dict[str, Tensor] = {}
         config, patch = self.denoiser.config, self.denoiser.config.patch_size
         if getattr(config, "guidance_embeds", False):
-            raise ValueError("this transformer is told its guidance (Sana Sprint): its noise levels cannot be read")
+            raise ValueError("this transformer is given its guidance (Sana Sprint): its noise levels cannot be read")
         latents = torch.ones(1, config.in_channels, patch, PROBE_POSITIONS * patch)
         text = torch.ones(1, PROBE_TOKENS, config.caption_channels or config.cross_attention_dim)
         arguments = self._arguments(latents, 0.0, text, torch.ones(1, PROBE_TOKENS), (patch, PROBE_POSITIONS * patch))
@@ -77,8 +69,8 @@ class CrossTransformerReader:
         return received
 
     @functools.cached_property
+    @override
     def sites(self) -> tuple[Site, ...]:
-        """The attentions that the text reaches. ValueError if there is none that DAAM can read."""
         names = [name for name, found in self._received.items() if found.shape[1] == PROBE_TOKENS]
         if not names:
             raise ValueError(
@@ -94,8 +86,8 @@ class CrossTransformerReader:
         return sites
 
     @functools.cached_property
+    @override
     def self_sites(self) -> tuple[Site, ...]:
-        """Some of the attentions of positions to one another."""
         names = [name for name, found in self._received.items() if found.shape[1] == PROBE_POSITIONS]
         late = names[len(names) // 2 :]
         return tuple(self._site(name) for name in late[:: -(-len(late) // SELF_LAYERS)])
@@ -106,13 +98,17 @@ class CrossTransformerReader:
         return Site(name, module, module.to_q, module.heads, float(module.scale), width, linear)
 
     @property
+    @override
     def image_factor(self) -> int:
-        """What the height and width of an image in pixels must be multiples of."""
         return self.pipe.vae_scale_factor * self.denoiser.config.patch_size
 
+    @property
+    def _timestep_scale(self) -> float:
+        return getattr(self.denoiser.config, "timestep_scale", None) or 1.0
+
+    @override
     def read(self, args: tuple, kwargs: Mapping[str, Any]) -> Pass:
-        """The latents, noise level and text that the transformer is called with. ValueError if they are not these."""
-        arguments = self._signature.bind_partial(*args, **kwargs).arguments
+        arguments = self.signature.bind_partial(*args, **kwargs).arguments
         sample, text = arguments["hidden_states"], arguments["encoder_hidden_states"]
         if sample.ndim != 4 or text.ndim != 3 or len(text) != len(sample):
             raise ValueError(
@@ -122,10 +118,10 @@ class CrossTransformerReader:
         mask = arguments.get("encoder_attention_mask")
         if mask is not None:
             mask = mask.squeeze(1) > -1 if mask.ndim == 3 else mask > 0  # added to the scores, or 1 where it takes part
-        return Pass(sample, arguments["timestep"] / self._scale, text, mask)
+        return Pass(sample, arguments["timestep"] / self._timestep_scale, text, mask)
 
+    @override
     def grid(self, latent: tuple[int, int], positions: int) -> tuple[int, int]:
-        """(h, w) of a site with `positions` = h * w: the latent's patches."""
         h, w = (side // self.denoiser.config.patch_size for side in latent)
         if h * w != positions:
             raise ValueError(
@@ -134,52 +130,37 @@ class CrossTransformerReader:
         return h, w
 
     @property
-    def embeds(self) -> bool:
-        """Whether the pipeline embeds texts by a method of its own."""
-        return embeds(self.pipe)
-
-    @property
+    @override
     def rough(self) -> bool:
-        """Whether the precision of embeddings cannot be read off their values."""
         return is_rough(self.pipe, projected=True)
 
-    # -- texts ---------------------------------------------------------------------------------------------------
-
-    def prompt_of(self, result: tuple, *, guided: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the positive and the negative embeddings of what `encode_prompt` returned."""
+    @override
+    def prompt_of(self, result: Any, *, guided: bool) -> Pair:
         return result[0], result[2]
 
-    def named(
-        self, prompts: Sequence[str | None], text: torch.Tensor, mask: torch.Tensor | None, options: Mapping[str, Any]
-    ) -> list[TokenEmbeddings]:
-        """Return the text of a pass as the attentions receive it, without what the mask leaves out, named by prompt."""
-        projected, count = self.project(text), text.shape[1]
-        masks = [[True] * count] * len(text) if mask is None else mask.bool().tolist()
-        found = []
-        for prompt, values, kept in zip(prompts, projected, masks, strict=True):
-            rows = [row for row, takes_part in enumerate(kept) if takes_part]
-            ids, first = ([], 0) if prompt is None else self._ids(prompt, options, truncation=True)
-            # a mask that leaves rows before or between the text's out leaves its tokens in their order, if all are left
-            if prompt is None or (rows != list(range(len(rows))) and len(rows) != len(ids)):
-                found.append(TokenEmbeddings.unnamed(values[rows]))
-                continue
-            tokens, words = read_pieces(self.pipe.tokenizer, ids, first)
-            tokens = (*tokens, *[PAD] * len(rows))[: len(rows)]  # a mask may be longer or shorter than its prompt
-            kept_words = tuple(word for word in words if word.stop <= len(rows))
-            found.append(TokenEmbeddings(values[rows], tokens, kept_words))
-        return found
+    @override
+    def named(self, prompt: str | None, text: Tensor, mask: Tensor | None, options: EmbedOptions) -> TokenEmbeddings:
+        rows = list(range(len(text))) if mask is None else mask.nonzero().flatten().tolist()
+        values = self.project(text[None])[0][rows]
+        ids, first = ([], 0) if prompt is None else self._ids(prompt, options, truncation=True)
+        # a mask that leaves rows before or between the text's out leaves its tokens in their order, if all are left
+        if prompt is None or (rows != list(range(len(rows))) and len(rows) != len(ids)):
+            return TokenEmbeddings.unnamed(values)
+        tokens, words = read_pieces(self.pipe.tokenizer, ids, first)
+        tokens = (*tokens, *[PAD] * len(rows))[: len(rows)]  # a mask may be longer or shorter than its prompt
+        return TokenEmbeddings(values, tokens, tuple(word for word in words if word.stop <= len(rows)))
 
+    @override
     @torch.no_grad()
-    def project(self, text: torch.Tensor) -> torch.Tensor:
-        """Return c of the text encoder's (batch, token, width) text, as the attentions receive it."""
+    def project(self, text: Tensor) -> Tensor:
         for name in PROJECTIONS:
             module = getattr(self.denoiser, name, None)
             if module is not None:
                 text = module(text.to(place_of(module, self.pipe), self.denoiser.dtype))
         return text.detach()
 
-    def _ids(self, prompt: str, options: Mapping[str, Any], *, truncation: bool) -> tuple[list[int], int]:
-        """The token of each row of a prompt's embeddings, and the row where its own words begin."""
+    def _ids(self, prompt: str, options: EmbedOptions, *, truncation: bool) -> tuple[list[int], int]:
+        """Return the token of each row of a prompt's embeddings, and the row where its own words begin."""
         defaults = inspect.signature(embedder_of(self.pipe)).parameters
         given = {name: options.get(name, defaults[name].default) for name in self.options if name in defaults}
         (text,) = self.pipe._text_preprocessing(prompt, clean_caption=given["clean_caption"])
@@ -195,71 +176,43 @@ class CrossTransformerReader:
         same = next((i for i, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), len(before))
         return [ids[0], *ids[len(before) - 1 :]], max(1, same - len(before) + 2)
 
-    def encode(self, text: str, *, padding: bool = False, options: Mapping[str, Any] | None = None) -> TokenEmbeddings:
-        """Embed any text as a prompt was with these options, (m, d_text) as the attentions receive it.
+    @override
+    def count(self, text: str, options: EmbedOptions) -> tuple[int, int]:
+        whole, cut = (len(self._ids(text, options, truncation=each)[0]) for each in (False, True))
+        return whole, cut
 
-        `padding` is of no meaning here, where attention leaves padding out. Raises TypeError if `text` is no string,
-        ValueError if it is longer than the context length.
-        """
-        require_text(text)
-        options = options or {}
-        count, kept = (len(self._ids(text, options, truncation=cut)[0]) for cut in (False, True))
-        if count > kept:
-            raise TextTooLongError(f"the text has {count} tokens, the pipeline reads {kept}: shorten it: {text!r}")
-        embedded, mask, *_ = self._encode_prompt(text, options)
-        return self.named([text], embedded, mask, options)[0]
+    @override
+    def encode_prompt(self, prompt: str, options: EmbedOptions) -> Pair:
+        text, mask, *_ = self.run_encode_prompt(prompt, options)
+        return text, mask
 
-    def embed(self, prompt: str, options: Mapping[str, Any]) -> torch.Tensor:
-        """Return (m, d_text) of a prompt, by `encode_prompt` with these options."""
-        text, mask, *_ = self._encode_prompt(prompt, options)
-        return self.named([prompt], text, mask, options)[0].values
-
-    @torch.no_grad()
-    def _encode_prompt(self, prompt: str, options: Mapping[str, Any]) -> tuple:
-        """What `pipe.encode_prompt` returns for one prompt without guidance. ValueError without a text encoder."""
-        require_text_encoder(self.pipe)
-        device = self.pipe._execution_device
-        return embedder_of(self.pipe)(prompt=prompt, device=device, do_classifier_free_guidance=False, **options)
-
-    # -- passes --------------------------------------------------------------------------------------------------
-
+    @override
     def check_image_model(self) -> None:
-        """ValueError for a transformer that needs more than a noisy image and a text."""
         channels, latents = self.denoiser.config.in_channels, self.pipe.vae.config.latent_channels
         if channels != latents:
             raise ValueError(f"this transformer takes {channels} channels, the VAE makes {latents}: it edits images")
 
+    @override
     def defaults(self) -> dict[str, Any]:
-        """Return the options that a call of the pipeline embeds prompts with unless it is told others."""
         known = inspect.signature(type(self.pipe).__call__).parameters
         given = {name: known[name].default for name in self.options if name in known}
         return {name: value for name, value in given.items() if value is not None}
 
-    def passes(
-        self,
-        prompt: str,
-        options: Mapping[str, Any],
-        timesteps: Sequence[int],
-        noisy: Sequence[torch.Tensor],
-        size: tuple[int, int],
-    ) -> Iterator[tuple[tuple, dict[str, Any]]]:
-        """Yield the arguments of a pass for each timestep and its (1, channel, h, w) latents, conditioned on `prompt`.
-
-        options: of `encode_prompt`; size: (height, width) of the image in pixels.
-        """
-        text, mask, *_ = self._encode_prompt(prompt, options)
-        for timestep, latents in zip(timesteps, noisy, strict=True):
+    @override
+    def passes(self, prompt: str, options: EmbedOptions, noisy: Noisy, size: tuple[int, int]) -> Iterator[Arguments]:
+        text, mask = self.encode_prompt(prompt, options)
+        for timestep, latents in noisy:
             yield (), self._arguments(latents, timestep, text, mask, size)
 
     def _arguments(
-        self, latents: torch.Tensor, timestep: float, text: torch.Tensor, mask: Any, size: tuple[int, int]
+        self, latents: Tensor, timestep: float, text: Tensor, mask: Any, size: tuple[int, int]
     ) -> dict[str, Any]:
         dtype, device = self.denoiser.dtype, self.pipe._execution_device
         arguments: dict[str, Any] = {
             "hidden_states": latents.to(device, dtype),
             "encoder_hidden_states": text.to(device, dtype),
             "encoder_attention_mask": None if mask is None else mask.to(device),
-            "timestep": torch.full((1,), timestep * self._scale, device=device),
+            "timestep": torch.full((1,), timestep * self._timestep_scale, device=device),
         }
         if getattr(self.denoiser, "use_additional_conditions", False):  # PixArt-alpha at 1024 px
             conditions = {"resolution": [[*size]], "aspect_ratio": [[size[0] / size[1]]]}
@@ -267,7 +220,3 @@ class CrossTransformerReader:
                 name: torch.tensor(values, dtype=dtype, device=device) for name, values in conditions.items()
             }
         return arguments
-
-    def fingerprint(self) -> Fingerprint:
-        """What tells the model from others as it is now, with the LoRA it holds."""
-        return fingerprint_of_sites(self.sites, self.denoiser.dtype, self.pipe)

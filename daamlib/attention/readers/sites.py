@@ -8,36 +8,26 @@ from typing import Any
 
 import torch
 
-from ..calls import EMBED
 from ..fingerprint import Fingerprint
 from ..layers import KeyProjection
 from ..watch import unwatched
 
+EMBED = ("encode_prompt", "_encode_prompt")  # methods that embed prompts; an older pipeline has the second alone
 HARMLESS = ("offload", "casting", "autocast", "tracker")  # hooks of diffusers that leave what a layer computes as it is
 PROBE = 256.0  # a power of two: a bias beside weights so much larger costs them no digits in half precision
 
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """One attention that can be read.
+    """One attention that can be read."""
 
-    Attributes:
-        name: its module path in the denoiser.
-        module: the attention, whose `to_k` makes keys of text embeddings, normalised by its `norm_k` if it has one.
-        to_q: the module that makes queries, (batch, h*w, heads * d_head).
-        heads: number of heads.
-        scale: d_head ** -0.5.
-        d_text: the width of the text embeddings.
-        linear: whether it is a linear attention, without a softmax (`daamlib.attention.self_attention`).
-    """
-
-    name: str
-    module: Any
-    to_q: torch.nn.Module
+    name: str  # its module path in the denoiser
+    module: Any  # the attention, whose `to_k` makes keys of embeddings, normalised by its `norm_k` if it has one
+    to_q: torch.nn.Module  # makes queries, (batch, h*w, heads * d_head)
     heads: int
-    scale: float
-    d_text: int
-    linear: bool = False
+    scale: float  # d_head ** -0.5
+    d_text: int  # the width of the text embeddings
+    linear: bool = False  # whether it is a linear attention, without a softmax
 
     @property
     def queries(self) -> torch.nn.Module:
@@ -50,10 +40,9 @@ class Site:
         return getattr(self.module, "norm_k", None) or self.module.to_k
 
     def key_projection(self, like: torch.Tensor) -> KeyProjection:
-        """What makes its keys as it acts now, in the type of `like` and where it lies.
+        """Return what makes its keys as it acts now, in the type of `like` and where it lies.
 
-        Measured by calling the layers, so that LoRA weights, their scale and off-loading are included; past the hooks
-        on them, which are those of passes.
+        Measured by calling the layers past their hooks, so that LoRA weights, their scale and off-loading are included.
         """
         layer, norm = self.module.to_k, getattr(self.module, "norm_k", None)
         bias, eps = None, 0.0
@@ -75,10 +64,7 @@ class Site:
 
 
 def _is_plain(to_k: Any, like: torch.Tensor) -> bool:
-    """Whether a layer is its weight alone: no LoRA or off-loading, and of the type and place of `like`.
-
-    Then the weight need not be asked for by products, which of a wide transformer cost a fifth of a step on a CPU.
-    """
+    """Return whether a layer is its weight alone, as without LoRA and off-loading; then no products need be made."""
     if type(to_k) is not torch.nn.Linear or "forward" in vars(to_k):
         return False
     return to_k.weight.dtype == like.dtype and to_k.weight.device == like.device
@@ -96,23 +82,18 @@ def refuse_caches(denoiser: torch.nn.Module) -> None:
             )
 
 
-def embeds(pipe: Any) -> bool:
-    """Return whether a pipeline has a method that embeds a prompt; LEDITS++'s embeds edits alone."""
-    name = next((name for name in EMBED if hasattr(pipe, name)), None)
-    return name is not None and "prompt" in inspect.signature(getattr(pipe, name)).parameters
-
-
 def embedder_of(pipe: Any) -> Callable[..., Any]:
     """Return the pipeline's method that embeds prompts, past a trace that watches it. ValueError if it has none."""
-    if not embeds(pipe):
+    name = next((name for name in EMBED if hasattr(pipe, name)), None)
+    if name is None or "prompt" not in inspect.signature(getattr(pipe, name)).parameters:  # LEDITS++'s embeds edits
         raise ValueError(
             f"{type(pipe).__name__} has no `encode_prompt` of a prompt: give embeddings to daam_from or ldaam_from"
         )
-    return unwatched(pipe, next(name for name in EMBED if hasattr(pipe, name)))
+    return unwatched(pipe, name)
 
 
 def place_of(module: torch.nn.Module, pipe: Any) -> torch.device:
-    """Where a module computes; off-loaded layer by layer, weights are on `meta` and come to where the pipeline does."""
+    """Return where a module computes; weights off-loaded layer by layer are on `meta` and come to the pipeline."""
     device = next(module.parameters()).device
     return pipe._execution_device if device.type == "meta" else device
 

@@ -5,12 +5,11 @@ from typing import Any
 
 import torch
 
-from ..text import Word, without_spaces
+from ..text import PAD, Word, without_spaces
 
 SPACE = "\u2581"  # sentencepiece's mark of a space
 BYTE_SPACE = "\u0120"  # that of byte-level BPE
 PART = "\ufffd"  # what a piece decodes to that is a part of a character's bytes
-
 CHECK_TEXT = "a photo of a street with a car, a person and a tree"  # shows whether a text encoder is as it was
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")  # of a pipeline
 
@@ -20,6 +19,16 @@ Names = tuple[tuple[str, ...], tuple[Word, ...]]  # readable tokens, and the wor
 def token_ids(tokenizer: Any, text: str, length: int) -> list[int]:
     """Return the ids of a text's tokens, special ones included, cut at `length`."""
     return tokenizer(text, truncation=True, max_length=length).input_ids
+
+
+def side_by_side(parts: Sequence[tuple[Names, int]]) -> Names:
+    """Return the tokens and words of texts that stand one after the other, each padded to its length."""
+    tokens: tuple[str, ...] = ()
+    words: tuple[Word, ...] = ()
+    for (of_part, words_of_part), length in parts:
+        words += tuple(word.moved(len(tokens)) for word in words_of_part if word.stop <= length)
+        tokens += (of_part + (PAD,) * length)[:length]
+    return tokens, words
 
 
 def require_text_encoder(pipe: Any) -> None:
@@ -89,17 +98,7 @@ def read_pieces(
 
     A word begins at the mark, and where letters and digits meet other signs: "car..." is two words. Special tokens and
     line breaks belong to no word. A token that was added to the tokenizer, as by textual inversion, is a word together
-    with those of its further vectors: <toy>, <toy>_1.
-
-    Args:
-        tokenizer: its own.
-        ids: of a text.
-        start: the row of the text's own first token.
-        mark: of a space.
-        end: the token that ends the text, where more tokens follow, which belong to no word.
-
-    Returns:
-        All tokens without the mark, and the words.
+    with those of its further vectors: <toy>, <toy>_1. The text's own tokens are those from row `start` to `end`.
     """
     raw, special = tokenizer.convert_ids_to_tokens(list(ids)), set(tokenizer.all_special_ids)
     stop, added = raw.index(end) if end in raw else len(raw), set(tokenizer.get_added_vocab().values())
