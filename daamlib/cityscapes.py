@@ -40,7 +40,7 @@ class Label:
 
 
 _ROWS = json.loads((TABLES / "cityscapes.json").read_text(encoding="utf-8"))
-LABELS = tuple(Label(name, *row[:-1], tuple(row[-1])) for name, row in _ROWS.items())
+LABELS = tuple(Label(**{**row, "color": tuple(row["color"])}) for row in _ROWS)
 BY_NAME = MappingProxyType({label.name: label for label in LABELS})
 BY_ID = MappingProxyType({label.id: label for label in LABELS})
 
