@@ -198,7 +198,6 @@ BARE = {
     "choose_settings",
     "encode",
     "label_map",
-    "metrics",
     "optimize_probe",
     "optimize_token",
     "require_same_model",
