@@ -29,8 +29,6 @@ LONG = {
     "daamlib.attention.readers.cross_transformer CrossTransformerReader",
     "daamlib.attention.record AttentionRecord",
     "daamlib.attention.recorder AttentionRecorder",
-    "daamlib.datasets.export coco",
-    "daamlib.datasets.generation generate",
     "daamlib.tokens.optimize optimize_token",
     "daamlib.tokens.optimize token_objective",
     "daamlib.tokens.probe optimize_probe",
