@@ -3,6 +3,7 @@
     export.cityscapes(dataset, "out", classes=("car", "person"))
     export.coco(dataset, "out")
     export.overlays(dataset, "out")  # for a quick look
+    export.detections(dataset.labels(0))  # the arguments of supervision.Detections
     export.hugging_face(dataset)  # a datasets.Dataset, which has a push_to_hub of its own
 
 All images of the dataset need a label map; `classes` are names of its own classes (`Dataset.classes`). Every file is
@@ -183,16 +184,34 @@ def prompts(
     pixels, the lower right corner included, the point the pixel farthest inside. Raises ValueError for a class or an id
     that is not in the table, or min_pixels below 1.
     """
-    table = class_list(table)
-    categories = _category_ids(classes, min_pixels, table)
-    table.check(labels, "the label map")
-    results = []
-    for piece in _instances(labels, categories, min_pixels):
-        x, y, width, height = piece["bbox"]
-        box = [x, y, x + width - 1, y + height - 1]
-        name = table.names[piece["category_id"]]
-        results.append({"class": name, "box": box, "points": [piece["point"]], "point_labels": [1]})
-    return results
+    return [
+        {"class": name, "box": box, "points": [piece["point"]], "point_labels": [1]}
+        for name, box, piece in _named_pieces(labels, classes, min_pixels, class_list(table))
+    ]
+
+
+def detections(
+    labels: np.ndarray,
+    *,
+    classes: Sequence[str] | None = None,
+    min_pixels: int = 1,
+    table: ClassList | Mapping[str, Any] = CITYSCAPES,
+) -> dict[str, Any]:
+    """Return the arguments of `supervision.Detections`, one row for each connected piece of (H, W) uint8 ids.
+
+        arguments = detections(dataset.labels(0))  # supervision.Detections(**arguments)
+
+    They are `xyxy` (n, 4) in pixels, the lower right corner included, `mask` (n, H, W) bool, `class_id` (n,), and
+    "class_name" (n,) in `data`. Other arguments and errors are those of `prompts`.
+    """
+    pieces = list(_named_pieces(labels, classes, min_pixels, class_list(table)))
+    masks = [coco_mask.decode(piece["segmentation"]) for _, _, piece in pieces]
+    return {
+        "xyxy": np.array([box for _, box, _ in pieces], float).reshape(-1, 4),
+        "mask": np.array(masks, bool).reshape(-1, *labels.shape),
+        "class_id": np.array([piece["category_id"] for _, _, piece in pieces], int),
+        "data": {"class_name": np.array([name for name, _, _ in pieces], str)},
+    }
 
 
 def overlays(dataset: Dataset, folder: str | Path, *, opacity: float = 0.55) -> Path:
@@ -212,6 +231,17 @@ def overlays(dataset: Dataset, folder: str | Path, *, opacity: float = 0.55) -> 
         painted = overlay(dataset.image(i), dataset.labels(i), opacity=opacity, colours=colours)
         files.write_png(pictures / f"{i:05d}.png", painted)
     return pictures
+
+
+def _named_pieces(
+    labels: np.ndarray, classes: Sequence[str] | None, min_pixels: int, table: ClassList
+) -> Iterator[tuple[str, list[int], dict[str, Any]]]:
+    """Yield the class, the box [x0, y0, x1, y1] and COCO's entry of each piece; the box includes its last pixels."""
+    categories = _category_ids(classes, min_pixels, table)
+    table.check(labels, "the label map")
+    for piece in _instances(labels, categories, min_pixels):
+        x, y, width, height = piece["bbox"]
+        yield table.names[piece["category_id"]], [x, y, x + width - 1, y + height - 1], piece
 
 
 def run_lengths(mask: np.ndarray) -> dict[str, Any]:
