@@ -68,12 +68,14 @@ def generate(
     """Generate one image a prompt into a folder; what is there already, made the same way, stays.
 
         dataset = generate(pipe, ["a car", "a person"], "new", steps=2, size=64)
-        dataset.image(0)
 
     The noise of an image is drawn on the CPU from the seed and its index, and batches are those of the whole dataset,
     so sharding and resuming change no image. By single pixels and one level the bytes do depend on `batch_size`, the
-    device, the CPU threads and the versions, which must stay the same until all is generated. (On a GPU they are as
-    repeatable as its kernels, see `torch.use_deterministic_algorithms`.)
+    device (a GPU's kernels, too), the CPU threads and the versions, which must stay the same until all is generated.
+
+    Raises TypeError for values of another type, and options that the pipeline does not take or JSON cannot hold.
+    Raises ValueError for other bad arguments, a labeller of another model, a bad label map, pixels that are NaN, a
+    damaged file, and, naming the differences, a folder that was begun with other settings.
 
     Args:
         pipe: a Stable Diffusion pipeline.
@@ -94,24 +96,18 @@ def generate(
 
     Returns:
         The dataset, or the shard's part of it; `load` returns all.
-
-    Raises:
-        TypeError: for values of another type, and options that the pipeline does not take or JSON cannot hold.
-        ValueError: for other bad arguments, a labeller of another model, a bad label map, pixels that are NaN, a
-            damaged file, and, naming the differences, a folder that was begun with other settings.
     """
-    _check_shard(shard)
     ours: dict[str, Any] = {"seed": seed, "steps": steps, "guidance": guidance, "size": size, "batch_size": batch_size}
     ours |= {"keep_steps": keep_steps, "self_attention": self_attention, "options": options}
     generator = Generator.open(pipe, prompts, folder, labeller, shard=shard, classes=classes, **ours)
     mine = generator.indices(shard)
     files.clean(generator.folder, set(mine))
-    with files.bar(None, "images", total=len(mine), initial=len(mine) - len(generator.missing(mine))) as progress:
-        for _ in generator.make(shard):
-            progress.update()
-    settings = generator.settings
+    done = len(mine) - len(generator.missing(mine))
+    for _ in files.bar(generator.make(shard), "images", total=len(mine), initial=done):
+        pass
     files.finish(generator.folder, generator.parts, len(prompts))
-    return Dataset(generator.folder, files.manifest(settings, settings["prompts"]).loc[mine])
+    manifest = files.manifest(generator.settings, generator.settings["prompts"])
+    return Dataset(generator.folder, manifest.loc[mine])
 
 
 def _check_shard(shard: Any) -> None:
@@ -146,6 +142,7 @@ class Generator:
         **options,
     ) -> "Generator":
         """Compare a dataset with its folder; arguments and errors are those of `generate`, nothing is written yet."""
+        _check_shard(shard)
         settings = generation_settings(pipe, prompts, **options)
         drawn = parts = ("images", "records") if settings["keep_steps"] else ("images",)
         given = getattr(labeller, "class_list", None) if classes is None else classes
