@@ -8,15 +8,16 @@
 What takes `classes` or `ids` takes any of these. In every list 0 is none of its classes and 255 is to be ignored.
 """
 
+import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from PIL import ImageColor
 
-from .cityscapes import BY_NAME, IGNORED, LABELS
+from .cityscapes import BY_NAME, IGNORED, LABELS, TABLES
 
 RGB = tuple[int, int, int]
 ZERO = ("unlabeled", "background", "void", "none", "other")  # what the id 0 may be called
@@ -116,16 +117,15 @@ def class_list(classes: Classes | None = None) -> ClassList:
 
     Args:
         classes: {name: id} or {name: (id, colour)}, ids 1 ... 254, a colour as (red, green, blue) or as "#ff8000"; or
-            names: those of Cityscapes have its ids, others are numbered from 1 in their order; or a list that is one
-            already. None: Cityscapes.
+            names, numbered from 1 in their order, but names of Cityscapes give all of Cityscapes; or a `ClassList`.
+            None: Cityscapes.
 
     Returns:
-        The list. Of names of Cityscapes it is all of Cityscapes.
+        The list.
 
     Raises:
         TypeError: for a string, and for names, ids or colours of other types.
-        ValueError: for no class, ids that come twice or are not 0 ... 254, and mixed names, of
-            Cityscapes and others.
+        ValueError: for no class, ids that come twice or are not 0 ... 254, and names of Cityscapes mixed with others.
     """
     if classes is None:
         return CITYSCAPES
@@ -134,9 +134,7 @@ def class_list(classes: Classes | None = None) -> ClassList:
     if isinstance(classes, str):
         raise TypeError(f"classes are a list of names or {{name: id}}, got the string {classes!r}: write [{classes!r}]")
     if isinstance(classes, Mapping):
-        return _custom(
-            {name: entry if isinstance(entry, list | tuple) else (entry, None) for name, entry in classes.items()}
-        )
+        return _custom(classes)
     names = list(dict.fromkeys(classes))
     known = [name for name in names if name in BY_NAME]
     if known and len(known) < len(names):
@@ -148,13 +146,14 @@ def class_list(classes: Classes | None = None) -> ClassList:
         )
     for name in known:
         CITYSCAPES.id(name)  # the licence plate has none
-    return CITYSCAPES if known else _custom({name: (number, None) for number, name in enumerate(names, start=1)})
+    return CITYSCAPES if known else _custom({name: number for number, name in enumerate(names, start=1)})
 
 
 def _custom(entries: Mapping[Any, Any]) -> ClassList:
     ids: dict[str, int] = {}
     colours: dict[str, RGB] = {}
-    for name, entry in entries.items():
+    for name, given in entries.items():
+        entry = given if isinstance(given, list | tuple) else (given, None)
         if not isinstance(name, str) or not name.strip() or len(entry) != 2:
             raise TypeError(f"a class is a name and its id, or a name and (id, colour), got {name!r}: {entry!r}")
         number, colour = entry
@@ -189,16 +188,8 @@ def _colour(colour: Any, number: int) -> RGB:
     return int(values[0]), int(values[1]), int(values[2])
 
 
-def _table(
-    name: str, names: str, colours: str | None = None, gaps: Iterable[int] = (), zero: str = "unlabeled"
-) -> ClassList:
-    """Of names between commas and colours of six hexadecimal digits; ids from 1 on without the gaps."""
-    words = [" ".join(word.split()) for word in names.split(",")]
-    numbers = [number for number in range(1, IGNORED) if number not in gaps][: len(words)]
-    given = [None] * len(words) if colours is None else [f"#{colours[6 * k : 6 * k + 6]}" for k in range(len(words))]
-    ids = {zero: 0, **dict(zip(words, numbers, strict=True))}
-    paints = (_colour(colour, number) for colour, number in zip(given, numbers, strict=True))
-    return ClassList(name, ids, {zero: (0, 0, 0), **dict(zip(words, paints, strict=True))})
+def _table(name: str, file: str) -> ClassList:
+    return replace(class_list(json.loads((TABLES / f"{file}.json").read_text(encoding="utf-8"))), name=name)
 
 
 _PIXEL_LABELS = [label for label in LABELS if label.id >= 0]
@@ -207,56 +198,6 @@ CITYSCAPES = ClassList(
     {label.name: label.id for label in _PIXEL_LABELS},
     {label.name: label.color for label in _PIXEL_LABELS},
 )
-# The 20 classes of PASCAL VOC (Everingham et al., 2010)
-VOC = _table(
-    "PASCAL VOC",
-    "aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, diningtable, dog, horse, motorbike, person, "
-    "pottedplant, sheep, sofa, train, tvmonitor",
-    zero="background",
-)
-# The 80 things of COCO (Lin et al., 2014) with their category ids; colours of its panoptic task
-COCO = _table(
-    "COCO",
-    """
-    person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign,
-    parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella,
-    handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard,
-    surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange,
-    broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop,
-    mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors,
-    teddy bear, hair drier, toothbrush
-    """,
-    "dc143c770b2000008e0000e66a00e4003c640050640000460000c0faaa1e64aa1edcdc00af74affa001ea52a2aff4dff00e2fcb6b6ff"
-    "00520078a69d6e4c00ae39ffc76400480076ffb3f0007d5cd10097bcd0b600dcb0ff63a45c00498581ff4eb4ff00e400aefff32d59ff"
-    "8686679194aeffd0bac5e2ffab86016d3f36cf8aff97005f09503d5469334a4169a6c466d0c3d2ff6d41008f95b300c2d1636a057900"
-    "e3ffcd93bad0994501035fa1a3ff007700aa00b6c700a578b782585f20008272876e8185a64a76db8eb94fd272b25a3e41460f7fa773"
-    "3b696a8e6c2dc4ac005f3650804cffc93901f6007abfa2d0",
-    gaps=(12, 26, 29, 30, 45, 66, 68, 69, 71, 83),
-)
-# The 150 classes of the scene parsing benchmark (Zhou et al., 2017), with the ids of its annotation files
-ADE20K = _table(
-    "ADE20K",
-    """
-    wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk, person, earth, door,
-    table, mountain, plant, curtain, chair, car, water, painting, sofa, shelf, house, sea, mirror, rug, field,
-    armchair, seat, fence, desk, rock, wardrobe, lamp, bathtub, railing, cushion, base, box, column, signboard, chest
-    of drawers, counter, sand, sink, skyscraper, fireplace, refrigerator, grandstand, path, stairs, runway, case, pool
-    table, pillow, screen door, stairway, river, bridge, bookcase, blind, coffee table, toilet, flower, book, hill,
-    bench, countertop, stove, palm, kitchen island, computer, swivel chair, boat, bar, arcade machine, hovel, bus,
-    towel, light, truck, tower, chandelier, awning, streetlight, booth, television receiver, airplane, dirt track,
-    apparel, pole, land, bannister, escalator, ottoman, bottle, buffet, poster, stage, van, ship, fountain, conveyer
-    belt, canopy, washer, plaything, swimming pool, stool, barrel, basket, waterfall, tent, bag, minibike, cradle,
-    oven, ball, food, step, tank, trade name, microwave, pot, animal, bicycle, lake, dishwasher, screen, blanket,
-    sculpture, hood, sconce, vase, traffic light, tray, ashcan, fan, pier, crt screen, plate, monitor, bulletin board,
-    shower, radiator, glass, clock, flag
-    """,
-    "787878b4787806e6e650323204c8037878508c8c8ccc05ffe6e6e604fa07e005ffebff0796053d78784608ff33ff06528fff8cccff04"
-    "ff3307cc46030066c83de6faff06330b66ffff0747ff09e00907e6dcdcdcff095c7009ff08ffd607ffe0ffb8060aff47ff290a07ffff"
-    "e0ff086608ffff3d06ffc207ff7a0800ff14ff0829ff05990633ffeb0cffa0961400a3ff8c8c8cfa0a0f14ff001fff00ff1f00ffe000"
-    "99ff000000ffff470000ebff00adff1f00ff0bc8c8ff520000fff5003dff00ff7000ff85ff0000ffa300ff6600c2ff00008fff33ff00"
-    "0052ff00ff2900ffad0a00ffadff0000ff99ff5c00ff00ffff00f5ff0066ffad00ff0014ffb8b8001fff00ff3d0047ffff00cc00ffc2"
-    "00ff52000aff0070ff3300ff00c2ff007aff00ffa3ff990000ff0aff70008fff005200ffa3ff00ffeb0008b8aa8500ff00ff5cb800ff"
-    "ff001f00b8ff00d6ffff00705cff0000e0ff70e0ff46b8a0a300ff9900ff47ff00ff00a3ffcc00ff008f00ffeb85ff00ff00ebf500ff"
-    "ff007afff5000abed4d6ff0000ccff1400ffffff000099ff0029ff00ffcc2900ff29ff00ad00ff00f5ff4700ff7a00ff00ffb8005cff"
-    "b8ff000085ffffd60019c2c266ff005c00ff",
-)
+VOC = _table("PASCAL VOC", "voc")  # the 20 classes of PASCAL VOC (Everingham et al., 2010)
+COCO = _table("COCO", "coco")  # the 80 things (Lin et al., 2014), their category ids and panoptic colours
+ADE20K = _table("ADE20K", "ade20k")  # the 150 classes of scene parsing (Zhou et al., 2017), ids of its annotation files

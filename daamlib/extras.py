@@ -8,18 +8,9 @@ from typing import Any
 
 @contextmanager
 def needs(extra: str) -> Iterator[None]:
-    """A context for the imports of packages that only an extra brings.
+    """Import packages that only an extra of pyproject.toml brings: a missing one is an error that says what to install.
 
-    Of two nested ones the outer, that of the module which was asked for, says what to install.
-
-    Args:
-        extra: its name in pyproject.toml.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        ModuleNotFoundError: with what to install, where one of the packages is missing.
+    When nested, the outermost extra is named.
     """
     try:
         yield
@@ -32,9 +23,9 @@ def needs(extra: str) -> Iterator[None]:
 
 
 def lazy(package: str, *modules: str, **names: str) -> Callable[[str], Any]:
-    """Return the `__getattr__` of a package (PEP 562), which imports these of its modules when they are asked for.
+    """Return the `__getattr__` of a package (PEP 562), which imports some of its modules on first use.
 
-    They take long to import or need an extra: `daamlib.plots.show_maps` works after `import daamlib` all the same.
+    They take long to import or need an extra; `daamlib.plots.show_maps` works after `import daamlib` all the same.
     `names` are functions and classes that the package exports of such a module: {name: module}.
     """
 

@@ -74,7 +74,7 @@ def _job(*, n: int | None, prompts: Path | None, **same: Any) -> Job:
 
 
 def _read_prompts(path: Path, n: int | None) -> list[str]:
-    """`n` prompts of a text file, one a line, from the first again where it has fewer; None: all."""
+    """Return `n` prompts of a text file, one a line, from the first again where it has fewer; None: all."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -87,7 +87,7 @@ def _read_prompts(path: Path, n: int | None) -> list[str]:
 
 
 def _seconds_per_image(job: Job, batches: int = 3) -> float:
-    """The mean of some batches, label maps and files included, after one to warm up; in this process."""
+    """Return the mean over some batches, label maps and files included, after one to warm up; in this process."""
     with tempfile.TemporaryDirectory() as folder, cpu_threads(job.threads):
         n = (batches + 1) * (job.batch_size or GPU_BATCH)
         prompts = [job.prompts[i % len(job.prompts)] for i in range(n)]
@@ -99,7 +99,7 @@ def _seconds_per_image(job: Job, batches: int = 3) -> float:
 
 
 def _threshold(texts: Sequence[str]) -> Threshold:
-    """0.6, or car=0.6 person=0.5. Raises ValueError for anything else."""
+    """Read 0.6, or car=0.6 person=0.5. Raises ValueError for anything else."""
     try:
         if len(texts) == 1 and "=" not in texts[0]:
             return float(texts[0])
@@ -109,7 +109,7 @@ def _threshold(texts: Sequence[str]) -> Threshold:
 
 
 def _classes(texts: Sequence[str]) -> Classes:
-    """The name of a table, or cat=1 dog=2. Raises ValueError for anything else."""
+    """Read the name of a table, or cat=1 dog=2. Raises ValueError for anything else."""
     if len(texts) == 1 and texts[0].lower() in TABLES:
         return TABLES[texts[0].lower()]
     try:
@@ -119,7 +119,7 @@ def _classes(texts: Sequence[str]) -> Classes:
 
 
 def _options(texts: Sequence[str]) -> dict[str, Any]:
-    """Of NAME=VALUE, the value in JSON or else a text as it is."""
+    """Read NAME=VALUE, the value in JSON or else as text."""
     options = {}
     for text in texts:
         name, equals, value = text.partition("=")
@@ -151,7 +151,7 @@ READ: dict[str, Callable[[Sequence[str]], Any]] = {
 
 
 def _parser() -> argparse.ArgumentParser:
-    """An option for each field of `Job`, with its line of the docstring as help, and those of the run."""
+    """Make an option for each field of `Job`, with its line of the docstring as help, and those of the run."""
     parser = argparse.ArgumentParser(
         prog="python -m daamlib.generate", description="Generate images with the label maps of optimised tokens."
     )

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 @contextmanager
 def temporary_name(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to; what is left under it afterwards is removed."""
+    """Yield a name next to `path` to write to; what is left under it afterwards is removed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield temporary
@@ -27,7 +27,7 @@ def temporary_name(path: Path) -> Iterator[Path]:
 
 
 def in_the_making(path: Path) -> bool:
-    """Whether a `temporary_name` is that of another process of this machine that runs."""
+    """Return whether a `temporary_name` belongs to another process of this machine that runs."""
     process = path.name.split(".")[-2]
     if not process.isdigit() or int(process) in (1, os.getpid()) or os.name == "nt":  # 1: init, which writes none
         return False  # and on Windows `kill` with 0 would end the process
@@ -42,7 +42,7 @@ def in_the_making(path: Path) -> bool:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to; it becomes `path` on leaving, and is removed after an error."""
+    """Yield a name next to `path` to write to; it becomes `path` on leaving, and is removed after an error."""
     with temporary_name(path) as temporary:
         temporary.touch()  # with the permissions of the umask; safetensors makes files that only their owner can read
         mode = temporary.stat().st_mode
@@ -53,13 +53,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any], format: str) -> None:
-    """Write tensors and a header to one safetensors file, whole or not at all.
+    """Write tensors and a header to one safetensors file, whole or not at all; a file that is there is replaced.
 
-    Args:
-        path: Of the file; one that is there already is replaced.
-        tensors: By name, of any shape and device; they may share memory.
-        header: What else is kept, of JSON's own types and with names as keys; tuples become lists.
-        format: Name and version of the layout, which `load_tensors` asks for.
+    The tensors may have any shape and device, and share memory. The header holds JSON's own types; tuples become lists.
+    `format` is the name and version of the layout, which `load_tensors` asks for.
     """
     # safetensors writes no tensors that share memory
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
@@ -69,27 +66,18 @@ def save_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], header: 
 
 
 def load_tensors(path: str | Path, format: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Read what `save_tensors` wrote.
+    """Read what `save_tensors` wrote: the tensors by name, on the CPU, and the header.
 
-    Args:
-        path: Of the file.
-        format: The one that the file must have.
-
-    Returns:
-        The tensors by name, on the CPU, and the header.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is damaged, of another program, or of another format.
+    Raises FileNotFoundError, or ValueError for a file that is damaged, of another program, or of another format.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file at {path}, expected one of the format {format}")
     try:
         with safe_open(path, "pt") as file:
-            found = _header(file, format)
+            written = _header(file, format)
             # clone: what lies in the mapped file is not aligned, and products of it may round otherwise
-            return {name: file.get_tensor(name).clone() for name in file.keys()}, dict(found["header"])
+            return {name: file.get_tensor(name).clone() for name in file.keys()}, dict(written["header"])
     except (SafetensorError, LookupError, TypeError, ValueError) as error:
         raise _unreadable(path, format, error) from error
 
@@ -100,29 +88,17 @@ def save_dataclass(path: str | Path, instance: Any, format: str) -> None:
         save_dataclass("token.safetensors", token, "daamlib-token-3")
         token = load_dataclass(daamlib.OptimizedToken, "token.safetensors", "daamlib-token-3")
 
-    Args:
-        path: Of the file; one that is there already is replaced.
-        instance: Of tensors, JSON's own types, tuples, mappings by text, and dataclasses of these.
-        format: Name and version of the layout, which `load_dataclass` asks for.
+    It may hold tensors, JSON's own types, tuples, mappings by text, and dataclasses of these.
     """
     tensors: dict[str, torch.Tensor] = {}
     save_tensors(path, tensors, _plain(instance, "", tensors), format)
 
 
 def load_dataclass(kind: type[T], path: str | Path, format: str) -> T:
-    """Read what `save_dataclass` wrote.
+    """Read the dataclass `kind` that `save_dataclass` wrote, its tensors on the CPU.
 
-    Args:
-        kind: The dataclass. Fields that the file does not have get their default.
-        path: Of the file.
-        format: The one that the file must have.
-
-    Returns:
-        The instance, its tensors on the CPU.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is damaged, of another program or format, or has other fields or types.
+    Fields that the file does not have get their default. Raises as `load_tensors`, and ValueError for other fields or
+    types.
     """
     tensors, header = load_tensors(path, format)
     try:
@@ -132,7 +108,7 @@ def load_dataclass(kind: type[T], path: str | Path, format: str) -> T:
 
 
 def _plain(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """The value in JSON's own types; its tensors go to `tensors`, under places such as layers.0.queries."""
+    """Return the value in JSON's own types; its tensors go to `tensors`, under places such as layers.0.queries."""
     if isinstance(value, torch.Tensor):
         tensors[place] = value
         return None
@@ -149,7 +125,7 @@ def _plain(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Any:
 
 
 def _restored(kind: Any, value: Any, place: str, tensors: Mapping[str, torch.Tensor]) -> Any:
-    """The inverse of `_plain`, by the type annotation `kind`. Raises TypeError or ValueError that names the place."""
+    """Invert `_plain` by the type annotation `kind`. Raises TypeError or ValueError that names the place."""
     if place in tensors:
         return tensors[place]
     if isinstance(kind, type) and is_dataclass(kind):
@@ -180,17 +156,7 @@ def _restored(kind: Any, value: Any, place: str, tensors: Mapping[str, torch.Ten
 
 
 def check_file(path: Path) -> dict[str, Any]:
-    """Read the header of what `save_tensors` wrote.
-
-    Args:
-        path: Of the file.
-
-    Returns:
-        The header.
-
-    Raises:
-        ValueError: The file is cut, or of another program.
-    """
+    """Read the header of what `save_tensors` wrote. Raises ValueError for a file that is cut, or of another program."""
     try:
         with safe_open(path, "pt") as file:
             return dict(_header(file)["header"])
@@ -199,18 +165,18 @@ def check_file(path: Path) -> dict[str, Any]:
 
 
 def _header(file: Any, format: str | None = None) -> dict[str, Any]:
-    """What `save_tensors` wrote of the format and the header. Raises ValueError that says what the file is."""
+    """Return what `save_tensors` wrote: format and header. Raises ValueError that says what the file is."""
     metadata = file.metadata() or {}
     if "daamlib" not in metadata:
         names = ", ".join(list(file.keys())[:2])
         raise ValueError(f"it is a safetensors file of another program, with tensors such as {names}")
-    found = json.loads(metadata["daamlib"])
-    if format is not None and found["format"] != format:
-        kind, read = _KINDS.get(found["format"].rpartition("-")[0], ("a file", "")), format.rpartition("-")[0]
-        if found["format"].startswith(read + "-") or not kind[1]:
-            raise ValueError(f"its format is {found['format']}: make it anew with this version")
-        raise ValueError(f"it is {kind[0]} ({found['format']}), which {kind[1]} reads")
-    return found
+    written = json.loads(metadata["daamlib"])
+    if format is not None and written["format"] != format:
+        kind, read = _KINDS.get(written["format"].rpartition("-")[0], ("a file", "")), format.rpartition("-")[0]
+        if written["format"].startswith(read + "-") or not kind[1]:
+            raise ValueError(f"its format is {written['format']}: make it anew with this version")
+        raise ValueError(f"it is {kind[0]} ({written['format']}), which {kind[1]} reads")
+    return written
 
 
 # what `save_tensors` is used for, by the format's name, and what reads it
@@ -228,7 +194,7 @@ _BEGINNINGS = {
 
 
 def _unreadable(path: Path, format: str, error: Exception) -> ValueError:
-    """The error of a file that is not of the format; it names what the file is, where its first bytes tell."""
+    """Return the error of a file that is not of the format; it says what the file is, if its first bytes show it."""
     with path.open("rb") as file:
         begins = file.read(8)
     kind = next((kind for start, kind in _BEGINNINGS.items() if begins.startswith(start)), None)

@@ -1,5 +1,7 @@
 """How well heat maps segment: IoU over thresholds, averaged over images or pooled.
 
+    daamlib.metrics.max_miou(record.daam()["car"][None], mask[None])
+
 A heat map becomes a mask by a threshold t: it is up-sampled bilinearly to the size of the true mask, scaled to its own
 [0, 1] (min-max), and a pixel belongs to the word where the map is larger than t. With the true mask G,
 
@@ -13,8 +15,7 @@ over the pixels, however many thresholds there are.
     mIoU(t) = 1/n sum_j IoU_j(t)                        (thesis: over the n images that contain the class)
     pooled IoU(t) = sum_j TP_j(t) / sum_j (|G_j| + FP_j(t))             (OVAM, Marcos-Manchón et al. 2024)
 
-Pooled, large objects weigh more. An image without the class (an empty mask) has no IoU and is refused; leave it out
-before.
+Pooled, large objects weigh more. An empty mask (an image without the class) has no IoU and is a ValueError.
 """
 
 from collections.abc import Sequence
@@ -29,16 +30,16 @@ from .attention.heatmaps import normalize, upsample
 Array = np.ndarray | torch.Tensor
 
 THRESHOLDS = tuple(i / 100 for i in range(101))
-IN_CACHE = 2**18  # pixels that are counted at a time; found by trial
+IN_CACHE = 2**18  # pixels that are counted at a time; chosen by trial
 trapezoid = getattr(np, "trapezoid", None) or np.trapz  # type: ignore[attr-defined]  # numpy 2 renamed it
 
 
 @dataclass(frozen=True, eq=False)
 class ThresholdCounts:
-    """What all metrics follow from.
+    """Counts of n images at T thresholds, from which all metrics follow.
 
     Attributes:
-        thresholds: Ascending in [0, 1].
+        thresholds: ascending in [0, 1].
         intersection: TP, in pixels of each image at each threshold.
         union: |G| + FP, likewise.
     """
@@ -48,7 +49,7 @@ class ThresholdCounts:
     union: Int64[np.ndarray, "n T"]
 
     def curve(self, *, pooled: bool = False) -> Float[np.ndarray, " T"]:
-        """The IoU at each threshold, averaged over the images (mIoU), or pooled over all their pixels."""
+        """Return the IoU at each threshold, averaged over the images (mIoU), or pooled over all their pixels."""
         if pooled:
             return self.intersection.sum(axis=0) / self.union.sum(axis=0)
         return (self.intersection / self.union).mean(axis=0)
@@ -56,17 +57,10 @@ class ThresholdCounts:
     def resampled_curves(
         self, drawn: Int64[np.ndarray, "resamples n"], *, pooled: bool = False
     ) -> Float[np.ndarray, "resamples T"]:
-        """The curves of resampled images (the bootstrap).
+        """Return the curves of resampled images (the bootstrap) by `draw_images`; NaN where no image was drawn.
 
-        Quantiles of any statistic of the rows are its interval over images: `np.nanquantile(curves.max(axis=1),
-        [0.025, 0.975])` is the 95 % interval of the maximum.
-
-        Args:
-            drawn: How often each image is in each resample, by `draw_images`.
-            pooled: As in `curve`.
-
-        Returns:
-            One curve a resample, NaN where none of the images was drawn.
+        Quantiles of any statistic of the rows are its interval over images: `np.nanquantile(curves.max(axis=1), [0.025,
+        0.975])` is the 95 % interval of the maximum.
         """
         with np.errstate(invalid="ignore"):
             if pooled:
@@ -75,22 +69,14 @@ class ThresholdCounts:
 
 
 def draw_images(n: int, resamples: int = 1000, *, seed: int = 0) -> Int64[np.ndarray, "resamples n"]:
-    """How often each of n images is among n that are drawn with replacement, `resamples` times anew."""
+    """Draw n of n images with replacement, `resamples` times: how often each image is in each resample."""
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
 
 
 def iou(prediction: Array, mask: Array) -> float:
-    """Intersection over union of two masks.
+    """Return the intersection over union of two (H, W) boolean masks, arrays or tensors; `mask` is the truth.
 
-    Args:
-        prediction: (H, W) boolean, an array or a tensor.
-        mask: The truth, likewise.
-
-    Returns:
-        A number in [0, 1].
-
-    Raises:
-        ValueError: They are not boolean, not of one shape, or `mask` is empty.
+    Raises ValueError for masks that are not boolean or not of one shape, or an empty `mask`.
     """
     prediction, mask = _masks(prediction, "prediction", 2), _masks(mask, "mask", 2)
     if prediction.shape != mask.shape:
@@ -111,8 +97,8 @@ def threshold_counts(maps: Array, masks: Array, *, thresholds: Sequence[float] |
         The counts of n images at T thresholds.
 
     Raises:
-        ValueError: Shapes that do not fit, NaN or infinite maps, masks that are not boolean, an empty mask, no images,
-            or thresholds that are not ascending in [0, 1].
+        ValueError: for shapes that do not fit, NaN or infinite maps, masks that are not boolean, an empty mask, no
+            images, or thresholds that are not ascending in [0, 1].
     """
     maps, masks = torch.as_tensor(maps).detach().cpu(), _masks(masks, "masks", 3)
     levels = torch.as_tensor(thresholds, dtype=torch.float32)
@@ -134,9 +120,9 @@ def threshold_counts(maps: Array, masks: Array, *, thresholds: Sequence[float] |
 def miou_curve(
     maps: Array, masks: Array, *, thresholds: Sequence[float] | Array = THRESHOLDS, pooled: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The thresholds and, for each, the IoU averaged over the images, or pooled over their pixels.
+    """Return the thresholds and, for each, the IoU averaged over the images, or pooled over their pixels.
 
-    Other arguments and errors are those of `threshold_counts`. Returns two float64 arrays of one length.
+    Other arguments and errors are those of `threshold_counts`. Both arrays are float64, of one length.
     """
     counts = threshold_counts(maps, masks, thresholds=thresholds)
     return counts.thresholds, counts.curve(pooled=pooled)
@@ -145,7 +131,7 @@ def miou_curve(
 def max_miou(
     maps: Array, masks: Array, *, thresholds: Sequence[float] | Array = THRESHOLDS, pooled: bool = False
 ) -> float:
-    """The maximum of `miou_curve`: the mIoU at the one threshold that is best for all the images together.
+    """Return the maximum of `miou_curve`: the mIoU at the one threshold that is best for all the images together.
 
     The threshold is chosen on the very images that are evaluated, as in the thesis, which is optimistic.
     """
@@ -155,23 +141,15 @@ def max_miou(
 def area_under_curve(
     maps: Array, masks: Array, *, thresholds: Sequence[float] | Array = THRESHOLDS, pooled: bool = False
 ) -> float:
-    """The area under `miou_curve`, by the trapezoidal rule; at most 1 for thresholds from 0 to 1."""
+    """Return the area under `miou_curve`, by the trapezoidal rule; at most 1 for thresholds from 0 to 1."""
     levels, values = miou_curve(maps, masks, thresholds=thresholds, pooled=pooled)
     return float(trapezoid(values, levels))
 
 
 def correlation(one: Array, other: Array) -> float:
-    """Pearson's correlation of two heat maps over their cells: 1 for the same shape, whatever scale and offset.
+    """Return Pearson's correlation of two (h, w) maps over their cells, in [-1, 1]; NaN where a map is constant.
 
-    Args:
-        one: (h, w) map.
-        other: likewise, of the same shape.
-
-    Returns:
-        A number in [-1, 1], NaN where a map is constant.
-
-    Raises:
-        ValueError: the shapes differ.
+    It is 1 for the same shape, whatever scale and offset. Raises ValueError where the shapes differ.
     """
     one, other = (torch.as_tensor(heat).detach().cpu().double() for heat in (one, other))
     if one.shape != other.shape:

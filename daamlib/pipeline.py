@@ -1,4 +1,4 @@
-"""One way to a pipeline: the bundled model, a folder or a model id.
+"""Load a pipeline (the bundled model, a folder or a model id), and read the parts of one.
 
 diffusers and transformers take seconds to import: only the functions that need them do it.
 """
@@ -36,8 +36,8 @@ def load_pipeline(
         pipe = daamlib.load_pipeline()  # the bundled model
         pipe = daamlib.load_pipeline(MODEL, device="cpu")
 
-    Of the progress bars only those of downloads show; `pipe.set_progress_bar_config(disable=False)` brings on that of
-    the steps.
+    Only the progress bars of downloads show; `pipe.set_progress_bar_config(disable=False)` brings back that of the
+    steps.
 
     Args:
         model: a folder or a model id of the hub; None for the bundled `urban-tiny`.
@@ -74,7 +74,7 @@ def load_pipeline(
 
 
 def _half_precision(model: str | Path) -> torch.dtype:
-    """The half precision that a model's denoiser is stored in, else the one that its kind is mostly trained in."""
+    """Return the half precision of a model's stored denoiser, else the one that its kind is mostly trained in."""
     from diffusers import DiffusionPipeline
 
     folder = Path(model if Path(model).is_dir() else DiffusionPipeline.download(str(model)))
@@ -144,10 +144,10 @@ def generators(seeds: Iterable[int]) -> list[torch.Generator]:
 
 
 def denoiser_of(pipe: Any) -> Any:
-    """Return a pipeline's U-Net or transformer without its wrappers, whose signature and layer names are others.
+    """Return a pipeline's U-Net or transformer without its wrappers, or raise TypeError for a pipeline without one.
 
-    It may be wrapped by `torch.compile`, PEFT's `get_peft_model` and `DistributedDataParallel`, one in another. Raises
-    TypeError for a pipeline without one.
+    Wrappers (`torch.compile`, PEFT's `get_peft_model`, `DistributedDataParallel`, one in another) have another
+    signature and other layer names.
     """
     for part in DENOISERS:
         denoiser = getattr(pipe, part, None)
@@ -160,7 +160,7 @@ def denoiser_of(pipe: Any) -> Any:
 
 
 def _unwrapped(module: Any) -> Any:
-    """A module out of its wrappers, which all call it, hooks and all."""
+    """Return a module out of its wrappers, which all call it, hooks and all."""
     if "_orig_mod" in module._modules:  # torch.compile
         return _unwrapped(module._orig_mod)
     if isinstance(module, torch.nn.parallel.DistributedDataParallel):
@@ -172,8 +172,8 @@ def _unwrapped(module: Any) -> Any:
 def uncompiled(pipe: Any) -> Iterator[None]:
     """Run nothing of the denoiser compiled inside the `with`: compiled code does not call new hooks.
 
-    It, or parts of it, may be compiled by `torch.compile(denoiser)`, by a module's `compile()`, or by
-    `denoiser.forward = torch.compile(denoiser.forward)`.
+    It covers `torch.compile(denoiser)`, a module's `compile()`, and `denoiser.forward =
+    torch.compile(denoiser.forward)`.
     """
     denoisers = [getattr(pipe, name, None) for name in DENOISERS]
     with ExitStack() as stack:
@@ -245,7 +245,7 @@ def loading(source: str | Path, *, exactly: bool = False) -> Iterator[None]:
 
 @contextmanager
 def cpu_threads(n: int) -> Iterator[None]:
-    """PyTorch on `n` threads, and as before afterwards."""
+    """Run PyTorch on `n` threads inside the `with`."""
     before = torch.get_num_threads()
     torch.set_num_threads(n)
     try:

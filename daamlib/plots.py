@@ -29,7 +29,7 @@ METHOD_COLOURS = {"DAAM": "#D55E00", "LDAAM": "#56B4E9"}  # of curves and bars; 
 def _grid(
     count: int, columns: int, cell: tuple[float, float], edge: tuple[float, float] = (0.0, 0.0), layout="constrained"
 ) -> tuple[Figure, np.ndarray]:
-    """Bare axes of `count` pictures, at most `columns` in a row; width and height of a cell and the edge in inches."""
+    """Return bare axes of `count` pictures, at most `columns` in a row; cell and edge: width and height in inches."""
     if not count:
         raise ValueError("there is nothing to show: give one image or more")
     columns = min(columns, count)
@@ -48,7 +48,7 @@ def _name(axes: Iterable, titles: Iterable[str], *, row: bool = False) -> None:
 
 
 def _array(values) -> np.ndarray:
-    """A map from any device, or an array, in float32."""
+    """Return a map from any device, or an array, in float32."""
     return torch.as_tensor(values).detach().float().cpu().numpy()
 
 
@@ -66,11 +66,11 @@ def _outline(ax, mask: np.ndarray, colour: str = "cyan", width: float = 0.8) -> 
 def show_images(
     images: Sequence[Picture], titles: Sequence[str] = (), *, columns: int = 6, size: float = 2.0
 ) -> Figure:
-    """Show PIL images or (H, W[, 3]) arrays in a grid.
+    """Show PIL images or (H, W[, 3]) arrays in a grid, at most `columns` in a row, each `size` inches wide.
 
         show_images(images, ["one", "two"], columns=2)
 
-    Each is `size` inches wide, at most `columns` stand in a row.
+    Fewer titles than images may be given.
     """
     figure, axes = _grid(len(images), columns, (size, size + 0.35), layout="tight")
     for ax, image in zip(axes.flat, images, strict=False):
@@ -122,18 +122,9 @@ def show_maps(
         show_maps(image, record.daam())  # every word of the prompt
         show_maps(image, {"car": record.daam()["car"], "traffic light": record.ldaam("traffic light")})
 
-    Args:
-        image: PIL image or (H, W, 3) array.
-        maps: of a record, a picture a word; or title -> (h, w) map, or the maps of a text, whose words are averaged.
-            A map's minimum and maximum, before scaling, stand under the picture.
-        columns: how many pictures stand in a row at most.
-        size: width of a picture in inches.
-
-    Returns:
-        The figure.
-
-    Raises:
-        ValueError: for what is no (h, w) map.
+    `maps` are those of a record, a picture a word; or title -> (h, w) map, or the maps of a text, whose words are
+    averaged. A map's minimum and maximum, before scaling, stand under the picture; `columns` and `size` are as of
+    `show_images`. Raises ValueError for what is no (h, w) map.
     """
     named = _by_word(maps) if isinstance(maps, HeatMaps) else {title: _one_map(each) for title, each in maps.items()}
     wrong = {title: tuple(heat.shape) for title, heat in named.items() if heat.ndim != 2}
@@ -150,13 +141,13 @@ def show_maps(
 
 
 def _by_word(maps: HeatMaps) -> dict[str, np.ndarray]:
-    """The map of each word of a text, or of each row where the words are unknown."""
+    """Return the map of each word of a text, or of each row where the words are unknown."""
     words = dict.fromkeys(word.text for word in maps.words)
     return {word: _array(maps[word]) for word in words} or dict(zip(maps.tokens, _array(maps.values), strict=True))
 
 
 def _one_map(given: torch.Tensor | np.ndarray | HeatMaps) -> np.ndarray:
-    """A map; of the maps of a text their mean over its words."""
+    """Return a map; of the maps of a text their mean over its words."""
     return np.mean(list(_by_word(given).values()), axis=0) if isinstance(given, HeatMaps) else _array(given)
 
 

@@ -1,4 +1,4 @@
-"""Where the files are that come with the package: its model, the prompts and the thesis' tables.
+"""Places of the files that come with the package: its model, the prompts and the thesis' tables.
 
 In a clone they lie in the folder `data`. A wheel carries that folder as `daamlib/_data` (pyproject.toml says how).
 """
@@ -12,12 +12,5 @@ CLONE = None if _PACKAGED.is_dir() else Path(__file__).resolve().parents[1]
 
 
 def bundled(name: str) -> Path:
-    """The place of something that comes with the package.
-
-    Args:
-        name: of a file or folder in `data`, such as "urban-tiny"; not all of `data` is in a wheel.
-
-    Returns:
-        Its path, whether it is there or not.
-    """
+    """Return the path of a file or folder in `data`, such as "urban-tiny"; not all of `data` is in a wheel."""
     return (CLONE / "data" if CLONE else _PACKAGED) / name

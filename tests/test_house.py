@@ -24,8 +24,6 @@ FLOORS = 6  # so many rooms of the library stand on one another at most
 LINES = {"daamlib": 13_515, "daamlib_lab": 3_255, "training": 1_580}  # at most; to be lowered, never raised
 FUNCTION, CLASS = 60, 250  # lines at most, but for those below: to be emptied, never filled
 LONG = {
-    "daamlib.datasets.export coco",
-    "daamlib.datasets.generation generate",
     "daamlib.tokens.optimize optimize_token",
     "daamlib.tokens.optimize token_objective",
     "daamlib.tokens.probe optimize_probe",

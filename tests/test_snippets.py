@@ -197,7 +197,6 @@ BARE = {
     "OptimizedToken",
     "choose_settings",
     "label_map",
-    "metrics",
     "optimize_probe",
     "optimize_token",
     "text_of",

@@ -37,12 +37,10 @@ class Dataset(torch.utils.data.Dataset):
         loader = torch.utils.data.DataLoader(flipped, batch_size=8, shuffle=True)
 
     Attributes:
-        folder: where the files are.
+        folder: of the files.
         manifest: one row an image: index (also the row's name), file, prompt, seed, model, weights, scheduler, steps,
-            guidance, and the versions of torch, diffusers, transformers and daamlib. That of one shard has its images
-            alone.
-        transform: changes image and label map together before `dataset[k]` makes tensors of them, (H, W, 3) and (H, W)
-            uint8.
+            guidance, and the versions of torch, diffusers, transformers and daamlib.
+        transform: changes an image, (H, W, 3) uint8, and its label map, (H, W) uint8, before they become tensors.
     """
 
     folder: Path
@@ -83,7 +81,7 @@ class Dataset(torch.utils.data.Dataset):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What dataset.json says: how the images were made, and in `labels` where the label maps come from."""
+        """Contents of dataset.json: how the images were made, and in `labels` the sources of the label maps."""
         return files.read_settings(self.folder)
 
     @property
@@ -138,11 +136,11 @@ class Dataset(torch.utils.data.Dataset):
         return self.labels(i) == self.classes.id(name)
 
     def require_labels(self) -> None:
-        """Read all files once.
+        """Read all files once; raise ValueError for no image, one without a label map, or a damaged file.
 
             dataset.require_labels()
 
-        Raises ValueError if an image has no label map, a file is damaged, or there is no image.
+        Exports call it first.
         """
         if not self.indices:
             raise ValueError(f"there is no image: none of {self.folder} is selected")
@@ -154,20 +152,13 @@ class Dataset(torch.utils.data.Dataset):
         files.verify(self.folder, self.settings, self.indices)
 
     def with_class(self, name: str, min_area: float = MIN_AREA, *, in_prompt: bool = True) -> list[int]:
-        """Find the images that show a class; those without a label map are left out.
+        """Return the indices of the images that show a class on `min_area`, a share of the image, or more.
 
             dataset.with_class("car", min_area=0.1)
 
-        Args:
-            name: of the class.
-            min_area: the smallest share of the image that it covers.
-            in_prompt: of generated images only those whose prompt names the class too, see `names`.
-
-        Returns:
-            The images' indices.
-
-        Raises:
-            ValueError: if no image has a label map, for a share that is none, or a name that is none of `classes`.
+        Images without a label map are left out and, with `in_prompt`, generated images whose prompt does not name the
+        class (`names`). Raises ValueError if no image has a label map, for a bad share, or a name that is none of
+        `classes`.
         """
         number, labelled = self.classes.id(name), self.labelled
         if not 0 < min_area <= 1:
@@ -184,17 +175,8 @@ class Dataset(torch.utils.data.Dataset):
             with_records = datasets.generate(pipe, ["a car"], "few", steps=2, keep_steps=1)
             with_records.record(0, pipe).daam()["car"]
 
-        Args:
-            i: index of the image.
-            pipe: the pipeline that made it, to embed further texts.
-
-        Returns:
-            The record.
-
-        Raises:
-            IndexError: for an index that is not in the manifest.
-            ValueError: if the images were made without `keep_steps`, or by another model than `pipe`, or the record is
-                of another image.
+        `pipe`, the pipeline that made it, embeds further texts. Raises IndexError for an unknown index, and ValueError
+        if the images were made without `keep_steps` or by another model than `pipe`, or the record is of another image.
         """
         path = self.path("records", i)
         if not path.is_file():
@@ -212,18 +194,9 @@ def load(folder: str | Path, *, verify: bool = True) -> Dataset:
 
         dataset = load(dataset.folder)
 
-    Args:
-        folder: where it is.
-        verify: whether to read all files once, so that a damaged one is noticed here (0.5 s for 1,000 images of 128
-            pixels); False: only that all are there.
-
-    Returns:
-        All its images.
-
-    Raises:
-        FileNotFoundError: where there is no dataset, or a file is missing.
-        ValueError: where dataset.json is damaged, the manifest is not the one that follows from it, or an image, label
-            map or record is damaged or of another size.
+    With `verify` all files are read once, so that a damaged one is noticed here (0.5 s for 1,000 images of 128 pixels).
+    Raises FileNotFoundError where there is no dataset, or a file is missing, and ValueError where dataset.json, an
+    image, a label map or a record is damaged, or the manifest was edited.
     """
     manifest, settings = files.read_manifest(Path(folder))
     if verify:
@@ -232,11 +205,11 @@ def load(folder: str | Path, *, verify: bool = True) -> Dataset:
 
 
 def names(class_name: str, prompt: str) -> bool:
-    """Return whether a prompt names a class.
+    """Return whether a prompt names a class in whole words, one or several, in any case and with any punctuation.
 
         names("traffic light", "Two traffic-lights!")
 
-    It does in whole words, one or several of it, in any case and with any punctuation.
+    The plural is by rule, but for those of `IRREGULAR`.
     """
     name = class_name.casefold()
     plural = re.sub(r"([^aeiou])y$", r"\1ie", name) + ("es" if name.endswith(("s", "x", "ch", "sh")) else "s")

@@ -3,11 +3,13 @@
     export.cityscapes(dataset, "out", classes=("car", "person"))
     export.coco(dataset, "out")
     export.overlays(dataset, "out")  # for a quick look
+    export.detections(dataset.labels(0))  # the arguments of supervision.Detections
     export.hugging_face(dataset)  # a datasets.Dataset, which has a push_to_hub of its own
 
-Every file is written whole or not at all, and an export that was stopped is finished by the same call. Calling one
-again writes the files anew, as after `datasets.import_masks`; files of another dataset in its folders are an error, and
-so is a damaged image or label map. `classes` are names of the dataset's own classes (`Dataset.classes`).
+All images of the dataset need a label map; `classes` are names of its own classes (`Dataset.classes`). Every file is
+written whole or not at all. Calling an export again finishes it, or writes its files anew, as after
+`datasets.import_masks`. Files of another dataset in its folders are a ValueError, and so is a damaged image or label
+map.
 """
 
 import filecmp
@@ -30,6 +32,7 @@ with needs("datasets"):
     from pycocotools import mask as coco_mask
     from scipy.ndimage import distance_transform_edt
     from skimage.measure import label as connected
+    from skimage.measure import regionprops
 
 CLASSES = "classes.json"
 DEVICES = ("CON", "PRN", "AUX", "NUL")  # of Windows
@@ -44,36 +47,23 @@ def cityscapes(
     city: str = "urban",
     classes: Sequence[str] | None = None,
 ) -> Path:
-    """Write the folders of Cityscapes, index i of the dataset as frame i.
+    """Write the folders of Cityscapes, index i of the dataset as frame i; return `folder`.
 
         leftImg8bit/<split>/<city>/<city>_000000_000007_leftImg8bit.png         the image
-        gtFine/<split>/<city>/<city>_000000_000007_gtFine_labelIds.png          ids
+        gtFine/<split>/<city>/<city>_000000_000007_gtFine_labelIds.png          ids, 0 (unlabeled) where ignored
         gtFine/<split>/<city>/<city>_000000_000007_gtFine_labelTrainIds.png     what a network is trained on
         classes.json                                                            {train id: class}
 
         cityscapes(dataset, "out", split="val", classes=["car", "person"])
 
-    In labelIds ignored pixels (255) are 0, unlabeled, which Cityscapes' tools ignore.
+    labelTrainIds has 0 for the background, 1 ... K for `classes` in their order, and 255 for ignored pixels. Without
+    `classes` it has Cityscapes' own 19 ids, with 255 elsewhere (of a dataset of other classes: all of them, as if they
+    were named). That is right where every pixel has a class, as in rendered scenes. In a dataset labelled by tokens of
+    a few classes 0 says "none of these", which a network has to be shown: name its classes. The splits of a folder
+    share one classes.json.
 
-    In labelTrainIds the ids are 0 for the background, 1 ... K for `classes` in their order, and 255 for what is to be
-    ignored. Without `classes` they are Cityscapes' own 19, with 255 elsewhere (of a dataset of other classes: all of
-    them, as if they were named). That is right where every pixel has a class, as in rendered scenes. A dataset labelled
-    by tokens of a few classes says by 0 "none of these", which a network has to be shown: name its classes. Splits of
-    one folder share one classes.json; one with others is refused.
-
-    Args:
-        dataset: all its images have a label map.
-        folder: to write to.
-        split: name of the split.
-        city: name of the city.
-        classes: names of the classes to train on; None: all.
-
-    Returns:
-        The folder.
-
-    Raises:
-        ValueError: for no image, one without a label map, a class that the dataset has not or that comes twice, names
-            that cannot be in a file's name, and where the folders hold files of another export or other classes.
+    Raises ValueError for no image, one without a label map, a class that is unknown or comes twice, names that cannot
+    be in a file's name, and where the folders hold files of another export or other classes.
     """
     folder, (table, names) = Path(folder), _train_ids(classes, dataset.classes)
     _check_names("_", split=split, city=city)  # "_" parts a file's name
@@ -100,29 +90,16 @@ def coco(
     classes: Sequence[str] | None = None,
     min_pixels: int = 1,
 ) -> Path:
-    """Write COCO's folders, `<split>/00007.png` and `annotations/instances_<split>.json`.
+    """Write COCO's folders, `<split>/00007.png` and `annotations/instances_<split>.json`; return the JSON file.
 
         path = coco(dataset, "out")
         datasets.import_masks(dataset, path)  # reads it back, pixel by pixel if all classes and pieces were written
 
-    An annotation is a connected piece (8 neighbours) of a class: two cars that touch are one, one behind a pole is two.
-    Its mask is given by compressed run lengths, its category by the id of the dataset's class. COCO does not know the
-    "point" of an annotation, the [x, y] of the pixel farthest inside, nor the "ignored" pixels (255) of an image, which
-    most tools take for background, nor "complete" under "info": all images are labelled.
-
-    Args:
-        dataset: all its images have a label map.
-        folder: to write to.
-        split: name of the split.
-        classes: names of the classes to annotate; None: all that occur but "unlabeled" (0).
-        min_pixels: smaller pieces are left out.
-
-    Returns:
-        The JSON file.
-
-    Raises:
-        ValueError: for no image, one without a label map, a class that the dataset has not, a split that is no file
-            name, and where `<split>` holds files of another export.
+    An annotation is a connected piece (8 neighbours) of a class, of `min_pixels` or more: two cars that touch are one,
+    one behind a pole is two. Its mask is given by compressed run lengths, its category by the class's id; without
+    `classes` all are annotated that occur, but "unlabeled" (0). COCO does not know the "point" of an annotation, the
+    [x, y] of the pixel farthest inside, nor the "ignored" pixels (255) of an image, which most tools take for
+    background, nor "complete" under "info": all images are labelled. Raises ValueError as `cityscapes` does.
     """
     folder, table, categories = Path(folder), dataset.classes, _category_ids(classes, min_pixels, dataset.classes)
     _check_names("", split=split)
@@ -136,7 +113,7 @@ def coco(
     info |= {} if table.stored() is None else {"classes": table.stored()}
 
     def save(temporary: Path) -> None:
-        """One annotation a line, as it is found: those of 100,000 images would fill the memory."""
+        """Write one annotation a line, image by image: those of 100,000 images would fill the memory."""
         with temporary.open("w", encoding="utf-8") as file:
             file.write('{"annotations": [')
             number = 0
@@ -151,11 +128,7 @@ def coco(
                     entry = {"id": number + 1, "image_id": i, **annotation}
                     file.write(",\n" * bool(number) + json.dumps(entry))
                     number += 1
-            listed = [
-                {"id": i, "name": table.names[i], "supercategory": _category(table, table.names[i])}
-                for i in sorted(occurring)
-            ]
-            rest = {"categories": listed, "images": images, "info": info}
+            rest = {"categories": [_category(i, table) for i in sorted(occurring)], "images": images, "info": info}
             file.write("],\n" + ",\n".join(f'"{name}": {json.dumps(part)}' for name, part in rest.items()) + "}\n")
 
     files.write(path, save)
@@ -169,17 +142,8 @@ def hugging_face(dataset: Dataset) -> Any:
 
     Columns: image (RGB) and label (ids, 255 ignored), both decoded to PIL images when they are looked at; index,
     prompt, seed. `info.description` names the classes. It refers to the files of this dataset's folder, which are read
-    once here; `save_to_disk` and `push_to_hub` copy them.
-
-    Args:
-        dataset: all its images have a label map.
-
-    Returns:
-        The `datasets.Dataset`.
-
-    Raises:
-        ImportError: without the package.
-        ValueError: for no image, one without a label map, and a damaged file.
+    once here; `save_to_disk` and `push_to_hub` copy them. Raises ImportError without the package, ValueError as
+    `cityscapes` does.
     """
     with needs("datasets"):
         import datasets  # Hugging Face's: imports of this package's own are relative
@@ -211,51 +175,51 @@ def prompts(
     min_pixels: int = 1,
     table: ClassList | Mapping[str, Any] = CITYSCAPES,
 ) -> list[dict[str, Any]]:
-    """Return boxes and points for a promptable segmenter (such as SAM), of each connected piece of a label map.
+    """Return boxes and points for a promptable segmenter (such as SAM), of each connected piece of (H, W) uint8 ids.
 
         prompts(dataset.labels(0), classes=["car"])
 
-    Args:
-        labels: (H, W) uint8 ids, 255 to be ignored.
-        classes: names of the classes; None: all that occur but "unlabeled" (0).
-        min_pixels: smaller pieces are left out.
-        table: the classes of the label map, such as `Dataset.classes` or {name: id}.
-
-    Returns:
-        One a piece: {"class": name, "box": [x0, y0, x1, y1], "points": [[x, y]], "point_labels": [1]} in pixels, the
-        lower right corner included, the point the pixel farthest inside.
-
-    Raises:
-        ValueError: for a class or an id that is not in the table, or min_pixels below 1.
+    `table` has the classes of the label map, such as `Dataset.classes` or {name: id}; `classes` and `min_pixels` are as
+    of `coco`. Each piece gives {"class": name, "box": [x0, y0, x1, y1], "points": [[x, y]], "point_labels": [1]} in
+    pixels, the lower right corner included, the point the pixel farthest inside. Raises ValueError for a class or an id
+    that is not in the table, or min_pixels below 1.
     """
-    table = class_list(table)
-    categories = _category_ids(classes, min_pixels, table)
-    table.check(labels, "the label map")
-    results = []
-    for piece in _instances(labels, categories, min_pixels):
-        x, y, width, height = piece["bbox"]
-        box = [x, y, x + width - 1, y + height - 1]
-        name = table.names[piece["category_id"]]
-        results.append({"class": name, "box": box, "points": [piece["point"]], "point_labels": [1]})
-    return results
+    return [
+        {"class": name, "box": box, "points": [piece["point"]], "point_labels": [1]}
+        for name, box, piece in _named_pieces(labels, classes, min_pixels, class_list(table))
+    ]
+
+
+def detections(
+    labels: np.ndarray,
+    *,
+    classes: Sequence[str] | None = None,
+    min_pixels: int = 1,
+    table: ClassList | Mapping[str, Any] = CITYSCAPES,
+) -> dict[str, Any]:
+    """Return the arguments of `supervision.Detections`, one row for each connected piece of (H, W) uint8 ids.
+
+        arguments = detections(dataset.labels(0))  # supervision.Detections(**arguments)
+
+    They are `xyxy` (n, 4) in pixels, the lower right corner included, `mask` (n, H, W) bool, `class_id` (n,), and
+    "class_name" (n,) in `data`. Other arguments and errors are those of `prompts`.
+    """
+    pieces = list(_named_pieces(labels, classes, min_pixels, class_list(table)))
+    masks = [coco_mask.decode(piece["segmentation"]) for _, _, piece in pieces]
+    return {
+        "xyxy": np.array([box for _, box, _ in pieces], float).reshape(-1, 4),
+        "mask": np.array(masks, bool).reshape(-1, *labels.shape),
+        "class_id": np.array([piece["category_id"] for _, _, piece in pieces], int),
+        "data": {"class_name": np.array([name for name, _, _ in pieces], str)},
+    }
 
 
 def overlays(dataset: Dataset, folder: str | Path, *, opacity: float = 0.55) -> Path:
-    """Write `overlays/00007.png`, the label map painted over its image, for a quick look.
+    """Write `overlays/00007.png`, the label map painted over its image, for a quick look; return their folder.
 
         overlays(dataset, "out", opacity=0.4)
 
-    Args:
-        dataset: all its images have a label map.
-        folder: to write to.
-        opacity: of the colours, in [0, 1].
-
-    Returns:
-        The folder of the pictures.
-
-    Raises:
-        ValueError: for no image, one without a label map, another opacity, and where `overlays` holds files of another
-            export.
+    Raises ValueError for an opacity of the colours outside of [0, 1], and as `cityscapes` does.
     """
     if not 0 <= opacity <= 1:
         raise ValueError(f"opacity must be in [0, 1], got {opacity}")
@@ -269,19 +233,31 @@ def overlays(dataset: Dataset, folder: str | Path, *, opacity: float = 0.55) -> 
     return pictures
 
 
+def _named_pieces(
+    labels: np.ndarray, classes: Sequence[str] | None, min_pixels: int, table: ClassList
+) -> Iterator[tuple[str, list[int], dict[str, Any]]]:
+    """Yield the class, the box [x0, y0, x1, y1] and COCO's entry of each piece; the box includes its last pixels."""
+    categories = _category_ids(classes, min_pixels, table)
+    table.check(labels, "the label map")
+    for piece in _instances(labels, categories, min_pixels):
+        x, y, width, height = piece["bbox"]
+        yield table.names[piece["category_id"]], [x, y, x + width - 1, y + height - 1], piece
+
+
 def run_lengths(mask: np.ndarray) -> dict[str, Any]:
-    """COCO's compressed run lengths of an (H, W) mask, as JSON has them."""
+    """Return COCO's compressed run lengths of an (H, W) mask, as JSON has them."""
     encoded = coco_mask.encode(np.asfortranarray(mask, np.uint8))
     return {"size": list(encoded["size"]), "counts": encoded["counts"].decode("ascii")}
 
 
-def _category(table: ClassList, name: str) -> str:
-    """COCO's supercategory of a class; only Cityscapes has some."""
-    return BY_NAME[name].category if table.name == CITYSCAPES.name else table.name
+def _category(number: int, table: ClassList) -> dict[str, Any]:
+    name = table.names[number]
+    group = BY_NAME[name].category if table.name == CITYSCAPES.name else table.name  # only Cityscapes groups classes
+    return {"id": number, "name": name, "supercategory": group}
 
 
 def _category_ids(classes: Sequence[str] | None, min_pixels: int, table: ClassList) -> set[int] | None:
-    """The ids of some classes, None for all."""
+    """Return the ids of some classes, None for all."""
     if isinstance(classes, str) or (classes is not None and not classes):
         raise ValueError(f"classes are names, one or more, got {classes!r}")
     files.whole_number("min_pixels", min_pixels, 1)
@@ -291,29 +267,30 @@ def _category_ids(classes: Sequence[str] | None, min_pixels: int, table: ClassLi
 
 
 def _instances(ids: np.ndarray, categories: set[int] | None, min_pixels: int) -> Iterator[dict[str, Any]]:
+    """Yield COCO's entry of each connected piece, without its numbers."""
     for category in np.unique(ids).tolist():
         if category in (0, IGNORED) or (categories is not None and category not in categories):
             continue
-        pieces, count = connected(ids == category, connectivity=2, return_num=True)
-        for piece in range(1, count + 1):
-            mask = run_lengths(pieces == piece)
-            area = int(coco_mask.area(mask))
-            if area >= min_pixels:
-                x, y, width, height = (int(number) for number in coco_mask.toBbox(mask))
-                point = _farthest_inside(pieces[y : y + height, x : x + width] == piece)
-                found = {"category_id": category, "segmentation": mask, "area": area, "bbox": [x, y, width, height]}
-                yield {**found, "point": [x + point[0], y + point[1]], "iscrowd": 0}
-
-
-def _farthest_inside(mask: np.ndarray) -> tuple[int, int]:
-    """(x, y) of the pixel farthest from all that is not of the mask, the surroundings of the array among it."""
-    distance = distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
-    y, x = np.unravel_index(distance.argmax(), mask.shape)
-    return int(x), int(y)
+        pieces = connected(ids == category, connectivity=2)
+        for piece in regionprops(pieces):
+            if piece.num_pixels < min_pixels:
+                continue
+            top, left, bottom, right = piece.bbox
+            # the image's border, too, counts as outside
+            distance = distance_transform_edt(np.pad(piece.image, 1))[1:-1, 1:-1]
+            y, x = np.unravel_index(distance.argmax(), distance.shape)
+            yield {
+                "category_id": category,
+                "segmentation": run_lengths(pieces == piece.label),
+                "area": int(piece.num_pixels),
+                "bbox": [left, top, right - left, bottom - top],
+                "point": [left + int(x), top + int(y)],
+                "iscrowd": 0,
+            }
 
 
 def _train_ids(classes: Sequence[str] | None, known_as: ClassList) -> tuple[np.ndarray, dict[str, str]]:
-    """(256,) uint8, the train id of each value of a label map; and {train id: class} as JSON has it."""
+    """Return the train id of each value of a label map, (256,) uint8; and {train id: class} as JSON has it."""
     table, known = np.full(256, IGNORED, np.uint8), np.array(list(known_as.names))
     if classes is None and known_as.stored() is None:
         table[known] = to_train_ids(known)
@@ -346,17 +323,14 @@ def _check_names(separators: str, **names: str) -> None:
 
 
 def _require_same_export(folder: Path, sources: Mapping[str, Path | None]) -> None:
-    """ValueError if the folder holds files that this export does not write; half-written ones of it go.
+    """Raise ValueError if the folder holds files that this export does not write; remove half-written ones of it.
 
-    sources: by the names of the files, what they are copies of, if of anything.
+    sources: {file name: the file that it is a copy of, if any}.
     """
-    there = {path.name for path in folder.glob("*") if not path.match(".*.part")}
-    other = there - set(sources)
-    if not other:
-        copies = {name: sources[name] for name in sorted(there)}
-        other = {name for name, path in copies.items() if path and not filecmp.cmp(folder / name, path, shallow=False)}
-    if other:
-        raise ValueError(f"{folder} holds {min(other)}, which is not of this dataset: name another folder")
+    for path in sorted(path for path in folder.glob("*") if not path.match(".*.part")):
+        source = sources.get(path.name)
+        if path.name not in sources or (source and not filecmp.cmp(path, source, shallow=False)):
+            raise ValueError(f"{folder} holds {path.name}, which is not of this dataset: name another folder")
     for path in folder.glob(".*.part"):
         path.unlink()
 

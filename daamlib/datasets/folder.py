@@ -1,9 +1,9 @@
-"""A dataset's folder: where its files are, and how they get there whole, once, and under one set of settings.
+"""A dataset's folder: where its files are, and how each is written whole, once, and under one set of settings.
 
     images/00000.png  labels/00000.png  records/00000.safetensors  manifest.csv  dataset.json
 
-The image file is written last: where it is, its record and label map are. `dataset.json` is written once the first
-image could be made, before any other file, and `manifest.csv` last, so a folder with a manifest is a complete dataset.
+`dataset.json` is written first, once an image could be made; an image after its record and label map; `manifest.csv`
+last, so a folder with a manifest is a complete dataset.
 """
 
 import csv
@@ -70,23 +70,29 @@ def short_hash(parts: Iterable[Any]) -> str:
 
 
 def missing(folder: Path, parts: Iterable[str], indices: Iterable[int]) -> list[int]:
-    """The indices of which the file of one of the parts is not there."""
+    """The indices of images that lack the file of one of the parts."""
     parts = tuple(parts)
     return [i for i in indices if not all((folder / file_name(part, i)).is_file() for part in parts)]
 
 
 def write(path: Path, save: Callable[[Path], Any]) -> None:
-    """`save` to a temporary name beside `path`, then rename: the file is whole or not there."""
+    """Call `save` with a temporary name, then rename: the file is whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:
         save(temporary)
 
 
-def mark(settings: dict[str, Any], index: int) -> str | None:
-    """Return what the PNG files of an image say of its making, so that a file of another image is noticed.
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON, whole or not at all."""
+    write(path, lambda temporary: temporary.write_text(_as_json(content), encoding="utf-8"))
 
-    Folders that were begun by older versions have none.
-    """
+
+def _as_json(content: Any) -> str:
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+
+
+def mark(settings: dict[str, Any], index: int) -> str | None:
+    """Return the text in an image's PNG files that shows how it was made; None in folders of older versions."""
     if not settings.get("marks"):
         return None
     made = [settings[name] for name in ("kind", "weights", "scheduler", "steps", "guidance")]
@@ -95,7 +101,7 @@ def mark(settings: dict[str, Any], index: int) -> str | None:
 
 
 def write_png(path: Path, image: np.ndarray, mark: str | None = None) -> None:
-    """Write (H, W, 3) uint8 pixels or (H, W) uint8 ids, with the `mark` of its image."""
+    """Write (H, W, 3) uint8 pixels or (H, W) uint8 ids, with the `mark` of their image."""
     info = PngInfo()
     if mark:
         info.add_text(MARK, mark)
@@ -103,7 +109,7 @@ def write_png(path: Path, image: np.ndarray, mark: str | None = None) -> None:
 
 
 def bar(images: Iterable[int] | None, what: str, **options) -> tqdm:
-    """Return a bar over images, or one to be moved by hand, silent under CI; `options` are tqdm's."""
+    """Return a progress bar over images, or one to be moved by hand, silent under CI."""
     return tqdm(images, desc=what, disable="CI" in os.environ, **options)
 
 
@@ -112,8 +118,8 @@ def opened(path: Path, formats: tuple[str, ...] = ("PNG",)) -> Iterator[Image.Im
     """Open a picture. Raises ValueError, naming the file, where it is cut, no picture or of another format."""
     try:
         with Image.open(path) as image:
-            if image.format == "PNG":
-                _require_end(path)
+            if image.format == "PNG" and not _has_end(path):
+                raise OSError("it is cut")
             if formats and image.format not in formats:  # JPEG changes ids and pixels
                 raise ValueError(f"{path} is a {image.format} picture: expected PNG, whatever its name says")
             yield image
@@ -123,12 +129,11 @@ def opened(path: Path, formats: tuple[str, ...] = ("PNG",)) -> Iterator[Image.Im
         raise ValueError(f"{path} is damaged or no picture: {error}. {REPAIR}") from error
 
 
-def _require_end(path: Path) -> None:
-    """OSError for a PNG without its end, a few bytes of which Pillow does not miss."""
+def _has_end(path: Path) -> bool:
+    """Whether a PNG has its last bytes; Pillow does not notice where a few are missing."""
     with path.open("rb") as file:
         file.seek(-min(path.stat().st_size, 1024), os.SEEK_END)
-        if PNG_END not in file.read():
-            raise OSError("it is cut")
+        return PNG_END in file.read()
 
 
 def read_png(path: Path) -> np.ndarray:
@@ -140,7 +145,7 @@ def read_png(path: Path) -> np.ndarray:
 def read_image(path: Path) -> np.ndarray:
     """Return (H, W, 3) uint8 pixels, a new array. Raises ValueError, naming the file, for anything else."""
     with opened(path) as image:
-        _require_mode(path, image, ("RGB",), "RGB pixels")
+        _check_picture(path, image, "RGB pixels", ("RGB",))
         return np.array(image)
 
 
@@ -152,9 +157,8 @@ def read_labels(
     Raises ValueError, naming the file, where it is damaged, no label map, of another size or image, or has other ids.
     """
     with opened(path) as image:
-        _require_mode(path, image, ("L", "P"), f"the {classes.name} id of each pixel")
-        _require_size(path, image.size, size)
-        _require_mark(path, image, mark, optional=True)
+        drawn = MARK not in image.info  # by a person, in another program
+        _check_picture(path, image, f"the {classes.name} id of each pixel", ("L", "P"), size, None if drawn else mark)
         tile = getattr(image, "tile", None)  # how Pillow reads the file, such as "L;4"
         bits = str(tile[0].args).partition(";")[2] if tile and image.mode == "L" else ""
         if bits.isdigit():  # decoders multiply these by 255 / (2^bits - 1): an id of 1 would be read as 17 or 85
@@ -164,57 +168,55 @@ def read_labels(
     return ids
 
 
-def _require_mark(path: Path, image: Image.Image, expected: str | None, *, optional: bool) -> None:
-    """ValueError for the file of another image; `optional`: it may have no mark, as what a person has drawn."""
-    found = image.info.get(MARK)
-    if expected and found != expected and not (optional and found is None):
-        what = "was replaced, or saved anew by another program" if found is None else "is of another image"
-        raise ValueError(f"{path} {what}: the mark of its making is {found!r}, expected {expected!r}. {REPAIR}")
-
-
-def _require_mode(path: Path, image: Image.Image, modes: tuple[str, ...], what: str) -> None:
+def _check_picture(
+    path: Path,
+    image: Image.Image,
+    what: str,
+    modes: tuple[str, ...],
+    size: tuple[int, int] | None = None,
+    mark: str | None = None,
+) -> None:
+    """Raise ValueError for a picture of another mode, size (W, H) or mark; None: any."""
     if image.mode not in modes:
         raise ValueError(f"{path} is a picture of mode {image.mode}: expected {what}, mode {' or '.join(modes)}")
-
-
-def _require_size(path: Path, found: tuple[int, int], size: tuple[int, int] | None) -> None:
-    if size is not None and found != size:
-        raise ValueError(
-            f"{path} is {found[0]} px wide and {found[1]} high: expected {size[0]} and {size[1]}. {REPAIR}"
-        )
+    if size is not None and image.size != size:
+        width, height = image.size
+        raise ValueError(f"{path} is {width} px wide and {height} high: expected {size[0]} and {size[1]}. {REPAIR}")
+    given = image.info.get(MARK)
+    if mark is not None and given != mark:
+        cause = "was replaced, or saved anew by another program" if given is None else "is of another image"
+        raise ValueError(f"{path} {cause}: the mark of its making is {given!r}, expected {mark!r}. {REPAIR}")
 
 
 def verify(folder: Path, settings: dict[str, Any], indices: Iterable[int]) -> None:
-    """Read the images' files that are there, without decoding an image; of a record only the header is read.
+    """Check the images' files that are there; no image is decoded, and of a record only the header is read.
 
-    Raises ValueError, naming the first file that is cut, no picture, of another size than the images of this dataset,
-    or has other ids than its classes, or is of another image (the label map of another program may be of any).
+    Raises ValueError, naming the first file that is cut, no picture, of another size or image, or has other ids than
+    the dataset's classes. A label map that another program wrote may be of any image.
     """
     size = (settings["size"][1], settings["size"][0]) if settings["size"] else None
     classes = class_list(settings.get("classes"))
     for i in indices:
-        paths = {part: folder / file_name(part, i) for part in SUFFIX}
-        if paths["images"].is_file():
-            with opened(paths["images"]) as image:
-                _require_mode(paths["images"], image, ("RGB",), "RGB pixels")
-                _require_size(paths["images"], image.size, size)
+        image_path, labels, record = (folder / file_name(part, i) for part in SUFFIX)
+        if image_path.is_file():
+            with opened(image_path) as image:
+                _check_picture(image_path, image, "RGB pixels", ("RGB",), size, mark(settings, i))
                 size = image.size  # without one in the settings that of the first
-                _require_mark(paths["images"], image, mark(settings, i), optional=False)
                 image.verify()
-        if paths["labels"].is_file():
-            read_labels(paths["labels"], classes, size, mark(settings, i))
-        if settings["keep_steps"] and paths["records"].is_file():
-            require_prompt(paths["records"], check_file(paths["records"]).get("prompt"), settings["prompts"][i])
+        if labels.is_file():
+            read_labels(labels, classes, size, mark(settings, i))
+        if settings["keep_steps"] and record.is_file():
+            require_prompt(record, check_file(record).get("prompt"), settings["prompts"][i])
 
 
-def require_prompt(path: Path, found: str | None, prompt: str) -> None:
-    """ValueError for a record of another prompt than its image has; embeddings have none."""
-    if found is not None and found != prompt:
-        raise ValueError(f"{path} is of another image: its prompt is {found!r}, expected {prompt!r}. {REPAIR}")
+def require_prompt(path: Path, given: str | None, prompt: str) -> None:
+    """Raise ValueError for a record of another prompt than its image has; None: a record of embeddings."""
+    if given is not None and given != prompt:
+        raise ValueError(f"{path} is of another image: its prompt is {given!r}, expected {prompt!r}. {REPAIR}")
 
 
 def clean(folder: Path, mine: Container[int]) -> None:
-    """Remove what a killed process left half-written of the images `mine`; those of others may be in the making."""
+    """Remove what a killed process left half-written of the images `mine`; other processes may be writing theirs."""
     for path in [path for part in (".", *SUFFIX) for path in (folder / part).glob(".*.part")]:
         number = path.name[1:].split(".")[0]
         with suppress(FileNotFoundError):  # its process has just finished it
@@ -228,7 +230,7 @@ def clean(folder: Path, mine: Container[int]) -> None:
 
 
 def whole_number(name: str, value: Any, lowest: float, highest: float = float("inf")) -> int:
-    """The value as an int. Raises TypeError unless it is a whole number, ValueError below or above the limits."""
+    """Return the value as an int. Raises TypeError for no whole number, ValueError outside of the limits."""
     try:
         number = operator.index(value)
     except TypeError as error:
@@ -239,7 +241,7 @@ def whole_number(name: str, value: Any, lowest: float, highest: float = float("i
     return number
 
 
-def common_settings(kind: str, n: int, seed: int, size: tuple[int, int] | None) -> dict[str, Any]:
+def common_settings(kind: str, n: int, seed: int = 0, size: tuple[int, int] | None = None) -> dict[str, Any]:
     """Settings of both kinds of dataset; fields that do not apply are None."""
     packages = ("torch", "diffusers", "transformers", "daamlib")
     return {
@@ -257,7 +259,7 @@ def common_settings(kind: str, n: int, seed: int, size: tuple[int, int] | None) 
 
 
 def required_parts(settings: dict[str, Any]) -> list[str]:
-    """What every image must have; the labels of generated ones may come later, but for those that tokens read."""
+    """Parts that every image must have; label maps may come later, unless a labeller's settings are stored."""
     labels = settings["kind"] == "rendered" or "label_maps" in settings
     return ["images"] + ["records"] * bool(settings["keep_steps"]) + ["labels"] * labels
 
@@ -269,17 +271,18 @@ def compare(
     indices: Iterable[int],
     classes: ClassList | None = None,
 ) -> dict[str, Any]:
-    """Return the settings that a folder goes on with, for further images and label maps too; nothing is written.
+    """Return the settings that a folder goes on with, with further images and label maps; nothing is written.
 
     How an image is rounded matters only where a part in `drawn` of an image in `indices` is still to be made: a
     finished dataset opens under other versions too. A dataset may grow: its first images stay. Raises ValueError,
     naming the differences, for other settings, and for a folder of files that is no dataset.
     """
-    # in this order: where another process has written an image, its settings were there before
+    # before the settings are read: where another process has written an image, its settings were there before
     foreign = any(any((folder / part).glob("*")) for part in SUFFIX)
-    if missing(folder, drawn, indices):
+    unfinished = bool(missing(folder, drawn, indices))
+    if unfinished:
         _require_writable(folder)
-    here = json.loads(json.dumps(settings))  # as they are read: tuples become lists
+    here = json.loads(_as_json(settings))  # as they are read: tuples become lists
     if classes is not None and classes.stored() is not None:
         here["classes"] = classes.stored()
     if not (folder / SETTINGS).is_file():
@@ -293,9 +296,8 @@ def compare(
         _require_one_labeller(folder, there, here)
     merged = _merged(there, here)
     _require_none_beyond(folder, there["images"])
-    ignored = {"labels", "classes"} | (set() if missing(folder, drawn, indices) else set(ROUNDING))
-    names = [name for name in {**merged, **here} if name not in ignored]
-    differences = [_difference(name, merged.get(name), here.get(name)) for name in names]
+    ignored = {"labels", "classes", *(() if unfinished else ROUNDING)}
+    differences = [_difference(k, merged.get(k), here.get(k)) for k in {**merged, **here} if k not in ignored]
     if classes is not None and (there["labels"] or "classes" in there):
         differences.append(class_list(there.get("classes")).difference(classes))
     if any(differences):
@@ -317,7 +319,7 @@ def begin(folder: Path, settings: dict[str, Any]) -> None:
     if merged != there:
         if merged["images"] > there["images"]:
             (folder / MANIFEST).unlink(missing_ok=True)
-        write(folder / SETTINGS, lambda temporary: _write_json(temporary, merged))
+        write_json(folder / SETTINGS, merged)
 
 
 def _merged(there: dict[str, Any], here: dict[str, Any]) -> dict[str, Any]:
@@ -326,13 +328,11 @@ def _merged(there: dict[str, Any], here: dict[str, Any]) -> dict[str, Any]:
     if here["images"] > n and there.get("prompts") == (here["prompts"][:n] if "prompts" in here else None):
         merged |= {name: here[name] for name in ("images", "prompts") if name in here}
     merged["labels"] = list(dict.fromkeys([*there["labels"], *here["labels"]]))
-    if "classes" in here:
-        merged["classes"] = here["classes"]
-    return merged
+    return merged | {name: here[name] for name in ("classes",) if name in here}
 
 
 def _require_writable(folder: Path) -> None:
-    """OSError, before hours of work, where no file can be written to the folder, which need not be there."""
+    """Raise OSError, before hours of work, where no file can be written to the folder, which need not exist."""
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not place.is_dir():
         raise NotADirectoryError(f"{place} is a file: name a folder for the dataset")
@@ -341,7 +341,7 @@ def _require_writable(folder: Path) -> None:
 
 
 def _require_one_labeller(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
-    """ValueError for a labeller that goes on with label maps of another one; masks of a person may stand among them."""
+    """Raise ValueError where label maps of another labeller are there; masks of a person do not count."""
     others = [source for source in there["labels"] if not source.startswith(MASKS)]
     if here["labels"] and others and not set(here["labels"]) & set(others):
         if any((folder / "labels").glob("[0-9]*.png")):
@@ -353,7 +353,7 @@ def _require_one_labeller(folder: Path, there: dict[str, Any], here: dict[str, A
 
 
 def _require_none_beyond(folder: Path, n: int) -> None:
-    """ValueError for numbered files of images that the dataset has not."""
+    """Raise ValueError for a file with the number of an image that the dataset does not have."""
     for path in [path for part in SUFFIX for path in (folder / part).glob(f"[0-9]*.{SUFFIX[part]}")]:
         if path.stem.isdigit() and int(path.stem) >= n:
             raise ValueError(f"{path} is not of this dataset, which has {n} images: remove it")
@@ -362,7 +362,7 @@ def _require_none_beyond(folder: Path, n: int) -> None:
 def _create(path: Path, settings: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with temporary_name(path) as temporary:
-        _write_json(temporary, settings)
+        temporary.write_text(_as_json(settings), encoding="utf-8")
         try:
             os.link(temporary, path)  # unlike a renaming it never replaces another process' settings
         except OSError:  # it was faster, or this file system has no links
@@ -371,42 +371,39 @@ def _create(path: Path, settings: dict[str, Any]) -> None:
 
 
 def _difference(name: str, there: Any, here: Any) -> str:
-    """What to say of it, "" where there is none."""
+    """Describe a difference, "" if there is none."""
     if name == "prompts" and there and here and there != here:
         name, (there, here) = next((f"prompt {i}", p) for i, p in enumerate(zip_longest(there, here)) if p[0] != p[1])
     return "" if there == here else f"{name}: {there!r} there, {here!r} here"
 
 
-def _write_json(path: Path, settings: dict[str, Any]) -> None:
-    path.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def read_settings(folder: Path) -> dict[str, Any]:
-    """The contents of dataset.json. Raises FileNotFoundError without one, ValueError where it is no such file."""
+    """Return the contents of dataset.json. Raises FileNotFoundError without one, ValueError for a damaged one."""
     path = folder / SETTINGS
     if not path.is_file():
         raise FileNotFoundError(f"no dataset in {folder}: it has no {SETTINGS}")
     try:
         settings = json.loads(path.read_text(encoding="utf-8-sig"))
-        found = settings["format"]
+        version = settings["format"]
     except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{path} is damaged, or of something else: {error!r}") from error
-    if found != FORMAT:
-        raise ValueError(f"{path} has the format {found!r}, this version reads {FORMAT!r}")
-    settings.setdefault("batch_size", 1)  # which it was where it is not said
-    odd = [name for name, kind in TYPES.items() if name not in settings or not isinstance(settings[name], kind)]
-    if not odd and settings["kind"] == "generated":
-        prompts = settings.get("prompts")
-        odd = [] if isinstance(prompts, list) and len(prompts) == settings["images"] else ["prompts"]
-    if not odd and settings["size"] is not None:
-        odd = [] if len(settings["size"]) == 2 and all(isinstance(s, int) for s in settings["size"]) else ["size"]
-    if odd:
-        raise ValueError(f"{path} is damaged or was edited: {odd[0]} is {settings.get(odd[0], 'missing')!r}"[:400])
+    if version != FORMAT:
+        raise ValueError(f"{path} has the format {version!r}, this version reads {FORMAT!r}")
+    settings.setdefault("batch_size", 1)  # the only one of older versions
+    wrong = [name for name, kind in TYPES.items() if name not in settings or not isinstance(settings[name], kind)]
+    if not wrong:
+        prompts, size = settings.get("prompts"), settings["size"]
+        if settings["kind"] == "generated" and not (isinstance(prompts, list) and len(prompts) == settings["images"]):
+            wrong = ["prompts"]
+        elif size is not None and not (len(size) == 2 and all(isinstance(side, int) for side in size)):
+            wrong = ["size"]
+    if wrong:
+        raise ValueError(f"{path} is damaged or was edited: {wrong[0]} is {settings.get(wrong[0], 'missing')!r}"[:400])
     return settings
 
 
 def classes_of(folder: Path) -> ClassList:
-    """The classes of a dataset's label maps, read anew where dataset.json has changed."""
+    """Return the classes of a dataset's label maps; dataset.json is only read again where it has changed."""
     return _classes(folder, (folder / SETTINGS).stat().st_mtime_ns)
 
 
@@ -421,29 +418,27 @@ def add_label_source(folder: Path, source: str, classes: ClassList, *, only: boo
     sources = [source] if only else list(dict.fromkeys([*settings["labels"], source]))
     noted = {**settings, "labels": sources} | ({} if stored is None else {"classes": stored})
     if noted != settings:
-        write(folder / SETTINGS, lambda temporary: _write_json(temporary, noted))
+        write_json(folder / SETTINGS, noted)
 
 
 # -- manifest ----------------------------------------------------------------------------------------------------
 
 
 def manifest(settings: dict[str, Any], prompts: list[str]) -> pd.DataFrame:
-    """One row an image. It follows from the settings, so whichever process writes it, it is the same."""
-    n = settings["images"]
-    frame = pd.DataFrame(
-        {
-            "index": range(n),
-            "file": [file_name("images", i) for i in range(n)],
-            "prompt": prompts,
-            "seed": [image_seed(settings, i) for i in range(n)],
-        }
-    )
+    """Return one row an image. It follows from the settings, so every process would write the same."""
+    indices = range(settings["images"])
+    columns = {
+        "index": indices,
+        "file": [file_name("images", i) for i in indices],
+        "prompt": prompts,
+        "seed": [image_seed(settings, i) for i in indices],
+    }
     constant = {name: settings[name] for name in COLUMNS} | settings["versions"]
-    return frame.assign(**{name: "" if value is None else value for name, value in constant.items()})
+    return pd.DataFrame(columns).assign(**{name: "" if value is None else value for name, value in constant.items()})
 
 
 def image_seed(settings: dict[str, Any], index: int) -> int:
-    """Of a rendered scene its number; else 32 bits (a CPU generator reads no more) drawn from (seed, index).
+    """Return a rendered scene's number, else 32 bits (a CPU generator reads no more) drawn from (seed, index).
 
     Drawn, not `seed + index`: datasets of two seeds share no noise.
     """
@@ -458,6 +453,14 @@ def write_manifest(folder: Path, settings: dict[str, Any], prompts: list[str]) -
         _checked_manifest(folder, settings, prompts)
     else:
         write(folder / MANIFEST, lambda temporary: manifest(settings, prompts).to_csv(temporary, index=False))
+
+
+def finish(folder: Path, parts: Iterable[str], n: int) -> None:
+    """Write the manifest of a generated dataset once its n images are there, unless it has grown meanwhile."""
+    if not missing(folder, parts, range(n)):
+        settings = read_settings(folder)
+        if settings["images"] == n:
+            write_manifest(folder, settings, settings["prompts"])
 
 
 def read_manifest(folder: Path) -> tuple[pd.DataFrame, dict[str, Any]]:

@@ -31,7 +31,7 @@ from .labelling import Labeller, label_image
 
 log = logging.getLogger("daamlib")
 
-GPU_BATCH = 4  # images; what fits beside their attention at 1024 px
+GPU_BATCH = 4  # images at 1024 px that fit in memory with their attention
 MOST = 1024  # images of a batch, and threads; more is a mistake
 TEXTS = ("negative_prompt", "prompt_")  # begin the names of the pipeline's options that are texts
 # what `generate` itself passes to a pipeline, and its own name for it
@@ -68,61 +68,54 @@ def generate(
     """Generate one image a prompt into a folder; what is there already, made the same way, stays.
 
         dataset = generate(pipe, ["a car", "a person"], "new", steps=2, size=64)
-        dataset.image(0)
 
-    The noise of an image is drawn on the CPU from the seed and its index, in the batches of the whole dataset, however
-    it is sharded or resumed. So the bytes of an image depend on neither. They do depend, by single pixels and one
-    level, on what rounds its matrix products: `batch_size`, the device, the number of CPU threads, the versions, which
-    have to be the same as long as there is something to be drawn. (On a GPU the bytes are as repeatable as its kernels
-    are, see `torch.use_deterministic_algorithms`.)
+    The noise of an image is drawn on the CPU from the seed and its index, and batches are those of the whole dataset,
+    so sharding and resuming change no image. By single pixels and one level the bytes do depend on `batch_size`, the
+    device (a GPU's kernels, too), the CPU threads and the versions, which must stay the same until all is generated.
+
+    Raises TypeError for values of another type, and options that the pipeline does not take or JSON cannot hold.
+    Raises ValueError for other bad arguments, a labeller of another model, a bad label map, pixels that are NaN, a
+    damaged file, and, naming the differences, a folder that was begun with other settings.
 
     Args:
         pipe: a Stable Diffusion pipeline.
-        prompts: one for each image.
-        folder: a new one, or one to go on in. It can be killed at any moment, and the same call goes on. With more
-            prompts than before the dataset grows, if its own are the first of them.
-        labeller: makes the label map of each image, see `daamlib.datasets.labelling`; None: images alone. With a
-            labeller that reads no record (its attribute `store` is None), images that are there are labelled as they
-            are. A label map that is there stays, as one that a person corrected (`import_masks`).
+        prompts: one for each image. With more than before the dataset grows, if its own are the first of them.
+        folder: a new one, or one to go on in. It can be killed at any moment, and the same call goes on.
+        labeller: makes the label maps, see `daamlib.datasets.labelling`; None: images alone. One whose `store` is None
+            labels images that are there, too. A label map that is there stays, as one that a person corrected.
         seed: of the noise.
         steps: denoising steps.
         guidance: scale of classifier-free guidance.
         size: of the images in pixels, a side or (height, width); None: the model's own.
         batch_size: images that are denoised at once; None: 1 on a CPU, 4 elsewhere.
         shard: (k, n) makes every n-th batch from the k-th on, so that n processes fill one folder.
-        keep_steps: number of steps, evenly spaced, of each image's attention record that is stored, queries in float16.
-        self_attention: store with each record what `record.refine` needs: of all late steps the mean, in float16,
-            2.1 MB an image at 32 x 32 positions.
-        classes: those of the label maps (`daamlib.classes.class_list`); None: the labeller's, without any Cityscapes.
+        keep_steps: number of evenly spaced steps of the attention records that are stored, queries in float16.
+        self_attention: store with each record the mean that `record.refine` reads, 2.1 MB at 32 x 32 positions.
+        classes: those of the label maps (`daamlib.classes.class_list`); None: the labeller's, else Cityscapes.
         **options: of the pipeline's own call, the same for every image, such as negative_prompt="blurry".
 
     Returns:
         The dataset, or the shard's part of it; `load` returns all.
-
-    Raises:
-        TypeError: for prompts that are no list of strings, numbers of other types, and options that the pipeline does
-            not take or dataset.json cannot hold.
-        ValueError: for other arguments that do not fit, a labeller of another model, a label map that is none, pixels
-            that are no numbers, a damaged file in the folder, and, naming the differences, a folder that was begun with
-            other prompts, settings or weights.
     """
-    if not isinstance(shard, Sequence) or len(shard) != 2:
-        raise TypeError(f"shard is (k, n) with 0 <= k < n, got {shard!r}")
-    k, n = (files.whole_number(f"each number of shard={shard}", number, 0) for number in shard)
-    if not k < n:
-        raise ValueError(f"shard is (k, n) with 0 <= k < n, got {shard}")
     ours: dict[str, Any] = {"seed": seed, "steps": steps, "guidance": guidance, "size": size, "batch_size": batch_size}
     ours |= {"keep_steps": keep_steps, "self_attention": self_attention, "options": options}
     generator = Generator.open(pipe, prompts, folder, labeller, shard=shard, classes=classes, **ours)
     mine = generator.indices(shard)
     files.clean(generator.folder, set(mine))
-    with files.bar(None, "images", total=len(mine), initial=len(mine) - len(generator.missing(mine))) as progress:
-        for _ in generator.make(shard):
-            progress.update()
-    settings = generator.settings
-    if not generator.missing(range(len(prompts))) and files.read_settings(generator.folder)["images"] == len(prompts):
-        files.write_manifest(generator.folder, settings, settings["prompts"])
-    return Dataset(generator.folder, files.manifest(settings, settings["prompts"]).loc[mine])
+    done = len(mine) - len(generator.missing(mine))
+    for _ in files.bar(generator.make(shard), "images", total=len(mine), initial=done):
+        pass
+    files.finish(generator.folder, generator.parts, len(prompts))
+    manifest = files.manifest(generator.settings, generator.settings["prompts"])
+    return Dataset(generator.folder, manifest.loc[mine])
+
+
+def _check_shard(shard: Any) -> None:
+    if not isinstance(shard, Sequence) or len(shard) != 2:
+        raise TypeError(f"shard is (k, n) with 0 <= k < n, got {shard!r}")
+    k, n = (files.whole_number(f"each number of shard={shard}", number, 0) for number in shard)
+    if not k < n:
+        raise ValueError(f"shard is (k, n) with 0 <= k < n, got {shard}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,6 +142,7 @@ class Generator:
         **options,
     ) -> "Generator":
         """Compare a dataset with its folder; arguments and errors are those of `generate`, nothing is written yet."""
+        _check_shard(shard)
         settings = generation_settings(pipe, prompts, **options)
         drawn = parts = ("images", "records") if settings["keep_steps"] else ("images",)
         given = getattr(labeller, "class_list", None) if classes is None else classes
@@ -171,23 +165,20 @@ class Generator:
 
     @functools.cached_property
     def _begun(self) -> Path:
-        """The folder, where dataset.json has been written: so late, as a call that no pipeline can draw leaves nothing.
-
-        It is there before any other file, with the source of label maps, and what is killed in between goes on.
-        """
+        """Folder with dataset.json, written with the first image: a call that can draw none leaves nothing."""
         files.begin(self.folder, self.settings)
         return self.folder
 
     def indices(self, shard: tuple[int, int] = (0, 1)) -> list[int]:
-        """The indices of a shard's images, see `generate`."""
+        """Return the indices of a shard's images, see `generate`."""
         return [i for batch in self._batches(shard) for i in batch]
 
     def missing(self, indices: Sequence[int]) -> list[int]:
-        """Those of the images that are still to be made."""
+        """Return those of the images that are still to be made."""
         return files.missing(self.folder, self.parts, indices)
 
     def make(self, shard: tuple[int, int] = (0, 1)) -> Iterator[int]:
-        """Make what is not there of a shard; yields an image's index when all its files are. What is there is read."""
+        """Check the files of a shard that are there and make the others; yield an image's index when it has all."""
         files.verify(self.folder, self.settings, self.indices(shard))
         for batch in self._batches(shard):
             if self.missing(batch):
@@ -198,31 +189,19 @@ class Generator:
         return [range(start, min(start + size, n)) for start in range(0, n, size)[shard[0] :: shard[1]]]
 
     def _make(self, batch: range) -> Iterator[int]:
-        """An image is done when its file is there, so that is written last; files that are there stay as they are."""
-        prompts, keep_steps = [self.settings["prompts"][i] for i in batch], self.settings["keep_steps"]
-        keep_self = self.settings.get("self_attention", False)
-        store = store_of(self.labeller)
-        keep: dict[str, Any] = {"store": "queries" if keep_steps else store}
-        # a plain function may read anything of its record; of joint models there is no self-attention
-        reads_all = self.labeller is not None and not hasattr(self.labeller, "store") and family_of(self.pipe) is None
-        keep["self_attention"] = keep_self or getattr(self.labeller, "self_attention", reads_all)
-        if keep["store"] == "maps":
-            keep["texts"] = getattr(self.labeller, "texts", ())
-        if files.missing(self.folder, self.drawn, batch):
-            seeds = [files.image_seed(self.settings, i) for i in batch]
-            images, records = draw(self.pipe, prompts, seeds, self.settings, **keep)
-        else:
-            images = [files.read_image(self.folder / files.file_name("images", i)) for i in batch]
-            records = [None] * len(images)
+        """Make what is missing of a batch; an image's own file is written last, as it says that the image is done."""
+        prompts = [self.settings["prompts"][i] for i in batch]
+        images, records = self._draw(batch, prompts)
         for i, prompt, image, record in zip(batch, prompts, images, records, strict=True):
             missing = [part for part in self.parts if files.missing(self.folder, [part], [i])]
             if not missing:
                 continue
             made: dict[str, Any] = {}  # all of it before anything is written
             if "records" in missing and record is not None:
-                made["records"] = _thinned(record, keep_steps, keep_self)
+                made["records"] = _thinned(record, self.settings)
             if "labels" in missing and self.labeller is not None:
-                made["labels"] = label_image(self.labeller, image, record if store else None, prompt, self.classes)
+                read = record if store_of(self.labeller) else None
+                made["labels"] = label_image(self.labeller, image, read, prompt, self.classes)
             if "images" in missing:
                 made["images"] = image
             for part, content in made.items():
@@ -234,6 +213,19 @@ class Generator:
                     files.write_png(path, content, files.mark(self.settings, i))
             yield i
 
+    def _draw(self, batch: range, prompts: list[str]) -> tuple[list[np.ndarray], list[Any]]:
+        """Return a batch's images and records; images that only need label maps are read, without records."""
+        if not files.missing(self.folder, self.drawn, batch):
+            images = [files.read_image(self.folder / files.file_name("images", i)) for i in batch]
+            return images, [None] * len(images)
+        store: Store = "queries" if self.settings["keep_steps"] else store_of(self.labeller)
+        # a plain function may read anything of its record; of joint models there is no self-attention
+        reads_all = self.labeller is not None and not hasattr(self.labeller, "store") and family_of(self.pipe) is None
+        averaged = self.settings.get("self_attention") or getattr(self.labeller, "self_attention", reads_all)
+        texts = {"texts": getattr(self.labeller, "texts", ())} if store == "maps" else {}
+        seeds = [files.image_seed(self.settings, i) for i in batch]
+        return draw(self.pipe, prompts, seeds, self.settings, store=store, self_attention=averaged, **texts)
+
 
 def draw(
     pipe,
@@ -241,11 +233,11 @@ def draw(
     seeds: Sequence[int],
     settings: dict[str, Any],
     store: Store | None = None,
-    **keep: Any,
+    **stored: Any,
 ) -> tuple[list[np.ndarray], list[AttentionRecord] | list[None]]:
-    """One batch of images, (H, W, 3) uint8, and with `store` their records; `keep` are more arguments of `trace`."""
+    """Return a batch of images, (H, W, 3) uint8, and with `store` their records; `stored` are arguments of `trace`."""
     height, width = settings["size"] or (None, None)
-    with trace(pipe, store=store, **keep) if store else nullcontext() as traced, warnings.catch_warnings():
+    with trace(pipe, store=store, **stored) if store else nullcontext() as traced, warnings.catch_warnings():
         # numpy's, of an image of NaN, which would be black
         warnings.filterwarnings("error", "invalid value encountered in cast", RuntimeWarning)
         try:
@@ -256,7 +248,10 @@ def draw(
                 height=height,
                 width=width,
                 generator=generators(seeds),
-                **_of_batch(settings.get("options", {}), len(prompts)),
+                **{  # texts in a list, as the prompts are
+                    name: [value] * len(prompts) if name.startswith(TEXTS) else value
+                    for name, value in settings.get("options", {}).items()
+                },
             )
         except RuntimeWarning as warning:
             raise ValueError(
@@ -274,33 +269,29 @@ def draw(
     return images, [None] * len(images) if traced is None else list(traced)
 
 
-def _of_batch(options: Mapping[str, Any], n: int) -> dict[str, Any]:
-    """The pipeline's own options for n prompts: texts in a list, as the prompts are."""
-    return {name: [value] * n if name.startswith(TEXTS) else value for name, value in options.items()}
-
-
 def store_of(labeller: Labeller | None) -> Any:
-    """What `trace` has to keep for a labeller, None where it reads no record; a plain function may read anything."""
+    """Return what `trace` has to store for a labeller, None where it reads no record; a function may read anything."""
     return None if labeller is None else getattr(labeller, "store", "queries")
 
 
 def _source(labeller: Labeller) -> str:
-    """What dataset.json says that label maps come from: the labeller's `source`, or its module and name."""
+    """Return the source of label maps for dataset.json: the labeller's `source`, or its module and name."""
     function = getattr(labeller, "func", labeller)  # of a partial
     named = function if hasattr(function, "__qualname__") else type(function)
     return getattr(labeller, "source", f"{named.__module__}.{named.__qualname__}")
 
 
-def _thinned(record: AttentionRecord, keep_steps: int, keep_self: bool) -> AttentionRecord:
-    """The record of so many steps, evenly spaced, in half precision; what a labeller asked for goes."""
-    passes = len(record.timesteps)  # of some schedulers more than steps
-    record = record.select(steps=[int((j + 0.5) * passes / keep_steps) for j in range(keep_steps)])
-    beside = _averaged(record.self_attention) if keep_self and record.self_attention is not None else None
-    return replace(record, layers=tuple(_halved(layer) for layer in record.layers), self_attention=beside)
+def _thinned(record: AttentionRecord, settings: dict[str, Any]) -> AttentionRecord:
+    """Return the record of `keep_steps` steps, evenly spaced, in half precision, without what only a labeller reads."""
+    passes, steps = len(record.timesteps), settings["keep_steps"]  # some schedulers make more passes than steps
+    record = record.select(steps=[int((j + 0.5) * passes / steps) for j in range(steps)])
+    attention = record.self_attention if settings.get("self_attention") else None
+    averaged = None if attention is None else _averaged(attention)
+    return replace(record, layers=tuple(_halved(layer) for layer in record.layers), self_attention=averaged)
 
 
 def _averaged(attention: SelfAttention) -> SelfAttention:
-    """The same with the mean of all its steps and layers in float16, in place of their queries and keys."""
+    """Return the mean over all steps and layers in float16, in place of their queries and keys."""
     assert attention.queries is not None  # a record with `keep_steps` holds queries, and so does its self-attention
     positions = torch.eye(attention.queries.shape[1], device=attention.queries.device)
     mean = attention.propagate(positions).T.contiguous()
@@ -329,25 +320,24 @@ def generation_settings(
 ) -> dict[str, Any]:
     """Return the settings of a generated dataset, by `generate`'s arguments; its errors."""
     check_prompts(prompts)
-    seed, steps, guidance, sides, batch_size = check_numbers(**numbers)
-    _require_drawable(pipe, steps, sides)
+    numbers = check_numbers(**numbers)
+    _require_drawable(pipe, numbers["steps"], numbers["size"])
     options = _checked_options(pipe, {name: value for name, value in (options or {}).items() if value is not None})
     keep_steps = files.whole_number("keep_steps", keep_steps, 0)
-    if keep_steps > steps:
-        raise ValueError(f"keep_steps must be 0 ... {steps}, the number of steps, got {keep_steps}")
+    if keep_steps > numbers["steps"]:
+        raise ValueError(f"keep_steps must be 0 ... {numbers['steps']}, the number of steps, got {keep_steps}")
     if self_attention and not keep_steps:
         raise ValueError("self_attention is stored with records, of which there are none: it needs keep_steps > 0")
     device = pipe._execution_device
     config = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
     model = str(pipe.config.get("_name_or_path") or type(pipe).__name__)
+    numbers["batch_size"] = numbers["batch_size"] or (1 if device.type == "cpu" else GPU_BATCH)
     return (
-        files.common_settings("generated", len(prompts), seed, sides)
+        files.common_settings("generated", len(prompts))
+        | numbers
         | {
             "prompts": list(prompts),
-            "steps": steps,
-            "guidance": guidance,
             "keep_steps": keep_steps,
-            "batch_size": batch_size or (1 if device.type == "cpu" else GPU_BATCH),
             "model": Path(model).name if Path(model).is_dir() else model,  # a path means nothing elsewhere
             "weights": weight_hash(pipe),
             "dtype": str(denoiser_of(pipe).dtype),
@@ -356,24 +346,16 @@ def generation_settings(
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "threads": torch.get_num_threads() if device.type == "cpu" else None,
         }
-        # folders that were begun without them go on
+        # only where given: older folders have neither and can be resumed
         | ({"self_attention": True} if self_attention else {})
         | ({"options": options} if options else {})
     )
 
 
-def check_numbers(
-    *,
-    seed: Any = 0,
-    steps: Any = 25,
-    guidance: Any = 5.0,
-    size: Any = None,
-    batch_size: Any = None,
-    threads: Any = 1,
-) -> tuple[int, int, float, tuple[int, int] | None, int | None]:
-    """Return the numbers of `generate` but `threads` as plain ints and floats, size as (height, width).
+def check_numbers(seed: Any, steps: Any, guidance: Any, size: Any, batch_size: Any, threads: Any = 1) -> dict[str, Any]:
+    """Return numbers of `generate` as plain ints and floats, size as (height, width); `threads` is only checked.
 
-    Raises TypeError or ValueError, naming the one that cannot be.
+    Raises TypeError or ValueError, naming the wrong one.
     """
     sides: Any = None
     if size is not None:
@@ -385,14 +367,18 @@ def check_numbers(
             raise ValueError(f"size={sides} is more than the {Image.MAX_IMAGE_PIXELS} pixels that Pillow reads back")
     if isinstance(guidance, bool | str) or not math.isfinite(guidance):
         raise ValueError(f"guidance must be a finite number, got {guidance!r}")
-    seed, steps = files.whole_number("seed", seed, 0), files.whole_number("steps", steps, 1)
     files.whole_number("threads", threads, 1, MOST)
-    batch_size = None if batch_size is None else files.whole_number("batch_size", batch_size, 1, MOST)
-    return seed, steps, float(guidance), sides, batch_size
+    return {
+        "seed": files.whole_number("seed", seed, 0),
+        "size": sides,
+        "steps": files.whole_number("steps", steps, 1),
+        "guidance": float(guidance),
+        "batch_size": None if batch_size is None else files.whole_number("batch_size", batch_size, 1, MOST),
+    }
 
 
 def _require_drawable(pipe: Any, steps: int, size: tuple[int, int] | None) -> None:
-    """ValueError for steps and a size that the pipeline cannot draw."""
+    """Raise ValueError for steps and a size that the pipeline cannot draw."""
     most = getattr(pipe.scheduler.config, "num_train_timesteps", None)
     if most is not None and steps > most:
         raise ValueError(f"steps must be at most {most}, the timesteps that the model was trained with, got {steps}")
@@ -403,7 +389,7 @@ def _require_drawable(pipe: Any, steps: int, size: tuple[int, int] | None) -> No
 
 
 def _checked_options(pipe: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The pipeline's own options as dataset.json holds them. Raises TypeError or ValueError for what cannot be."""
+    """Return the pipeline's own options as dataset.json holds them. Raises TypeError or ValueError for bad ones."""
     known = inspect.signature(type(pipe).__call__).parameters
     for name, value in options.items():
         if name in OURS:
@@ -426,7 +412,7 @@ def _checked_options(pipe: Any, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_prompts(prompts: Sequence[str]) -> None:
-    """TypeError or ValueError unless they are strings, one or more."""
+    """Raise TypeError or ValueError unless they are strings, one or more."""
     one = isinstance(prompts, str) or not hasattr(prompts, "__len__")
     if one or not all(isinstance(prompt, str) for prompt in prompts):
         raise TypeError("prompts must be a list of strings, one for each image: [prompt] * 4 makes four of one")
@@ -440,24 +426,21 @@ def check_prompts(prompts: Sequence[str]) -> None:
 
 
 def weight_hash(pipe) -> str:
-    """The `short_hash` of the denoiser's, text encoders' and VAE's weights as they are loaded."""
+    """Return the `short_hash` of the denoiser's, text encoders' and VAE's weights as they are loaded."""
     return files.short_hash(_weights(pipe))
 
 
 def _weights(pipe) -> Iterator[Any]:
-    """Each tensor's name, and then its memory."""
+    """Yield each tensor's name, and then its memory."""
     for part in ("text_encoder", "text_encoder_2", "text_encoder_3", *DENOISERS, "vae"):
         module = getattr(pipe, part, None)
-        for name, tensor in sorted(_state(module).items()) if module is not None else ():
+        state = {} if module is None else module.state_dict()
+        if any(
+            tensor.is_meta for tensor in state.values()
+        ):  # `enable_sequential_cpu_offload` has taken the weights away
+            from accelerate.utils.modeling import get_state_dict_offloaded_model
+
+            state = get_state_dict_offloaded_model(module)
+        for name, tensor in sorted(state.items()):
             yield f"{part}.{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
             yield tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
-
-
-def _state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The weights by name; those that `enable_sequential_cpu_offload` has taken away, from where they wait."""
-    state = module.state_dict()
-    if any(tensor.is_meta for tensor in state.values()):
-        from accelerate.utils.modeling import get_state_dict_offloaded_model  # without it no weight could be on `meta`
-
-        state = get_state_dict_offloaded_model(module)
-    return state

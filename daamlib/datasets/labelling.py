@@ -4,9 +4,9 @@ A labeller is a callable (image, record, prompt) -> ids: of an (H, W, 3) uint8 i
 prompt the (H, W) uint8 ids, 255 where they are to be ignored. A plain function's record has all that any map needs. A
 labeller may have attributes:
 
-    store       what its record has to keep (see `daamlib.trace`); None: it reads no record and is given None
-    texts       with the store "maps": the texts whose maps are kept
-    self_attention    whether the record has to keep the image's self-attention, for `record.refine`
+    store       what its record has to store (see `daamlib.trace`); None: it reads no record and is given None
+    texts       with the store "maps": the texts whose maps are stored
+    self_attention    whether the record has to store the image's self-attention, for `record.refine`
     settings    JSON's own types: what its label maps depend on, which a dataset is resumed with alone
     source      its name in dataset.json; without it, its module and name
     class_list  the classes of its ids (`daamlib.classes`); without it Cityscapes, or `generate`'s `classes`
@@ -60,7 +60,7 @@ class AnnotatorLabeller:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _RecordLabeller(ABC):
-    """What labellers that read a record with `daamlib.tokens.label_maps.label_map` share; see their attributes."""
+    """Base of labellers that read a record with `daamlib.tokens.label_maps.label_map`; see their attributes."""
 
     named_only: bool = True
     iterations: int = 1
@@ -90,7 +90,7 @@ class _RecordLabeller(ABC):
 
     @property
     def self_attention(self) -> bool:
-        """Whether `trace` has to store what `record.refine` needs."""
+        """True if `trace` has to store what `record.refine` needs."""
         return self.iterations > 0
 
     @property
@@ -121,12 +121,13 @@ class _RecordLabeller(ABC):
 
 @dataclass(frozen=True, eq=False)
 class TokenLabeller(_RecordLabeller):
-    """The labeller of optimised tokens, see `daamlib.tokens.label_maps.label_map`.
+    """Labeller of optimised tokens, see `daamlib.tokens.label_maps.label_map`.
 
         labeller = TokenLabeller((car, person), named_only=False)
         ids = labeller(np.asarray(image), record, record.prompt)
 
-    LDAAM tokens need memory that does not grow with the steps, DAAM tokens the queries of every step.
+    LDAAM tokens need memory that does not grow with the steps, DAAM tokens the queries of every step. Raises ValueError
+    for bad words or thresholds, and tokens without calibrated probabilities.
 
     Attributes:
         tokens: of one model; their words name the classes, each once. A word "background" (of a token fitted with
@@ -138,10 +139,6 @@ class TokenLabeller(_RecordLabeller):
         iterations: of `record.refine` on the probabilities, 0: none.
         edge_aware: whether they are up-sampled along the image's edges.
         ids: {class: id} or another class list (`daamlib.classes.class_list`); None: that of the words.
-
-    Raises:
-        ValueError: for words that are not in the class list or come twice, thresholds that do not fit, and tokens
-            without calibrated probabilities.
     """
 
     tokens: tuple[OptimizedToken, ...]
@@ -169,7 +166,7 @@ class TokenLabeller(_RecordLabeller):
 
     @property
     def store(self) -> str:
-        """What `trace` has to store: sums over the steps are enough for LDAAM of all of them."""
+        """Store of `trace`: sums over the steps are enough if all tokens are LDAAM's."""
         sums = [token.method in ("ldaam", "keys") and token.info.get("max_timestep") is None for token in self.tokens]
         return "linear" if all(sums) else "queries"
 
@@ -189,10 +186,12 @@ class TokenLabeller(_RecordLabeller):
 
 @dataclass(frozen=True, eq=False)
 class WordLabeller(_RecordLabeller):
-    """The zero-shot labeller: words compete for each pixel, see `daamlib.tokens.label_maps.word_probabilities`.
+    """Zero-shot labeller: words compete for each pixel, see `daamlib.tokens.label_maps.word_probabilities`.
 
         labeller = WordLabeller({"car": "car", "person": "person", "road": "street"})
         ids = labeller(np.asarray(image), record, record.prompt)
+
+    Raises ValueError for unknown classes, less than two words, and a margin outside of 0 ... 1.
 
     Attributes:
         words: {class: word}.
@@ -202,9 +201,6 @@ class WordLabeller(_RecordLabeller):
         iterations: of `record.refine`, 0: none.
         edge_aware: whether the probabilities are up-sampled along the image's edges.
         ids: {class: id} or another class list (`daamlib.classes.class_list`); None: that of the classes' names.
-
-    Raises:
-        ValueError: for classes that are not in the class list, less than two words, and another margin than 0 ... 1.
     """
 
     words: Mapping[str, str]
@@ -238,7 +234,7 @@ class WordLabeller(_RecordLabeller):
 def label_image(
     labeller: Labeller, image: np.ndarray, record: AttentionRecord | None, prompt: str, classes: ClassList
 ) -> np.ndarray:
-    """The label map of one image. Raises ValueError for a result of another shape, type or values."""
+    """Return the label map of one image. Raises ValueError for a result of another shape, type or values."""
     with torch.no_grad():
         ids = labeller(image, record, prompt)
     if not isinstance(ids, np.ndarray) or ids.dtype != np.uint8 or ids.shape != image.shape[:2]:
@@ -249,7 +245,7 @@ def label_image(
 
 
 def _hash(token: OptimizedToken) -> str:
-    """The `short_hash` of what a token's probabilities follow from."""
+    """Return the `short_hash` of all that a token's probabilities follow from."""
     parts: list[Any] = [token.method, token.words, token.rows, token.scale, token.bias]
     parts += [token.info.get(name) for name in ("multiclass", "passes", "layers", "max_timestep")]
     embedding = token.embedding.detach().cpu().float().contiguous()

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -15,7 +16,7 @@ from ..extras import needs
 from . import folder as files
 from .dataset import Dataset
 
-PROGRESS = "annotation.json"  # of the annotator, in the folder beside its labels
+PROGRESS = "annotation.json"  # of the annotator, in the folder above its labels
 ORIENTATION = 0x0112  # in EXIF, 1: upright
 SLACK = 1  # px by which a polygon may leave its image
 SAME = 8  # levels by which a resized copy of an image may differ from it on average
@@ -27,7 +28,7 @@ def import_masks(dataset: Dataset, source: str | Path, *, classes: Classes | Non
         datasets.import_masks(dataset, "labels")
 
     All is read before anything is written. A mask of another size than its image, but of its shape, is resized by
-    nearest neighbour. Where the image that was drawn on lies beside its mask, as the annotator puts it, it must be the
+    nearest neighbour. Where the image that was drawn on lies next to its mask, as the annotator puts it, it must be the
     image of the dataset.
 
     Args:
@@ -36,15 +37,15 @@ def import_masks(dataset: Dataset, source: str | Path, *, classes: Classes | Non
             COCO JSON file with polygons or run lengths, categories named as the classes, images named as in the
             manifest. Later annotations cover earlier ones, an image's "ignored" run lengths cover all.
         classes: those of the masks (`daamlib.classes.class_list`); None: those that the annotator or `export.coco` has
-            noted, else the dataset's. They become the dataset's if it has no label maps.
+            stored, else the dataset's. They become the dataset's if it has no label maps.
 
     Returns:
         The dataset.
 
     Raises:
         FileNotFoundError: without a source.
-        ValueError: for an image, category or id that is unknown, for what is no mask, a mask of another shape or of
-            another image, and classes that are not those of the dataset's label maps.
+        ValueError: for an unknown image, category or id, for what is no mask, a mask of another shape or of another
+            image, and classes that are not those of the dataset's label maps.
     """
     source, coco = _opened(Path(source))
     table = _classes_of(dataset, source, _noted(source, coco), classes)
@@ -67,7 +68,7 @@ def check_masks(source: str | Path, n: int, *, classes: Classes | None = None) -
 
         check_masks("labels", len(dataset))
 
-    Raises as `import_masks`.
+    `source` and `classes` are as there.
     """
     source, coco = _opened(Path(source))
     noted = _noted(source, coco)
@@ -76,7 +77,7 @@ def check_masks(source: str | Path, n: int, *, classes: Classes | None = None) -
 
 
 def _opened(source: Path) -> tuple[Path, Any]:
-    """The folder of masks, that of the annotator's folder, and None; or the JSON file and its content."""
+    """Return the folder of masks (the annotator's is inside of its own) and None, or the JSON file and its content."""
     if source.is_dir():
         return (source / "labels" if (source / PROGRESS).is_file() else source), None
     if not source.is_file():
@@ -88,7 +89,7 @@ def _opened(source: Path) -> tuple[Path, Any]:
 
 
 def _noted(source: Path, coco: Any) -> tuple[ClassList, list[str] | None] | None:
-    """The class list that the annotator or `export.coco` has noted, and the names in use, None: all."""
+    """Return the class list that the annotator or `export.coco` has stored, and the names in use (None: all)."""
     path = source.parent / PROGRESS if source.is_dir() else source
     try:
         if not source.is_dir():
@@ -105,7 +106,7 @@ def _noted(source: Path, coco: Any) -> tuple[ClassList, list[str] | None] | None
 def _classes_of(
     dataset: Dataset, source: Path, noted: tuple[ClassList, list[str] | None] | None, classes: Classes | None
 ) -> ClassList:
-    """The class list of the masks, which the dataset's label maps must share. Raises ValueError where they do not."""
+    """Return the class list of the masks. Raises ValueError where the dataset's label maps have another one."""
     settings = dataset.settings
     if classes is not None:
         noted = class_list(classes), None
@@ -123,7 +124,7 @@ def _classes_of(
 
 
 def _resized(ids: np.ndarray, size: tuple[int, int], what: str) -> np.ndarray:
-    """The mask at the size (W, H). Raises ValueError where that would stretch it by more than a pixel."""
+    """Return the mask at the size (W, H). Raises ValueError where that would stretch it by more than a pixel."""
     height, width = ids.shape
     if abs(width * size[1] - height * size[0]) > max(width, height, *size):
         raise ValueError(
@@ -134,10 +135,9 @@ def _resized(ids: np.ndarray, size: tuple[int, int], what: str) -> np.ndarray:
 
 
 def _require_same_image(source: Path, name: str, image: Image.Image) -> None:
-    """ValueError where the image that a mask was drawn on is there and is another one."""
+    """Raise ValueError where the image that a mask was drawn on is there and is another one."""
     split = source.stem.removeprefix("instances_")  # export.coco's
-    beside = source.parent / "images" if source.is_dir() else source.parent.parent / split
-    path = beside / name
+    path = (source.parent / "images" if source.is_dir() else source.parent.parent / split) / name
     if not path.is_file():
         return
     with files.opened(path, formats=()) as opened:
@@ -153,7 +153,7 @@ def _require_same_image(source: Path, name: str, image: Image.Image) -> None:
 
 
 def _read(source: Path, coco: Any, numbers: Mapping[str, int], classes: ClassList) -> dict[int, np.ndarray]:
-    """{image number: (H, W) uint8 ids}, each in the source's own size; numbers: of the images by file name."""
+    """Return {image number: (H, W) uint8 ids}, each in the source's own size; numbers: of the images by file name."""
     if not numbers:
         raise ValueError(f"there is no image that the masks of {source} could be of")
     if source.is_dir():
@@ -176,15 +176,11 @@ def _from_folder(folder: Path, numbers: Mapping[str, int], classes: ClassList) -
     paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     if not paths:
         raise ValueError(f"there are no masks in {folder}")
-    masks = {}
-    for path in paths:
-        number = _number(path.name, numbers)
-        masks[number] = files.read_labels(path, classes)
-    return masks
+    return {_number(path.name, numbers): files.read_labels(path, classes) for path in paths}
 
 
 def _from_coco(coco: dict[str, Any], numbers: Mapping[str, int], classes: ClassList) -> dict[int, np.ndarray]:
-    """Annotations are painted in the order of the file, later ones over earlier ones, on 0 (unlabeled).
+    """Paint annotations in the order of the file, later ones over earlier ones, on 0 (unlabeled).
 
     An image without any is left out: the file does not say whether anybody looked at it, unless `export.coco` wrote it.
     """
@@ -200,38 +196,36 @@ def _from_coco(coco: dict[str, Any], numbers: Mapping[str, int], classes: ClassL
     _require_once("two images have the number", (image["id"] for image in coco["images"]))
     images = {image["id"]: image for image in coco["images"]}
     # of Windows' paths, too
-    found = {key: _number(PureWindowsPath(image["file_name"]).name, numbers) for key, image in images.items()}
+    indices = {key: _number(PureWindowsPath(image["file_name"]).name, numbers) for key, image in images.items()}
     shapes = {key: _shape(image) for key, image in images.items()}
-    _require_once("two entries are of image number", found.values())
+    _require_once("two entries are of image number", indices.values())
     masks: dict[int, np.ndarray] = {}
     if (coco.get("info") or {}).get("complete"):
-        masks = {found[key]: np.zeros(shapes[key], np.uint8) for key in images}
+        masks = {indices[key]: np.zeros(shapes[key], np.uint8) for key in images}
     for annotation in coco["annotations"]:
         key, category, what = annotation["image_id"], annotation["category_id"], f"annotation {annotation['id']}"
         if key not in images or category not in names:
             raise ValueError(f"{what} is of image {key!r} and category {category!r}, of which the file has no entry")
         where = _region(annotation.get("segmentation"), shapes[key], what)
-        mask = masks.setdefault(found[key], np.zeros(shapes[key], np.uint8))
+        mask = masks.setdefault(indices[key], np.zeros(shapes[key], np.uint8))
         mask[where] = classes.id(names[category])
     for key, image in images.items():
         if "ignored" in image:
             where = _region(image["ignored"], shapes[key], f"what is ignored of image {key}")
-            masks.setdefault(found[key], np.zeros(shapes[key], np.uint8))[where] = IGNORED
+            masks.setdefault(indices[key], np.zeros(shapes[key], np.uint8))[where] = IGNORED
     if not masks:
         raise ValueError("it has no annotations")
     return masks
 
 
 def _require_once(what: str, numbers: Iterable[Any]) -> None:
-    seen: set[Any] = set()
-    for number in numbers:
-        if number in seen:
+    for number, count in Counter(numbers).items():
+        if count > 1:
             raise ValueError(f"{what} {number}: each stands in the file once")
-        seen.add(number)
 
 
 def _shape(image: Mapping[str, Any]) -> tuple[int, int]:
-    """(H, W) of an entry of `images`."""
+    """Return (H, W) of an entry of `images`."""
     height, width = (files.whole_number(f"the {side} of an image", image[side], 1) for side in ("height", "width"))
     if height * width > (Image.MAX_IMAGE_PIXELS or math.inf):
         raise ValueError(f"{image['file_name']} has {height} x {width} pixels: no picture is so large")
@@ -239,7 +233,7 @@ def _shape(image: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _region(segmentation: Any, shape: tuple[int, int], what: str) -> np.ndarray:
-    """(H, W) bool of COCO's polygons [[x, y, x, y, ...], ...] or run lengths {"size": [H, W], "counts": ...}."""
+    """Return (H, W) bool of COCO's polygons [[x, y, x, y, ...], ...] or run lengths {"size": [H, W], "counts": ...}."""
     with needs("datasets"):  # here, as experiments and widgets do without
         from pycocotools import mask as coco_mask
     if isinstance(segmentation, dict):

@@ -12,22 +12,13 @@ PROMPTS = bundled("prompts/urban.json")
 
 
 def urban_prompts(n: int, *, seed: int = 0) -> list[str]:
-    """Return prompts from the templates of data/prompts/urban.json in turn.
+    """Return `n` prompts from the templates of data/prompts/urban.json in turn.
 
         urban_prompts(4)
 
-    Car, person, traffic light and rider are in half of them each.
-
-    Args:
-        n: how many; fewer prompts are the first of more.
-        seed: a template's variations come in an order drawn from it, each once before any comes again.
-
-    Returns:
-        `n` prompts.
-
-    Raises:
-        ValueError: for n < 1.
-        FileNotFoundError: without the file.
+    Car, person, traffic light and rider are in half of them each. A template's variations come in an order drawn from
+    `seed`, each once before any comes again; fewer prompts are the first of more. Raises ValueError for n < 1,
+    FileNotFoundError without the file.
     """
     n = files.whole_number("the number of prompts, n,", n, 1, files.MOST_IMAGES)
     seed = files.whole_number("seed", seed, 0)

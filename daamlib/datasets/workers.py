@@ -1,8 +1,7 @@
 """Datasets of any size: shards that are made in this process, in several of this machine, or with Ray.
 
-Every worker loads the model once and makes shards as `generate(..., shard=(k, n))` does, so any number of workers, of
-processes or of machines gives the same files. A worker that dies is replaced, and what it had not finished is made by
-another; what is there is never made twice.
+Every worker loads the model once and makes shards as `generate(..., shard=(k, n))` does, so any number of workers or
+machines gives the same files. A worker that dies is replaced and its shard made again; no finished image is.
 """
 
 import logging
@@ -52,8 +51,8 @@ class Job:
         job = Job("dataset", ["a car"] * 8, tokens=["car-token.safetensors"], steps=2)
         dataset = run_shards(job)
 
-    Paths are made absolute, for processes that have another current folder. `python -m daamlib.generate` has an option
-    for each attribute, with these lines as its help.
+    Paths are made absolute. `python -m daamlib.generate` has an option for each attribute, with these lines as its
+    help.
 
     Attributes:
         folder: of the dataset; with Ray on several machines on a shared file system.
@@ -75,10 +74,7 @@ class Job:
         options: of the pipeline's own call, such as negative_prompt=blurry.
         threads: of each worker on a CPU, on which the bytes depend.
 
-    Raises:
-        TypeError: for prompts that are no list of strings, and numbers of another type.
-        ValueError: for what needs no model to be seen wrong.
-        FileNotFoundError: for missing tokens.
+    Raises TypeError or ValueError for what needs no model to be seen wrong, FileNotFoundError for missing tokens.
     """
 
     folder: str | Path
@@ -118,7 +114,7 @@ class Job:
         self.labeller()
 
     def labeller(self) -> TokenLabeller | None:
-        """What labels the images, None without tokens."""
+        """Return the labeller of the images, None without tokens."""
         tokens = tuple(OptimizedToken.load(path) for path in self.tokens)
         names = ("threshold", "ignore_from", "named_only", "iterations", "edge_aware", "ids")
         return TokenLabeller(tokens, **{name: getattr(self, name) for name in names}) if tokens else None
@@ -133,22 +129,26 @@ class Job:
         pipe = load_pipeline(self.model, device=device)
         return Generator.open(pipe, self.prompts, self.folder, self.labeller(), **options)
 
+    @property
+    def parts(self) -> list[str]:
+        """Parts that every image must have."""
+        return ["images"] + ["labels"] * bool(self.tokens)
+
     def missing(self) -> list[int]:
-        """The images that are still to be made."""
-        parts = ["images"] + ["labels"] * bool(self.tokens)
-        return files.missing(Path(self.folder), parts, range(len(self.prompts)))
+        """Return the indices of the images that are still to be made."""
+        return files.missing(Path(self.folder), self.parts, range(len(self.prompts)))
 
 
 class Worker:
-    """A maker of shards of a job; it loads the model with the first, and again after an error."""
+    """Makes shards of a job; loads the model with the first, and again after an error."""
 
     def __init__(self, job: Job, device: str | None = None, *, expendable: bool = True):
-        """expendable: it is alone in its process and ends it by an error that may have spoilt the device."""
+        """expendable: it is alone in its process, and ends it after an error that may have spoilt the device."""
         self._job, self._device, self._expendable = job, device, expendable
         self._generator: Generator | None = None
 
     def make(self, shard: Shard) -> int:
-        """Make what is missing of a shard; returns the number of images. An OSError is tried again twice."""
+        """Make what is missing of a shard; return the number of images. After an OSError it is tried again, twice."""
         for pause in (*PAUSES, None):
             try:
                 torch.set_num_threads(self._job.threads)
@@ -185,14 +185,13 @@ def run_shards(
             they take turns.
         ray: one Ray actor a GPU, or `job.threads` CPU cores. A Ray that the caller has initialised is used as it is.
         address: of a Ray cluster; None: one of this machine, for as long as this runs.
-        shard_size: images that a worker is handed at a time.
+        shard_size: images that a worker is given at a time.
 
     Returns:
         The complete dataset.
 
     Raises:
-        ValueError: for numbers that do not fit, and as `generate`, for what a worker finds wrong; TypeError and OSError
-            likewise.
+        ValueError: for numbers that do not fit, and as `generate`; TypeError and OSError likewise.
         ImportError: without Ray.
         ConnectionError: without a cluster at the address.
         WorkerError: if three workers in a row died.
@@ -215,9 +214,7 @@ def run_shards(
         for images in made:
             progress.update(images)
     files.clean(folder, range(n))
-    settings = files.read_settings(folder)
-    if not job.missing() and settings["images"] == n:
-        files.write_manifest(folder, settings, settings["prompts"])
+    files.finish(folder, job.parts, n)
     return load(folder, verify=False)  # the workers have read what they did not write
 
 
@@ -233,7 +230,7 @@ _worker: Worker  # of a process of the pool
 
 
 def _in_processes(job: Job, count: int, workers: int) -> Iterator[int]:
-    """The images made of each shard, by processes that start afresh; a pool that lost one is replaced."""
+    """Yield the number of images made of each shard, by processes that start afresh; replace a broken pool."""
     context, todo, deaths = multiprocessing.get_context("spawn"), set(range(count)), 0
     while todo:
         number = context.Value("i")
@@ -264,7 +261,7 @@ def _begin(job: Job, number: Any) -> None:
 
 
 def _end_with_parent() -> None:
-    """A killed driver would leave its processes waiting for ever; all files that they write are whole or not there."""
+    """End this process with its parent: a killed driver would leave it waiting for ever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -279,7 +276,7 @@ def _make(shard: Shard) -> int:
 
 
 def _with_ray(job: Job, count: int, workers: int | None, address: str | None) -> Iterator[int]:
-    """The images made of each shard, by actors that Ray replaces and whose shards it tries again."""
+    """Yield the number of images made of each shard, by actors that Ray replaces and whose shards it tries again."""
     with needs("ray"):
         import ray
         from ray.util import ActorPool
@@ -313,7 +310,7 @@ def _with_ray(job: Job, count: int, workers: int | None, address: str | None) ->
         shards = [(k, count) for k in range(count)]
         yield from ActorPool(actors).map_unordered(lambda worker, shard: worker.make.remote(shard), shards)
     except ray.exceptions.RayTaskError as error:
-        raise error.cause from error  # what the worker found wrong
+        raise error.cause from error  # of the worker
     except ray.exceptions.RayError as error:
         raise WorkerError(f"{DEATHS} workers died over the same images: {error}") from error
     finally:

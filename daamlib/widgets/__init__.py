@@ -1,7 +1,7 @@
 """Widgets for notebooks: look for a word's map by hand, and draw masks by hand.
 
     explorer = explore(record, image, mask)                           # turn the knobs ...
-    explorer.state, explorer.result.mask                              # ... and go on with what was found
+    explorer.state, explorer.result.mask                              # ... and go on with the result
     annotate(images, ["car", "person"], "masks")                      # draw ...
     datasets.import_masks(dataset, "masks/labels")                    # ... and use the masks as labels
 

@@ -113,7 +113,6 @@ def annotate(
 
     Raises:
         TypeError: for images or classes of another type.
-        ValueError: for unknown classes, no images, proposals that do not fit them, and a folder of other images, of
-            other classes or of a dataset.
+        ValueError: for unknown classes, no images, proposals that do not fit them, and a folder of something else.
     """
     return Annotator(AnnotationSession(images, classes, folder, proposals))

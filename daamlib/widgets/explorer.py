@@ -112,8 +112,8 @@ class Explorer(widgets.VBox):
             name = f"{METHODS[state.method]} of “{state.word or 'the token'}”"
             blended = overlay(image, result.heat, opacity=state.opacity, colour_map=state.colour_map)
             figures.append(pictures.figure(blended, f"heat map over the image, {name}", name))
-            found = f"{result.mask.mean():.1%} of the image" if result.iou is None else f"IoU {result.iou:.3f}"
-            caption = f"map > {state.threshold:.2f}: {found}{'; outline: the mask' * (result.iou is not None)}"
+            share = f"{result.mask.mean():.1%} of the image" if result.iou is None else f"IoU {result.iou:.3f}"
+            caption = f"map > {state.threshold:.2f}: {share}{'; outline: the mask' * (result.iou is not None)}"
             cut = pictures.cut_out(image, result.mask, self.model.true_mask)
             figures.append(pictures.figure(cut, f"thresholded mask, {caption}", caption))
         if result.iou is not None and result.thresholds is not None and result.curve is not None:
@@ -138,21 +138,10 @@ def explore(
         explorer = explore(record, image, mask, state={"word": "car"})
         explorer.result.mask, explorer.result.iou
 
-    The widget says why a word cannot be read. Records made with `store="linear"` have no steps to choose and no
-    DAAM.
-
-    Args:
-        record: of the image.
-        image: PIL image or (H, W, 3) uint8 array.
-        mask: the true one, an (H, W) bool array or tensor, for the IoU.
-        state: to begin with, such as another explorer's `.state`; what it leaves out is as in a new explorer.
-
-    Returns:
-        The widget; `.state` is a dict of plain values, `.result` has the arrays, `.record` the chosen layers and steps.
-
-    Raises:
-        TypeError: for a record, an image, a mask or a state of another type.
-        ValueError: for those that cannot be.
+    The widget says why a word cannot be read. Records made with `store="linear"` have no steps to choose and no DAAM.
+    `image` is a PIL image or an (H, W, 3) uint8 array; `mask` the true one, an (H, W) bool array or tensor, for the
+    IoU; `state` to begin with, such as another explorer's `.state`. Of the widget `.state` is a dict of plain values,
+    `.result` has the arrays, `.record` the chosen layers and steps. Raises TypeError or ValueError for bad arguments.
     """
     model = ExplorerModel(record, image, mask)
     model.change(**(state or {}))

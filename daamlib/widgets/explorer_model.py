@@ -26,7 +26,7 @@ class ExplorerState:
     """All that can be chosen, in plain values.
 
     Attributes:
-        word: whose map is shown.
+        word: shown in the map.
         text: in which the word is read (LDAAM, OV-DAAM), "" for the word alone; DAAM reads the prompt.
         method: one of `METHODS`.
         steps: (first, last), both included, numbered from 0 as in `record.select`.
@@ -37,7 +37,7 @@ class ExplorerState:
         token_path: of the method "token".
         refined: whether the map is propagated along the image's self-attention.
 
-    TypeError for a word, text or path that is no string, ValueError for what no record could be read with.
+    Raises TypeError for a word, text or path that is no string, ValueError for what no record could be read with.
     """
 
     word: str
@@ -61,7 +61,7 @@ class ExplorerState:
         for name in ("threshold", "opacity"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)!r}")
-        # as lists they come back from JSON; as tuples they are keys of the caches
+        # JSON makes lists of tuples; as tuples they are keys of the caches
         object.__setattr__(self, "steps", tuple(self.steps))
         object.__setattr__(self, "grids", tuple(sorted((tuple(grid) for grid in self.grids), reverse=True)))
         if len(self.steps) != 2 or not 0 <= self.steps[0] <= self.steps[1]:
@@ -75,9 +75,9 @@ class ExplorerResult:
     Attributes:
         heat: (H, W) float32, the map at the image's size, scaled to its own [0, 1].
         mask: (H, W) bool, heat > threshold.
-        iou: of the mask with the true one; None without a true one.
-        thresholds: (101,) in [0, 1]; None without a true mask.
-        curve: (101,), the IoU at each threshold; None without a true mask.
+        iou: of the mask; like the curve None without a true mask.
+        thresholds: (101,) in [0, 1].
+        curve: (101,), the IoU at each threshold.
         message: what was wrong, "" if nothing.
     """
 
@@ -110,16 +110,14 @@ class ExplorerModel(traitlets.HasTraits):
         self.true_mask: np.ndarray | None = None
         if true_mask is not None:
             metrics.iou(true_mask, true_mask)  # it says what is wrong with a mask
-            mask = np.array(torch.as_tensor(true_mask).cpu())
+            self.true_mask = mask = np.array(torch.as_tensor(true_mask).cpu())
             if mask.shape != self.image.shape[:2]:
                 raise ValueError(f"the mask is {mask.shape}, the image {self.image.shape[:2]}: they must agree")
-            self.true_mask = mask
         self.grids = tuple(sorted({layer.grid for layer in record.layers}, reverse=True))
         self.last_step = len(record.timesteps) - 1
-        # only the last of each is kept: queries can be large, and one hand turns one knob at a time
+        # only the last of each is stored: queries can be large, and one hand turns one knob at a time
         self._selected = lru_cache(maxsize=1)(self._select)
         self._map = lru_cache(maxsize=1)(self._read_map)
-        self._token = lru_cache(maxsize=1)(_load_token)
         words = [word.text for word in record.prompt_embeddings.words]
         prompt = " ".join(words)
         classes = sorted((name for name in BY_NAME if name in prompt), key=prompt.index)
@@ -134,7 +132,7 @@ class ExplorerModel(traitlets.HasTraits):
         return self.record.layers[0].queries is None
 
     def change(self, **values: Any) -> None:
-        """Change parts of an `ExplorerState` by name; nothing, where that raises.
+        """Change parts of an `ExplorerState` by name; where that raises, nothing changes.
 
         Raises TypeError for an unknown name or a value of another type, ValueError for another bad value.
         """
@@ -168,8 +166,7 @@ class ExplorerModel(traitlets.HasTraits):
 
     def _read(self, state: ExplorerState) -> ExplorerResult:
         """Return what the state shows; an error comes back as a message, never as an exception."""
-        # what a map depends on; not on the threshold or the colours
-        shown = replace(state, threshold=0.5, opacity=0.5, colour_map="magma")
+        shown = replace(state, threshold=0.5, opacity=0.5, colour_map="magma")  # a map depends on none of these
         try:
             heat, thresholds, curve = self._map(shown, _written(state))
         except (ValueError, TypeError, LookupError, OSError, RuntimeError) as error:  # also a GPU that is full
@@ -179,8 +176,8 @@ class ExplorerModel(traitlets.HasTraits):
         return ExplorerResult(heat, mask, iou, thresholds, curve)
 
     @torch.no_grad()
-    def _read_map(self, state: ExplorerState, stamp: int | None) -> tuple[np.ndarray, Any, Any]:
-        """The map, and its IoU over thresholds; `stamp` tells apart what was written to the token's file."""
+    def _read_map(self, state: ExplorerState, written: int | None) -> tuple[np.ndarray, Any, Any]:
+        """Return the map, and its IoU over thresholds; `written`, the time of the token's file, is for the cache."""
         values = self._raw_map(state)
         if state.refined:
             values = self.select(state).refine(HeatMaps(values[None], ("",))).values[0]
@@ -194,10 +191,12 @@ class ExplorerModel(traitlets.HasTraits):
         return maps.values[0].numpy(), thresholds, curve
 
     def _raw_map(self, state: ExplorerState) -> torch.Tensor:
-        """(h, w): the word's map, not normalised."""
+        """Return the word's (h, w) map, not normalised."""
         selected, word = self.select(state), " ".join(state.word.split())
         if state.method == "token":
-            token = self._token(state.token_path.strip(), _written(state))
+            if not state.token_path.strip():
+                raise ValueError("name the file of an optimised token, as written by OptimizedToken.save")
+            token = OptimizedToken.load(Path(state.token_path.strip()).expanduser())
             token.require_model(self.record.fingerprint)
             if selected is not self.record:  # no other model, and no choice of the token's own
                 token = replace(token, info={})
@@ -215,14 +214,8 @@ class ExplorerModel(traitlets.HasTraits):
         return read(state.text if state.text.strip() else word)[word]
 
 
-def _load_token(path: str, stamp: int | None) -> OptimizedToken:
-    if not path:
-        raise ValueError("name the file of an optimised token, as written by OptimizedToken.save")
-    return OptimizedToken.load(Path(path).expanduser())
-
-
 def _written(state: ExplorerState) -> int | None:
-    """When the token's file was written: the same name may come to hold another token."""
+    """Return when the token's file was written: the same name may come to hold another token."""
     try:
         return Path(state.token_path.strip()).expanduser().stat().st_mtime_ns if state.method == "token" else None
     except (OSError, ValueError, RuntimeError):  # what is wrong with it is said where it is read

@@ -2,8 +2,8 @@
 
     images/00000.png  labels/00000.png  annotation.json
 
-The files are a dataset's (`daamlib.datasets`), written after each action to a temporary name and then renamed, the
-image before its labels. So whenever the kernel dies, all is there but the action it was about to save.
+The files are a dataset's (`daamlib.datasets`), each written whole after each action, the image before its labels. So
+when the kernel dies, at most the last action is lost.
 """
 
 import json
@@ -45,9 +45,8 @@ class AnnotationSession:
         folder: str | Path,
         proposals: Sequence[np.ndarray] | None = None,
     ) -> None:
-        self._images, self.numbers = images, list(range(len(images)))
-        if isinstance(images, Dataset):
-            self.numbers = [int(i) for i in images.manifest.index]
+        self._images = images
+        self.numbers = images.indices if isinstance(images, Dataset) else list(range(len(images)))
         if not self.numbers:
             raise ValueError("there are no images to annotate")
         if proposals is not None and len(proposals) != len(self.numbers):
@@ -86,28 +85,22 @@ class AnnotationSession:
     def apply(self, action: Mapping[str, Any]) -> None:
         """Carry out one action and save.
 
-        Args:
-            action: {"type": "brush" | "grow", "points": [[x, y], ...], "radius": r, "value": id}, "polygon" and "fill"
-                without a radius; {"type": "undo"}; {"type": "save"}, which also marks an image without anything on it
-                as done; {"type": "go", "position": k}.
-
-        Raises:
-            TypeError: the radius is no number.
-            ValueError: it is no action.
-            OSError: it cannot be saved. The action is done but not on disk: the next one saves both.
+        The action is {"type": "brush" | "grow", "points": [[x, y], ...], "radius": r, "value": id}, "polygon" and
+        "fill" without a radius; {"type": "undo"}; {"type": "save"}, which also marks an image without anything on it as
+        done; or {"type": "go", "position": k}. Raises TypeError or ValueError for a bad action, OSError where it cannot
+        be saved: it is done but not on disk, and the next action saves both.
         """
-        kind = action.get("type") if isinstance(action, Mapping) else None
-        if kind == "go":
-            self._go(action.get("position"))
-            return
-        if kind in TOOLS:
-            self._draw(kind, action)
-        elif kind == "undo":
-            self.editor.undo()
-        elif kind == "save":
-            self._marked = True
-        else:
-            raise ValueError(f"unknown action {action!r}: expected one of {', '.join(TOOLS)}, undo, save or go")
+        match action.get("type") if isinstance(action, Mapping) else None:
+            case "go":
+                return self._go(action.get("position"))
+            case "undo":
+                self.editor.undo()
+            case "save":
+                self._marked = True
+            case kind if kind in TOOLS:
+                self._draw(kind, action)
+            case _:
+                raise ValueError(f"unknown action {action!r}: expected one of {', '.join(TOOLS)}, undo, save or go")
         self._save()
 
     def _draw(self, kind: str, action: Mapping[str, Any]) -> None:
@@ -121,14 +114,14 @@ class AnnotationSession:
         getattr(self.editor, kind)(points, *radius, value)
 
     def _go(self, position: Any) -> None:
-        if not isinstance(position, int) or not 0 <= position < len(self.numbers):
+        if not isinstance(position, int) or position not in range(len(self.numbers)):
             raise ValueError(f"no image at position {position!r}: there are {len(self.numbers)}")
         if self._unsaved:  # after an OSError: leaving would lose it
             self._save()
         self._open(position)
 
     def _start(self, classes: Classes, own: ClassList) -> tuple[ClassList, tuple[str, ...], int]:
-        """Look whether the folder is new, or to be continued: the classes, and the position it was left at."""
+        """Return the class list, the names to choose from, and the position that the folder was left at."""
         if (self.folder / files.SETTINGS).is_file():
             raise ValueError(f"{self.folder} is a dataset: draw into another folder, then datasets.import_masks")
         if not (self.folder / PROGRESS).is_file():
@@ -138,12 +131,12 @@ class AnnotationSession:
         files.clean(self.folder, self.numbers)
         try:
             progress = json.loads((self.folder / PROGRESS).read_text(encoding="utf-8"))
-            found, number, drawn = progress["format"], progress["image"], progress.get("classes", ["unlabeled"])
+            version, number, drawn = progress["format"], progress["image"], progress.get("classes", ["unlabeled"])
             before = class_list(drawn)
         except (ValueError, LookupError, TypeError) as error:
             raise ValueError(f"{self.folder / PROGRESS} is damaged: {error!r}. Remove it") from error
-        if found != FORMAT:
-            raise ValueError(f"{self.folder / PROGRESS} has the format {found!r}, this version reads {FORMAT!r}")
+        if version != FORMAT:
+            raise ValueError(f"{self.folder / PROGRESS} has the format {version!r}, this version reads {FORMAT!r}")
         table, names = _classes(classes, own if before.stored() is None else before)
         difference = table.difference(before, names) if before.stored() is None else before.difference(table)
         if difference and any((self.folder / "labels").glob("[0-9]*.png")):
@@ -164,7 +157,7 @@ class AnnotationSession:
             labels = self._checked(files.read_png(path), image, str(path))
         elif self._proposals is not None:
             labels = np.array(self._proposals[position])
-            labels = np.where(labels == IGNORED, labels.dtype.type(0), labels)
+            labels[labels == IGNORED] = 0
             labels = self._checked(labels, image, f"proposal {position}")
         self.editor = LabelEditor(image, labels)
         self.position = position
@@ -172,10 +165,10 @@ class AnnotationSession:
         self._unsaved = False
         classes = self.class_list.stored() or list(self.names)
         progress = {"format": FORMAT, "image": number, "classes": classes}
-        files.write(self.folder / PROGRESS, lambda temporary: temporary.write_text(json.dumps(progress, indent=1)))
+        files.write_json(self.folder / PROGRESS, progress)
 
     def _save(self) -> None:
-        """Write the label map, the image before it; without any step on an image nobody marked, take it away."""
+        """Write the label map, the image before it; remove it where no step is left and nobody saved it as done."""
         self._unsaved = True
         path = self._path(self.number)
         if self._marked or self.editor.can_undo:

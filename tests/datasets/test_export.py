@@ -204,6 +204,21 @@ def test_prompts_by_hand():
         export.prompts(np.full((3, 3), 99, np.uint8))
 
 
+def test_detections_by_hand():
+    ids = np.zeros((20, 30), np.uint8)
+    ids[4:11, 6:17] = 26
+    ids[15:18, 0:3] = 24
+    ids[0, 29] = 255
+    found = export.detections(ids)
+    assert found["xyxy"].tolist() == [[0, 15, 2, 17], [6, 4, 16, 10]]
+    assert found["mask"].dtype == bool and np.array_equal(found["mask"], [ids == 24, ids == 26])
+    assert found["class_id"].tolist() == [24, 26] and found["data"]["class_name"].tolist() == ["person", "car"]
+    empty = export.detections(ids, classes=["bus"])
+    assert (empty["xyxy"].shape, empty["mask"].shape, len(empty["class_id"])) == ((0, 4), (0, 20, 30), 0)
+    with pytest.raises(ValueError, match="cat"):
+        export.detections(ids, classes=["cat"])
+
+
 def test_overlays(scenes, tmp_path):
     folder = export.overlays(scenes, tmp_path, opacity=0.25)
     assert sorted(path.name for path in folder.iterdir()) == [f"{i:05d}.png" for i in scenes.indices]
