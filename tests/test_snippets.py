@@ -165,7 +165,9 @@ def joint_example():
     """What the examples of joint models' docstrings may use: a tiny pipeline, and a traced image."""
     pipe = tiny_joint.shared("SD 3")
     (record,) = tiny_joint.traced(pipe)
-    return {"pipe": pipe, "record": record, "image": Image.new("RGB", (48, 32))}  # of the maps' ratio
+    masks = [record.daam()["car"] > record.daam()["car"].median()]
+    image = Image.new("RGB", (48, 32))  # of the maps' ratio
+    return {"pipe": pipe, "record": record, "image": image, "records": [record], "masks": masks}
 
 
 @pytest.mark.parametrize(
@@ -177,7 +179,7 @@ def test_the_snippets_of_a_page_run(path, names):
 
 @pytest.mark.parametrize("module, name, blocks", EXAMPLES, ids=[f"{m.__name__} {n}".strip() for m, n, _ in EXAMPLES])
 def test_the_examples_of_a_docstring_run(module, name, blocks, names):
-    joint = joint_example() if ".joint" in module.__name__ else {}
+    joint = joint_example() if module.__name__.endswith(".probe") or ".joint" in module.__name__ else {}
     run(blocks, module.__file__, {**vars(module), **names, **joint})
 
 
@@ -192,19 +194,11 @@ BARE = {
     "HeatMaps",
     "JointRecord",
     "LinearMap",
-    "OptimizedToken",
     "TokenEmbeddings",
     "Trace",
-    "choose_settings",
     "encode",
-    "label_map",
     "metrics",
-    "optimize_probe",
-    "optimize_token",
     "require_same_model",
-    "text_of",
-    "token_objective",
-    "token_probabilities",
     "trace_image",
 }
 
