@@ -73,7 +73,7 @@ class Options:
 
     @property
     def softmax(self) -> bool:
-        """Whether classes compete."""
+        """True if classes compete."""
         return self.multiclass or self.background
 
 
