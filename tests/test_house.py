@@ -34,7 +34,6 @@ LONG = {
     "daamlib.datasets.export coco",
     "daamlib.datasets.generation generate",
     "daamlib.tracing trace",
-    "daamlib_lab.urban.wide place",
 }
 
 
