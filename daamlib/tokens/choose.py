@@ -42,8 +42,8 @@ def choose_settings(
 
     Args:
         records: As for `optimize_token`; steps are chosen only of records that hold queries.
-        masks: Likewise. Of one image, each class on both sides of a median line of the masks.
-        weight_decays: To choose from.
+        masks: As for `optimize_token`. A single image needs each class on both sides of a median line of the masks.
+        weight_decays: Candidates.
         **options: Options of the later `optimize_token`: word, text, multiclass, background, seed.
 
     Returns:
@@ -51,7 +51,7 @@ def choose_settings(
 
     Raises:
         TypeError: The records are no AttentionRecords.
-        ValueError: See `optimize_token`; or there is no part without which every class is still there.
+        ValueError: See `optimize_token`; or without any one part a class is missing.
     """
     if options.get("method", "ldaam") != "ldaam" or options.get("loss", "bce") != "bce":
         raise ValueError(f'settings are chosen for LDAAM with loss="bce", got {options}')

@@ -50,13 +50,12 @@ def fit_classes(
 
     Args:
         records: k images of one model.
-        label_maps: k arrays (H, W) of integer ids, 255 where a pixel is to be ignored, with the images' ratio of height
-            and width.
-        classes: Class list of the ids (`daamlib.classes.class_list`), by default Cityscapes. Classes that are in no
+        label_maps: k arrays (H, W) of integer ids, with the images' ratio of height and width; 255 is ignored.
+        classes: Class list of the ids (`daamlib.classes.class_list`), by default Cityscapes. Its classes that are in no
             label map are left out.
         layers: Names of the layers to read, by default the decoder's (of a U-Net), or all.
         max_timestep: Read only the passes with a timestep up to this one, see `optimize_token`.
-        weight_decays: To choose from, by the images left out (of a single image, its quarters).
+        weight_decays: Candidates, compared on images left out (of a single image, its quarters).
 
     Returns:
         One token of the method "keys" with a word a class.

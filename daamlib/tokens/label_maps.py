@@ -26,7 +26,7 @@ from .guided import guided_upsample
 from .inputs import BACKGROUND
 from .token import OptimizedToken, require_calibrated
 
-# Of the softmax between words: at 1 the margin of `label_map` ignored 39 % of the pixels of 80 scenes, at 4 9 %
+# Factor of the scores in the softmax between words: at 1 the margin of `label_map` ignored 39 % of the pixels of 80 scenes, at 4 9 %
 # (tests/benchmarks/label_maps.py, as all numbers here)
 SHARPNESS = 4.0
 
@@ -238,18 +238,18 @@ def label_map(
     Without a threshold a pixel has the most probable class (0: the tokens' background), or 255 where it is not clear.
 
     Args:
-        record: Of the image, traced with `self_attention=True`.
+        record: Record of the image, traced with `self_attention=True`.
         classes: Tokens, or {class: word}. Default: the street's tokens of the bundled model, of its records.
         size: (height, width); default the image's, without one the record's grid.
         image: The picture itself, whose edges the probabilities follow (`guided_upsample`), at its size. (By tokens of
             five images the mean IoU over the four things of 80 rendered scenes was 73.7 % without and 76.4 with it.)
-        iterations: Of `record.refine`; 0 for a record without self-attention.
+        iterations: Steps of `record.refine`; 0 for a record without self-attention.
         margin: A pixel whose best two probabilities differ by less is 255.
         threshold: Probability from which on a pixel is of a class; one number, or {class: number}.
-        ignore_from: With a threshold, the lower end of the ignore band, likewise.
-        names: Of the classes that a pixel may be of, such as those that the prompt names; default all. With a
-            threshold, a pixel where another may be is ignored.
-        ids: {class: id}; default those of Cityscapes, and of classes that it has not their numbers from 1.
+        ignore_from: Lower end of the ignore band below the threshold; one number, or {class: number}.
+        names: Classes that a pixel may be of, such as those that the prompt names; default all. With a threshold, a
+            pixel where another class may be is ignored.
+        ids: {class: id}; default the ids of Cityscapes, or numbers from 1 for other classes.
 
     Returns:
         (height, width) ids.

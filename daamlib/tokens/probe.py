@@ -57,7 +57,7 @@ def optimize_probe(
         layers: names of the attentions to read, by default all (`JointRecord.layer_names`).
         weight_decay: w in the formula above.
         iterations: at most so many.
-        max_bytes: held at a time. If the images' vectors do not fit, the passes are re-run for a few blocks at a time.
+        max_bytes: largest memory. If the images' vectors do not fit, the passes are re-run for a few blocks at a time.
 
     Returns:
         The token, of the method "probe", which reads `JointRecord`s; its embedding is (K, blocks * channels).
