@@ -26,8 +26,8 @@ from .guided import guided_upsample
 from .inputs import BACKGROUND
 from .token import OptimizedToken, require_calibrated
 
-# Factor of the scores in the softmax between words: at 1 the margin of `label_map` ignored 39 % of the pixels of 80 scenes, at 4 9 %
-# (tests/benchmarks/label_maps.py, as all numbers here)
+# Factor of the scores in the softmax between words. At 1 the margin of `label_map` ignored 39 % of the pixels of 80
+# scenes, at 4 9 % (tests/benchmarks/label_maps.py, as all numbers here)
 SHARPNESS = 4.0
 
 SINGULAR = ("ss", "us", "is", "gas", "lens", "canvas", "atlas")  # ends of singular nouns in s, as bus and glass
