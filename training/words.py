@@ -126,7 +126,7 @@ def measure_street(
     counts = np.zeros((2, 256, 256), np.int64)  # (all words or those in the scene, truth, prediction)
     for seed in range(first_seed, first_seed + n):
         scene = render(seed, size, world)
-        options = {"timesteps": TIMESTEPS, "seed": seed, "self_attention": True}
+        options: dict[str, Any] = {"timesteps": TIMESTEPS, "seed": seed, "self_attention": True}
         record = trace_image(pipe, scene.image, prompt=scene.caption, **options)
         daam, listed = record.daam(), record.daam(text_of(STREET_WORDS))
         said = f" {' '.join(word.text.strip() for word in daam.words)} "  # the words of the caption that the model read
