@@ -2,8 +2,8 @@
 
     python tests/versions.py [oldest] [newest]
 
-Each has an environment of its own, `.venv-oldest` and `.venv-newest`, of several gigabytes where torch's build is for
-CUDA; one that is there is brought up to date. If all tests pass, the versions are written to docs/install.md.
+Each has a separate environment, `.venv-oldest` and `.venv-newest`, of several gigabytes if torch's build is for CUDA;
+an existing one is updated. If all tests pass, the versions are written to docs/install.md.
 """
 
 import datetime
@@ -35,7 +35,7 @@ TESTS = (
 
 
 def make_environment(name: str) -> Path:
-    """Its interpreter."""
+    """Make or update the environment; return its interpreter."""
     python = ROOT / f".venv-{name}/bin/python"
     if not python.exists():
         subprocess.run([f"python{PYTHONS[name]}", "-m", "venv", python.parents[1]], check=True)

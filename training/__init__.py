@@ -1,4 +1,4 @@
-"""How the bundled model and its annotator are made; nothing else in the package imports it."""
+"""Training of the bundled model and its annotator; nothing else in the package imports it."""
 
 from daamlib.extras import needs
 

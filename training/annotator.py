@@ -155,7 +155,7 @@ def class_ious(counts: torch.Tensor) -> torch.Tensor:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Print the IoU of every class over `--images` held-out scenes and write `metrics.json` beside the weights."""
+    """Print the IoU of every class over `--images` held-out scenes and write `metrics.json` next to the weights."""
     torch.set_num_threads(args.threads)
     model, matrix = load_annotator(args.out, args.device), MulticlassConfusionMatrix(len(CLASSES))
     for first in range(0, args.images, 50):

@@ -43,7 +43,7 @@ def render_scenes(
     """Render scenes on all cores, or read them where they were rendered before.
 
     Args:
-        folder: where they are kept.
+        folder: where they are stored.
         n: how many.
         first_seed: that of the first scene; the others follow.
         workers: processes; None for one on each core.
@@ -83,7 +83,7 @@ def render_scenes(
 
 @torch.no_grad()
 def encode_latents(vae, scenes: Scenes, path: Path, *, size: int, device: str, batch: int = 64) -> np.ndarray:
-    """The scenes' latent means (n, 4, size/4, size/4) float16, kept in `path`; only what it lacks is encoded."""
+    """The scenes' latent means (n, 4, size/4, size/4) float16, stored in `path`; only missing ones are encoded."""
     shape = (vae.config.latent_channels, size // 4, size // 4)
     latents = np.load(path) if path.exists() else np.empty((0, *shape), np.float16)
     if len(latents) < len(scenes.captions):

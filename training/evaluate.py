@@ -33,7 +33,7 @@ from .words import measure_street, measure_words
 PARTS = ("psnr", "sheet", "hits", "words", "street", "time")
 STEPS = 25
 GUIDANCE = 5.0
-BATCH = 8  # images generated together; each has a generator of its own
+BATCH = 8  # images generated together; each has a separate generator
 SHEET_SEED, HITS_SEED, TIME_SEED = 0, 1_000, 2_000  # image i of a part has the seed of the part + i
 WORDS_SEED = HELD_OUT + 5_000_000  # of the scenes that words are measured on; nothing was chosen on them
 WORDS_SCENES = 120
@@ -128,12 +128,12 @@ def hit_prompts(n: int) -> list[tuple[str, str]]:
 
 
 def count_hits(maps: np.ndarray, prompted: Sequence[str], *, min_area: float = MIN_AREA) -> dict:
-    """How often the prompted class is found, and how often a class that the prompt does not name.
+    """Count how often the annotator sees the prompted class, and how often a class that the prompt does not name.
 
     Args:
         maps: (N, H, W) Cityscapes ids of what the annotator sees.
         prompted: the N classes asked for.
-        min_area: the part of the image that a class must cover to be found.
+        min_area: the part of the image that a class must cover to count.
 
     Returns:
         Parts in 0..1: `overall`, `per_class`, and `unprompted`, by class over the images of the other classes' prompts

@@ -115,7 +115,7 @@ def change_tokens(
 ) -> None:
     """Let a text encoder read another tokenizer, in place: tokens that both have keep their embeddings.
 
-    The others begin at random, as long as those that are kept: shorter ones drown in the embeddings of the positions.
+    The others begin at random, as long as the others: shorter ones drown in the embeddings of the positions.
 
     Args:
         text_encoder: of the old tokenizer.

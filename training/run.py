@@ -17,7 +17,7 @@ from pathlib import Path
 from . import train
 from .trainer import add_options, launch
 
-EXPORT_MINUTES = 0.2  # kept for the last stage
+EXPORT_MINUTES = 0.2  # reserved for the last stage
 
 
 def run(args: argparse.Namespace) -> None:

@@ -28,7 +28,7 @@ def sheet(dataset: datasets.Dataset, *, columns: int = 8) -> Image.Image:
 
 
 def main() -> None:
-    """Read the command line, generate, label, write the sheet, print what was found."""
+    """Read the command line, generate, label, write the sheet, print the results."""
     parser = argparse.ArgumentParser(prog="python -m training.sample", description=__doc__)
     parser.add_argument("--out", type=Path, default=FOLDER, help="a new folder, or one to go on in")
     parser.add_argument("--images", type=int, default=24)

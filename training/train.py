@@ -65,7 +65,7 @@ class Denoiser(torch.nn.Module):
         """The predicted velocity (B, 4, h, w).
 
         noisy: (B, 4, h, w); timesteps: (B,); ids: (B, C) token ids; empty: (1, C) those of the empty text; muted: (B,
-        C) bool, the tokens that show the U-Net the empty text's state of their place instead of their own.
+        C) bool, the tokens that show the U-Net the empty text's state of their place, not their state.
         """
         states = self.text_encoder(torch.cat([ids, empty])).last_hidden_state
         text = torch.where(muted.unsqueeze(-1), states[-1:], states[:-1])
@@ -89,7 +89,7 @@ class Autoencoder(torch.nn.Module):
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a model is, besides how long it was trained.
+    """Definition of a model, apart from the length of its training.
 
     Attributes:
         text_layers: of the text encoder.
@@ -107,7 +107,7 @@ class Recipe:
 
     @classmethod
     def read(cls, work: Path) -> "Recipe":
-        """That of a work folder; FileNotFoundError where neither `data` nor `restore` was run."""
+        """Read the recipe of a work folder; FileNotFoundError where neither `data` nor `restore` was run."""
         return cls(**json.loads((work / "recipe.json").read_text()))
 
     def write(self, work: Path) -> None:

@@ -38,10 +38,10 @@ def add_options(parser: argparse.ArgumentParser, **defaults) -> None:
 
 
 def launch(train: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
-    """Run `train(args)` in this process or, with `--processes`, in several, each on a CPU core or GPU of its own."""
+    """Run `train(args)` in this process or, with `--processes`, in several, each on a separate CPU core or GPU."""
     if args.processes == 1:
         return _worker(train, args)
-    os.environ["OMP_NUM_THREADS"] = str(args.threads)  # what accelerate sets, where it is not told, is every core
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)  # accelerate's default is every core
     config = LaunchConfig(
         1, 1, args.processes, rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="urban", max_restarts=0
     )
@@ -115,7 +115,7 @@ class Trainer:
         get_ema_multi_avg_fn(decay)(averaged, current, updates)
 
     def goes_on(self) -> bool:
-        """Whether samples and minutes are left; where not, the training is saved and at its end."""
+        """Return whether samples and minutes are left; if not, save the training, which has ended."""
         minutes = (time.monotonic() - self._started) / 60
         over = minutes / self._args.minutes if self._args.minutes else 1.0
         self._progress = max(self.samples / self._args.samples, over)

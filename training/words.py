@@ -1,4 +1,4 @@
-"""How well the model's words point: their maps on held-out scenes against the exact masks, by class and layer."""
+"""Measurement of the model's words: their maps on held-out scenes against the exact masks, by class and layer."""
 
 import functools
 import operator
@@ -118,19 +118,18 @@ def measure_street(
         In percent, by class and their mean. `floor`: the mean IoU of the whole image as the mask. `daam`: maximum mIoU
         of DAAM of the class's word in the scene's own caption, over the scenes that name it. `listed`: the same of the
         word in the list of all nine (`STREET_WORDS`). `zero_shot`: IoU of `label_map`, all scenes' pixels together, the
-        nine classes against each other; `zero_shot_present`: where it is told which are there. `things`: their mean.
+        nine classes against each other; `zero_shot_present`: of the scene's classes alone. `things`: their mean.
     """
     maps: dict[str, list] = {f"{kind} {name}": [] for kind in ("daam", "listed") for name in STREET_WORDS}
     masks: dict[str, list] = {name: [] for name in maps}
     ids = np.array([BY_NAME[name].id for name in STREET_WORDS])
-    counts = np.zeros((2, 256, 256), np.int64)  # (all words or those that are there, truth, found)
+    counts = np.zeros((2, 256, 256), np.int64)  # (all words or those in the scene, truth, prediction)
     for seed in range(first_seed, first_seed + n):
         scene = render(seed, size, world)
-        record = trace_image(
-            pipe, scene.image, prompt=scene.caption, timesteps=TIMESTEPS, seed=seed, self_attention=True
-        )
+        options: dict[str, Any] = {"timesteps": TIMESTEPS, "seed": seed, "self_attention": True}
+        record = trace_image(pipe, scene.image, prompt=scene.caption, **options)
         daam, listed = record.daam(), record.daam(text_of(STREET_WORDS))
-        said = f" {' '.join(word.text.strip() for word in daam.words)} "  # what of the caption the model read
+        said = f" {' '.join(word.text.strip() for word in daam.words)} "  # the words of the caption that the model read
         present = []
         for name, word in STREET_WORDS.items():
             mask = scene.labels == BY_NAME[name].id
@@ -155,14 +154,17 @@ def measure_street(
             for name in STREET_WORDS
         }
     for kind, table in zip(("zero_shot", "zero_shot_present"), counts, strict=True):
-        judged = table[ids][:, ids]
-        right = judged.diagonal()
-        ious = 100 * right / (judged.sum(0) + judged.sum(1) - right)
-        result[kind] = dict(zip(STREET_WORDS, ious.tolist(), strict=True))
+        result[kind] = _ious(table[ids][:, ids])
     rounded = {kind: _with_mean(by_class) for kind, by_class in result.items()}
     for by_class in rounded.values():
         by_class["things"] = round(float(np.mean([by_class[kind] for kind in KINDS])), 1)
     return {**rounded, "scenes": n, "first_seed": first_seed, "world": world, "timesteps": list(TIMESTEPS)}
+
+
+def _ious(table: np.ndarray) -> dict[str, float]:
+    """IoU in percent of each class of a confusion matrix."""
+    right = table.diagonal()
+    return dict(zip(STREET_WORDS, (100 * right / (table.sum(0) + table.sum(1) - right)).tolist(), strict=True))
 
 
 def _miou(maps: Sequence[torch.Tensor], readings: Sequence[Reading], kind: str) -> float:

@@ -18,10 +18,10 @@ from torch.nn import functional as F
 
 from ..attention.heatmaps import require_ratio
 from ..attention.readers import in_decoder
-from ..attention.record import AttentionRecord, require_same_model
+from ..attention.record import AttentionRecord
 from ..cityscapes import IGNORED
 from ..classes import Classes, class_list
-from .inputs import made_of, query_features, select_part
+from .inputs import folds, made_of, query_features, require_records, select_part
 from .token import OptimizedToken
 
 WEIGHT_DECAYS = (0.1, 0.03, 0.01, 0.003)  # of standardised features
@@ -50,19 +50,18 @@ def fit_classes(
 
     Args:
         records: k images of one model.
-        label_maps: k arrays (H, W) of integer ids, 255 where a pixel is to be ignored, with the images' ratio of height
-            and width.
-        classes: Class list of the ids (`daamlib.classes.class_list`), by default Cityscapes. Classes that are in no
+        label_maps: k arrays (H, W) of integer ids, with the images' ratio of height and width; 255 is ignored.
+        classes: Class list of the ids (`daamlib.classes.class_list`), by default Cityscapes. Its classes that are in no
             label map are left out.
         layers: Names of the layers to read, by default the decoder's (of a U-Net), or all.
         max_timestep: Read only the passes with a timestep up to this one, see `optimize_token`.
-        weight_decays: To choose from, by the images left out (of a single image, its quarters).
+        weight_decays: Candidates, compared on images left out (of a single image, its quarters).
 
     Returns:
-        One token of the method "keys" with a word a class, to be saved and loaded as any other.
+        One token of the method "keys" with a word a class.
 
     Raises:
-        TypeError: Something else than records was given.
+        TypeError: The records are no AttentionRecords.
         ValueError: Records of several models, or label maps, ids or options that do not fit.
     """
     started = time.perf_counter()
@@ -73,8 +72,8 @@ def fit_classes(
     features = _features(records, layers, max_timestep)
     shares = [_shares(ids, present, record.grid) for ids, record in zip(label_maps, records, strict=True)]
     targets = torch.cat(shares).to(features.device)
-    groups = _groups([record.grid for record in records]).to(features.device)
-    keys, bias, losses, gradient, decay = _solve(features, targets, groups, weight_decays)
+    parts = folds([record.grid for record in records], PARTS).to(features.device)
+    keys, bias, losses, gradient, decay = _solve(features, targets, parts, weight_decays)
     words = tuple(table.names[number] for number in present)
     read = {"layers": list(layers), "max_timestep": max_timestep, "weight_decay": decay}
     return OptimizedToken(
@@ -92,14 +91,14 @@ def fit_classes(
 
 
 def _solve(
-    features: torch.Tensor, targets: torch.Tensor, groups: torch.Tensor, weight_decays: Sequence[float]
+    features: torch.Tensor, targets: torch.Tensor, parts: torch.Tensor, weight_decays: Sequence[float]
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[float, ...], float, float]:
     """The classes' keys and biases, the losses, the last gradient's length and the chosen weight decay."""
     unit = features.std(dim=0).clamp(min=torch.finfo(features.dtype).tiny)
     standardised = features / unit
     basis = torch.linalg.eigh(standardised.T @ standardised).eigenvectors[:, -RANK:]  # those of the largest variance
     components = standardised @ basis
-    decay = _choose(components, targets, groups, sorted(weight_decays, reverse=True))
+    decay = _choose(components, targets, parts, sorted(weight_decays, reverse=True))
     theta, bias, losses, gradient = _fit(components, targets, decay)
     bias = bias - RARE * (targets.sum(dim=0) / targets.sum()).log()
     return (theta @ basis.T) / unit, bias, losses, gradient, decay
@@ -115,13 +114,10 @@ def _features(records: list[AttentionRecord], layers: Sequence[str], max_timeste
 
 
 def _check(records: list, label_maps: list[np.ndarray], table, weight_decays: Sequence[float]) -> list[int]:
-    """Return the ids of the classes that are there. TypeError or ValueError for what does not fit."""
+    """The ids of the classes in the label maps. TypeError or ValueError for arguments that do not fit."""
     if not records or len(records) != len(label_maps):
         raise ValueError(f"{len(label_maps)} label maps for {len(records)} records: give one or more, a map a record")
-    for record in records:
-        if not isinstance(record, AttentionRecord):
-            raise TypeError(f"records must be AttentionRecords, got {type(record).__name__}")
-    require_same_model(records)
+    require_records(records)
     if not weight_decays or not all(0 < decay < float("inf") for decay in weight_decays):
         raise ValueError(f"weight_decays must be positive numbers, one or more, got {list(weight_decays)}")
     present: set[int] = set()
@@ -142,24 +138,16 @@ def _shares(ids: np.ndarray, present: Sequence[int], grid: tuple[int, int]) -> F
     return F.adaptive_avg_pool2d(masks[None], grid)[0].flatten(1).T
 
 
-def _groups(grids: Sequence[tuple[int, int]]) -> torch.Tensor:
-    """The part that each cell is left out with: its image's, or of a single image the quarter."""
-    if len(grids) > 1:
-        return torch.cat([torch.full((h * w,), i % PARTS) for i, (h, w) in enumerate(grids)])
-    rows, columns = torch.meshgrid(*(torch.arange(side) >= side // 2 for side in grids[0]), indexing="ij")
-    return (2 * rows.int() + columns.int()).flatten()
-
-
-def _choose(features: torch.Tensor, targets: torch.Tensor, groups: torch.Tensor, decays: Sequence[float]) -> float:
-    """Return the weight decay whose fits lose least on the parts that they have not seen."""
+def _choose(features: torch.Tensor, targets: torch.Tensor, parts: torch.Tensor, decays: Sequence[float]) -> float:
+    """The weight decay whose fits lose least on the parts that they leave out."""
     if len(decays) == 1:
         return decays[0]
     losses = dict.fromkeys(decays, 0.0)
-    for part in groups.unique():
-        seen, start = groups != part, None
+    for part in parts.unique():
+        rest, start = parts != part, None
         for decay in decays:
-            start = theta, bias = _fit(features[seen], targets[seen], decay, start)[:2]
-            losses[decay] += _loss(features[~seen], targets[~seen], theta, bias).item() * targets[~seen].sum().item()
+            start = theta, bias = _fit(features[rest], targets[rest], decay, start)[:2]
+            losses[decay] += _loss(features[~rest], targets[~rest], theta, bias).item() * targets[~rest].sum().item()
     return min(decays, key=losses.__getitem__)
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ..attention.heatmaps import upsample
 
-EPSILON = 1e-3  # of colours in [0, 1]: what varies less is no edge
+EPSILON = 1e-3  # variance of colours in [0, 1]: smaller changes are no edge
 
 
 def guided_upsample(
@@ -25,22 +25,13 @@ def guided_upsample(
     radius: int | None = None,
     epsilon: float = EPSILON,
 ) -> Float[torch.Tensor, "K H W"]:
-    """Maps at the size of their image, bilinear and then along its edges.
+    """Return maps at the size of their image, bilinear and then along its edges.
+
+        guided_upsample(token.probabilities(record), np.asarray(image))
 
     Linear in the maps, and a constant map stays constant: probabilities that sum to one do so afterwards, but single
-    values may leave [0, 1] a little.
-
-    Args:
-        maps: Such as the probabilities of K classes.
-        image: The picture they are of.
-        radius: Of the windows, in pixels; default: of one cell of the maps.
-        epsilon: The variance of colours in [0, 1] from which on it is an edge.
-
-    Returns:
-        The maps, at the image's size.
-
-    Raises:
-        ValueError: The image is no (H, W, 3) uint8 array.
+    values may leave [0, 1] a little. `radius` is that of the windows, in pixels (None: one cell of the maps). Raises
+    ValueError for an image that is no (H, W, 3) uint8 array.
     """
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise ValueError(f"expected an image of (H, W, 3) uint8, got {image.shape} {image.dtype}")

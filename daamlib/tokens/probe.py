@@ -20,10 +20,10 @@ from jaxtyping import Float
 
 from ..attention.joint.record import JointRecord, chosen_layers
 from ..pipeline import denoiser_of
-from .inputs import made_of, read_masks
-from .objective import Objective, linear_maps, loss_of, pass_factors, pixel_weights
-from .optimize import BACKGROUND
-from .solvers import newton, solved
+from .inputs import read_masks
+from .objective import device_of, linear_maps, linear_rows, objective_of, pixels_of
+from .optimize import Options, info_of
+from .solvers import newton, token_of
 from .token import OptimizedToken
 
 MAX_BYTES = 2**33
@@ -45,77 +45,57 @@ def optimize_probe(
 ) -> OptimizedToken:
     """Fit a probe token to the masks of a few images of one joint model, to read its other images with.
 
-    Convex, by Newton's method; it starts from the covariance of the image's vectors with the mask.
+        token = daamlib.optimize_probe(records, masks, word="car")
+        token.probabilities(record)[0]  # (H, W)
 
     Args:
-        records: n images of one model, with their pipeline: their vectors are made anew.
+        records: n images of one model, with their pipeline: their vectors are computed again.
         masks: n, as for `optimize_token`.
-        word: the name of each class, K of them.
+        word: name of each class, K of them.
         multiclass: a softmax between the classes instead of a sigmoid each; pixels of no class are left out.
         background: a softmax with one class more, of those pixels.
         layers: names of the attentions to read, by default all (`JointRecord.layer_names`).
         weight_decay: w in the formula above.
         iterations: at most so many.
-        max_bytes: held at a time. If the images' vectors do not fit, the passes are re-run for a few blocks at a time.
+        max_bytes: largest memory. If the images' vectors do not fit, the passes are re-run for a few blocks at a time.
 
     Returns:
-        The token, of the method "probe": `maps`, `probabilities`, `save` and `load` are those of any other; it reads
-        `JointRecord`s, with their pipeline. Its embedding is (K, blocks * channels).
+        The token, of the method "probe", which reads `JointRecord`s; its embedding is (K, blocks * channels).
 
     Raises:
-        TypeError: something else than JointRecords was given.
+        TypeError: the records are no JointRecords.
         ValueError: records of several models or without a pipeline, or masks, options or `max_bytes` that do not fit.
     """
-    started = time.perf_counter()
-    if iterations < 1 or not 0 <= weight_decay < float("inf"):
-        raise ValueError(f"expected iterations >= 1 and weight_decay >= 0, got {iterations!r} and {weight_decay!r}")
-    records, multiclass = list(records), multiclass or background
-    names = (word,) if isinstance(word, str) else tuple(word or ())
-    outside = BACKGROUND if background else None
-    grids, words = read_masks(records, list(masks), names, multiclass=multiclass, background=outside, kind=JointRecord)
-    matrix, channels_of = _reduced(records, chosen_layers(records[0], layers), len(words), multiclass, max_bytes)
-    sizes = [grid[0].numel() for grid in grids]
-    targets = torch.cat([grid.flatten(1) for grid in grids], dim=1).to(matrix)
-    weights = pixel_weights(sizes).to(matrix)
+    options = Options(
+        word=word, multiclass=multiclass, background=background, iterations=iterations, layers=layers,
+        weight_decay=weight_decay, max_bytes=max_bytes
+    )  # fmt: skip
+    return _fit(list(records), list(masks), options, iterations, max_bytes)
+
+
+def _fit(records: list[JointRecord], masks: list, options: Options, iterations: int, max_bytes: int) -> OptimizedToken:
+    """The token of the formula above; it starts from the covariance of the image's vectors with the mask."""
+    started, softmax = time.perf_counter(), options.softmax
+    grids, words = read_masks(
+        records, masks, options.words, multiclass=softmax, background=options.background, kind=JointRecord
+    )
+    matrix, channels_of = _reduced(records, chosen_layers(records[0], options.layers), len(words), softmax, max_bytes)
+    targets, offset = pixels_of(grids).to(matrix), matrix.new_zeros(len(matrix))
     start = (targets - targets.mean(dim=1, keepdim=True)) @ (matrix - matrix.mean(dim=0)) / len(matrix)
-    offset = matrix.new_zeros(len(matrix))
     maps = linear_maps(matrix, offset)
-    first = maps(start)
-    if not first.isfinite().all():
+    objective = objective_of(
+        maps, _finite(maps(start)), grids, loss="bce", linear=True, multiclass=softmax, start=start, matrix=matrix,
+        offset=offset, weight_decay=options.weight_decay, words=words, rows=tuple((k,) for k in range(len(words)))
+    )  # fmt: skip
+    info = info_of(records, records, options, optimizer="newton", iterations=iterations)
+    solution = newton(objective, iterations)
+    return token_of(objective, solution, method="probe", info=info, started=started, channels_of=channels_of)
+
+
+def _finite(values: torch.Tensor) -> torch.Tensor:
+    if not values.isfinite().all():
         raise ValueError("the images' vectors hold NaN or infinite values: look at the images that made them")
-    objective = Objective(
-        maps=maps,
-        loss=loss_of("bce", targets, weights, sizes, multiclass=multiclass),
-        start=start,
-        targets=targets,
-        weights=weights,
-        matrix=matrix,
-        offset=offset,
-        unit=first.std(dim=1, keepdim=True).clamp(min=torch.finfo(first.dtype).tiny),
-        centre=None,
-        weight_decay=weight_decay,
-        multiclass=multiclass,
-        words=words,
-        rows=tuple((k,) for k in range(len(words))),
-    )
-    fit = solved(objective, newton(objective, iterations))
-    return OptimizedToken(
-        embedding=channels_of(fit.embedding).float().cpu(),
-        method="probe",
-        **fit.fields,
-        seconds=time.perf_counter() - started,
-        info={
-            **made_of(records),
-            "passes": [len(record.timesteps) for record in records],  # whose sum a map is
-            "word": list(names) or None,
-            "loss": "bce",
-            "multiclass": multiclass,
-            "optimizer": "newton",
-            "iterations": iterations,
-            "layers": None if layers is None else list(layers),
-            "weight_decay": weight_decay,
-        },
-    )
+    return values
 
 
 def _reduced(
@@ -132,35 +112,25 @@ def _reduced(
             f"{needed / 2**30:.2g} GiB, max_bytes allows {max_bytes / 2**30:.2g}: give fewer or smaller images, fewer "
             "classes, or raise max_bytes"
         )
+
+    def rows(part: Sequence[str]) -> torch.Tensor:
+        return linear_rows(records, (record.probe_map(part) for record in records))[0]
+
     if len(layers) * width <= pixels:
-        return _rows(records, layers), lambda z: z
+        return rows(layers), lambda z: z
     at_once = max(1, (max_bytes - 16 * pixels**2) // (20 * pixels * width))  # float32, float64, and their product
     parts = [layers[start : start + at_once] for start in range(0, len(layers), at_once)]
-    whole = _rows(records, layers) if len(parts) == 1 else None
-    gram = torch.zeros(pixels, pixels, dtype=torch.float64, device=_device(records))
+    whole = rows(layers) if len(parts) == 1 else None
+    gram = torch.zeros(pixels, pixels, dtype=torch.float64, device=device_of(records))
     for part in parts:
-        rows = _rows(records, part) if whole is None else whole
-        gram.addmm_(rows, rows.T)
-    if not gram.isfinite().all():
-        raise ValueError("the images' vectors hold NaN or infinite values: look at the images that made them")
-    values, vectors = torch.linalg.eigh(gram)
-    kept = values > SMALLEST * values[-1]
-    roots, vectors = values[kept].sqrt(), vectors[:, kept]
+        of_part = rows(part) if whole is None else whole
+        gram.addmm_(of_part, of_part.T)
+    values, vectors = torch.linalg.eigh(_finite(gram))
+    large = values > SMALLEST * values[-1]
+    roots, vectors = values[large].sqrt(), vectors[:, large]
 
     def channels_of(z: torch.Tensor) -> torch.Tensor:
         pixels = vectors @ (z / roots).T  # (P, K)
-        return torch.cat([(_rows(records, part) if whole is None else whole).T @ pixels for part in parts]).T
+        return torch.cat([(rows(part) if whole is None else whole).T @ pixels for part in parts]).T
 
     return vectors * roots, channels_of
-
-
-def _rows(records: Sequence[JointRecord], layers: Sequence[str]) -> Float[torch.Tensor, "P channels"]:
-    """A of every image, a pixel a row, in float64."""
-    device = _device(records)
-    weights = [record.probe_map(layers).weight.to(device).double().flatten(0, 1) for record in records]
-    return torch.cat([factor * weight for factor, weight in zip(pass_factors(records), weights, strict=True)])
-
-
-def _device(records: Sequence[JointRecord]) -> torch.device:
-    """Where the records lie; the CPU for those on an Apple GPU, which has no float64."""
-    return torch.device("cpu") if records[0].device.type == "mps" else records[0].device

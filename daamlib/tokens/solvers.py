@@ -1,37 +1,36 @@
 """Two ways to a minimum of an `Objective`: Newton's method where it is convex, NovoGrad where it is not."""
 
 import math
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from .objective import Objective
+from .token import OptimizedToken
 
 NEWTON_BYTES = 2**32  # of a Hessian and its factor
 QUADRATIC = 1e-12  # squared Newton decrement below which one full step more reaches the precision of float64
-STEP = 2.0  # of NovoGrad: the length of its first steps; found by trial on the bundled model, on scenes apart
+STEP = 2.0  # of NovoGrad: the length of its first steps; chosen by trial on the bundled model, on separate scenes
 DAMPING = 0.01  # of NovoGrad's coordinates, as a part of the mean variance of A's rows; likewise
 
 Solution = tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[float]]  # x, (K, 1) bias and scale, losses
 
 
-@dataclass(frozen=True, eq=False)
-class Fit:
-    """Where a solver ended.
+def token_of(
+    objective: Objective,
+    solution: Solution,
+    *,
+    method: str,
+    info: Mapping[str, Any],
+    started: float,
+    channels_of: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
+) -> OptimizedToken:
+    """Return the token of a solution: scale and bias are those of plain maps, `channels_of` makes its embedding of x.
 
-    Attributes:
-        embedding: x.
-        fields: of the `OptimizedToken`: its words and rows, the scale and bias of the maps as they are, the losses and
-            the norm of the gradient.
+    Raises ValueError if the solution is not finite.
     """
-
-    embedding: torch.Tensor
-    fields: dict[str, Any]
-
-
-def solved(objective: Objective, solution: Solution) -> Fit:
-    """What a solver found, for the maps as they are. ValueError if it ended in values that are not finite."""
     x, bias, scale, losses = solution
     last = objective(x.requires_grad_(), bias, scale)
     (gradient,) = torch.autograd.grad(last, x)
@@ -42,15 +41,18 @@ def solved(objective: Objective, solution: Solution) -> Fit:
         raise ValueError(
             f"the optimisation ended in values that are not finite, with weight_decay={objective.weight_decay!r}"
         )
-    fields = {
-        "words": objective.words,
-        "rows": objective.rows,
-        "scale": tuple(scale.flatten().tolist()),
-        "bias": tuple(bias.flatten().tolist()),
-        "losses": (*losses, last.item()),
-        "gradient_norm": (gradient.norm() * objective.start.norm()).item(),
-    }
-    return Fit(x, fields)
+    return OptimizedToken(
+        embedding=channels_of(x).float().cpu(),
+        method=method,
+        words=objective.words,
+        rows=objective.rows,
+        scale=tuple(scale.flatten().tolist()),
+        bias=tuple(bias.flatten().tolist()),
+        losses=(*losses, last.item()),
+        gradient_norm=(gradient.norm() * objective.start.norm()).item(),
+        seconds=time.perf_counter() - started,
+        info=info,
+    )
 
 
 def newton(
@@ -73,15 +75,9 @@ def newton(
     mean, is added to theta f in units of unit_k. The default tolerance is the precision of float64, so that the result
     does not depend on the order in which a processor adds.
 
-    Args:
-        objective: Of LDAAM with the loss "bce".
-        iterations: The largest number; 10 to 30 are usual.
-        max_bytes: Of the Hessian and its factor; ValueError if they would be larger.
-        tolerance: Of the Newton decrement, below which the fit ends.
-        first: The embeddings and the bias of a similar fit to begin with; None: those of the objective.
-
-    Returns:
-        The embeddings x, the (K, 1) bias, the (K, 1) scale, which is 1, and the objective before every iteration.
+    It ends after 10 to 30 iterations, and at `iterations`, from the embeddings and bias `first` of a similar fit or
+    from the objective's. Returns x, the bias, the scale 1, and the objective before every iteration. Raises ValueError
+    if the Hessian and its factor are larger than `max_bytes`.
     """
     _require_memory(objective, max_bytes)
     features = objective.matrix - objective.matrix.mean(dim=0)
@@ -100,7 +96,7 @@ def newton(
         losses.append(here.item())
         with torch.no_grad():
             step = _newton_step(_hessian(objective, features, theta), gradient)
-            if objective.multiclass:  # a softmax does not see what all biases share
+            if objective.multiclass:  # a softmax does not change if all biases do by one number
                 step[:, -1] -= step[:, -1].mean()
             decrement, length = (step * gradient).sum(), 1.0
             while decrement > tolerance and length > 1e-9:
@@ -137,24 +133,23 @@ def _hessian(objective: Objective, features: torch.Tensor, theta: torch.Tensor) 
     def curvature(weights: torch.Tensor) -> torch.Tensor:
         return (features * weights) @ features.T
 
-    if not objective.multiclass:
+    if objective.multiclass:
+        p, weights = logits.softmax(dim=0), objective.weights * objective.targets.sum(dim=0)  # pixels of no class: 0
+        hessian = features.new_zeros(count, n, count, n)
+        for k in range(count):
+            for other in range(k + 1):
+                block = curvature(weights * p[k] * (float(k == other) - p[other]))
+                hessian[k, :, other] = hessian[other, :, k] = block
+        hessian = hessian.view(1, count * n, count * n)
+    else:
         p = logits.sigmoid()
         hessian = torch.stack([curvature(w) for w in objective.weights * p * (1 - p) / count])
-        hessian.diagonal(dim1=1, dim2=2).add_(decay)
-        return hessian
-    p, weights = logits.softmax(dim=0), objective.weights * objective.targets.sum(dim=0)  # pixels of no class: 0
-    hessian = features.new_zeros(count, n, count, n)
-    for k in range(count):
-        for other in range(k + 1):
-            block = curvature(weights * p[k] * (float(k == other) - p[other]))
-            hessian[k, :, other] = hessian[other, :, k] = block
-    hessian = hessian.view(1, count * n, count * n)
-    hessian.diagonal(dim1=1, dim2=2).add_(decay.flatten())
+    hessian.diagonal(dim1=1, dim2=2).add_(decay.view(len(hessian), -1))
     return hessian
 
 
 def _newton_step(hessian: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """Return H^-1 g, shaped as g; a ridge at the rounding of float64, or as much as H needs to be positive definite.
+    """H^-1 g, shaped as g; a ridge at the rounding of float64, or as much as H needs to be positive definite.
 
     H, which is large, is changed in place.
     """
@@ -171,17 +166,11 @@ def _newton_step(hessian: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
 
 
 def novograd(objective: Objective, iterations: int) -> Solution:
-    """Momentum of gradients over a running mean of their length; the step warms up, and falls to zero at the end.
+    """NovoGrad: momentum of gradients over a running mean of their length (Ginsburg et al. 2019, arXiv:1905.11286).
 
-    Nothing in it branches on a value, so roundings stay roundings; there is no rate to find for a new model. It works
-    in coordinates where the covariance of A's rows is round. (Ginsburg et al. 2019, arXiv:1905.11286)
-
-    Args:
-        objective: Any.
-        iterations: So many.
-
-    Returns:
-        The embeddings x, the (K, 1) bias and scale, and the objective before every iteration.
+    The step warms up, and falls to zero at the end; there is no rate to find for a new model. No step depends on
+    comparing values, so rounding errors are not amplified. The coordinates are those where the covariance of A's rows
+    is round. Returns as `newton` does, with the scale learned.
     """
     start = objective.start
     rows = objective.matrix - objective.matrix.mean(dim=0)
@@ -191,27 +180,27 @@ def novograd(objective: Objective, iterations: int) -> Solution:
     basis = start.square().mean().sqrt() * torch.linalg.inv(factor).to(start)
     v = torch.zeros_like(start, requires_grad=True)
     bias = objective.first_bias.requires_grad_()
-    # A negative scale would turn the map over, and where the class is would be dark: its logarithm is learned. Of a
-    # map that starts upside down it would only fall to zero, where x has no gradient any more: it is held at first.
+    # A negative scale would turn the map over, dark where the class is: its logarithm is learned. The scale of a map
+    # that starts upside down would only fall to zero, where x has no gradient any more: it is fixed at first.
     log_scale = torch.zeros_like(bias, requires_grad=True)
     parameters = [(v, STEP, 0), (bias, 0.1, 0)]
-    if objective.centre is not None:  # LDAAM's embedding holds the scale
+    if objective.centre is not None:  # LDAAM's embedding includes the scale
         parameters.append((log_scale, 0.1, (iterations + 1) // 2))
     momentum = [torch.zeros_like(parameter) for parameter, _, _ in parameters]
     square = [torch.zeros((), dtype=v.dtype, device=v.device)] * len(parameters)
     losses = []
     for i in range(iterations):
         value = objective(start + v @ basis, bias, log_scale.exp())
-        wanted = [parameter for parameter, _, _ in parameters]
-        gradients = torch.autograd.grad(value, wanted, materialize_grads=True)  # "cross_entropy" has no bias
+        learned = [parameter for parameter, _, _ in parameters]
+        gradients = torch.autograd.grad(value, learned, materialize_grads=True)  # "cross_entropy" has no bias
         losses.append(value.item())
         fall = 0.5 * (1 + math.cos(math.pi * max(0.0, (i + 1) / iterations - 0.3) / 0.7))
         rate = min(1.0, (i + 1) / max(8, iterations / 10), fall)
-        for k, ((parameter, step, held), gradient) in enumerate(zip(parameters, gradients, strict=True)):
+        for k, ((parameter, step, begins), gradient) in enumerate(zip(parameters, gradients, strict=True)):
             square[k] = 0.95 * square[k] + 0.05 * gradient.square().sum()
             length = (square[k] / (1 - 0.95 ** (i + 1))).sqrt() + torch.finfo(gradient.dtype).tiny
             momentum[k] = 0.9 * momentum[k] + 0.1 * gradient / length
-            if i >= held:
+            if i >= begins:
                 with torch.no_grad():
                     parameter -= step * rate * momentum[k] / (1 - 0.9 ** (i + 1))
     return (start + v @ basis).detach(), bias.detach(), log_scale.detach().exp(), losses

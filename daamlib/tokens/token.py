@@ -1,4 +1,4 @@
-"""Optimised tokens: what `optimize_token` returns, and how it is kept on disk."""
+"""Optimised tokens: their maps and probabilities, and their files on disk and on the Hugging Face hub."""
 
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -14,12 +14,10 @@ from ..attention.heatmaps import HeatMaps, upsample
 from ..attention.joint.record import JointRecord
 from ..attention.record import AttentionRecord
 from ..io import load_dataclass, save_dataclass
-from .inputs import query_features, select_part, select_steps
+from .inputs import query_features, select_part
 
 FORMAT = "daamlib-token-3"
 FILE = "token.safetensors"  # in a repository of the hub
-
-# of a repository on the hub
 CARD = """---
 library_name: daamlib
 tags:
@@ -45,20 +43,24 @@ maps = token.maps(record)  # of an image that this model generated
 class OptimizedToken:
     """Text embeddings fitted to masks, which read any image of the same model (thesis: x-hat, X-hat').
 
+        token = daamlib.optimize_token(records, masks, word="car")
+        token.maps(record)["car"]  # (H, W)
+        token.save("car-token.safetensors")
+
     Attributes:
-        embedding: float32 on the CPU; `maps` takes it to the record. LDAAM: one row a word (and one of the background,
-            if asked for). DAAM: the whole text.
+        embedding: float32 on the CPU. LDAAM: one row a word (and one of the background, if there is one). DAAM: the
+            whole text.
         method: "ldaam" or "daam"; "probe" of `optimize_probe` and "keys" of `fit_classes`, whose rows hold a vector for
             each layer, which no text encoder makes.
-        words: The names of the K maps.
+        words: names of the K maps.
         rows: K tuples, the rows of `embedding` averaged to each word's map.
         scale: K numbers; sigmoid(scale * map + bias) is the calibrated probability (see `probabilities`).
         bias: K numbers.
-        losses: The objective at every iteration, and where it stopped.
-        gradient_norm: Of the objective where it stopped, for steps as long as the initial token.
-        seconds: Of the optimisation alone.
-        info: What made it (model, prompts, text, loss, optimiser, weight decay, seed ...) and what it reads (layers,
-            max_timestep), of JSON's own types.
+        losses: the objective at every iteration, and at the end.
+        gradient_norm: length of the objective's gradient at the end, for steps as long as the initial token.
+        seconds: duration of the optimisation alone.
+        info: the fit's inputs (model, prompts, text, loss, optimiser, weight decay, seed ...) and the parts of a record
+            that the token reads (layers, max_timestep), of JSON's own types.
     """
 
     embedding: Float[torch.Tensor, "m d_text"]
@@ -73,47 +75,41 @@ class OptimizedToken:
     info: Mapping[str, Any] = field(default_factory=dict)
 
     def maps(self, record: AttentionRecord | JointRecord) -> HeatMaps:
-        """The maps of an image of the same model, of the layers and steps that the token was fitted to.
+        """Return the maps of an image of the same model, from the layers and steps that the token was fitted to.
 
-        Args:
-            record: Of any image, by any prompt; of a joint model for the method "probe", and with its pipeline.
+            token.maps(record)["car"]  # (H, W) on the record's grid
 
-        Returns:
-            (K, H, W) maps at the record's grid, looked up by word.
-
-        Raises:
-            TypeError: The record is not of the kind that the method reads.
-            ValueError: The record is of another model, or does not hold the steps that the token reads.
+        The record is a `JointRecord` with its pipeline for the method "probe". Raises TypeError for the other kind of
+        record, ValueError for one of another model or without the steps that the token reads.
         """
-        if isinstance(record, JointRecord) != (self.method == "probe"):
+        return HeatMaps.of_words(self._read(record)[0], self.words)
+
+    def _read(self, record: Any) -> tuple[Float[torch.Tensor, "K H W"], int]:
+        """The maps of a record, and the number of passes that they sum."""
+        kind: type[Any] = JointRecord if self.method == "probe" else AttentionRecord
+        if not isinstance(record, kind):
             raise TypeError(f"a token of the method {self.method!r} does not read a {type(record).__name__}")
         self.require_model(record.fingerprint)
-        if isinstance(record, JointRecord):
-            return HeatMaps.of_words(record.probe_map(self.info.get("layers"))(self.embedding), self.words)
+        if self.method == "probe":
+            return record.probe_map(self.info.get("layers"))(self.embedding), len(record.timesteps)
         part = select_part(record, self.info.get("layers"), self.info.get("max_timestep"))
         if self.method == "keys":
-            values = query_features(part, record.grid) @ self.embedding.to(part.device).T
-            return HeatMaps.of_words(values.T.unflatten(1, record.grid), self.words)
-        maps = part.ldaam_from(self.embedding) if self.method == "ldaam" else part.daam_from(self.embedding)
-        values = torch.stack([maps.values[list(rows)].mean(dim=0) for rows in self.rows])
-        return HeatMaps.of_words(upsample(values, record.grid), self.words)
+            values = (query_features(part, record.grid) @ self.embedding.to(part.device).T).T
+            return values.unflatten(1, record.grid), len(part.timesteps)
+        of_rows = (part.ldaam_from if self.method == "ldaam" else part.daam_from)(self.embedding).values
+        values = torch.stack([of_rows[list(rows)].mean(dim=0) for rows in self.rows])
+        return upsample(values, record.grid), len(part.timesteps)
 
     def probabilities(
         self, record: AttentionRecord | JointRecord, words: Sequence[str] | None = None
     ) -> Float[torch.Tensor, "k height width"]:
-        """The probabilities that the scale and bias learned with the token make of its maps.
+        """Return the (k, H, W) probabilities of some words (None: all), by the scale and bias learned with the token.
 
-        Args:
-            record: Of any image, by any prompt.
-            words: Those of the token to read, by default all.
+            token.probabilities(record, ["car"])[0] > 0.5
 
-        Returns:
-            (k, H, W) in [0, 1], one map a word: a softmax between these words where the token was fitted with one
-            (`multiclass`), else a sigmoid each.
-
-        Raises:
-            ValueError: The record is of another model, a word is not the token's, or the token was fitted with
-                `loss="cross_entropy"`, which learns no scale and bias.
+        A softmax between these words if the token was fitted with one (`multiclass`), else a sigmoid each. Raises as
+        `maps` does, and ValueError for a word that is not the token's, or a token fitted with `loss="cross_entropy"`,
+        which learns no scale and bias.
         """
         logits = self.logits(record, words)
         return logits.softmax(dim=0) if self.info.get("multiclass") else logits.sigmoid()
@@ -121,38 +117,32 @@ class OptimizedToken:
     def logits(
         self, record: AttentionRecord | JointRecord, words: Sequence[str] | None = None
     ) -> Float[torch.Tensor, "k height width"]:
-        """The maps through the scale and bias that were learned with the token, before a sigmoid or a softmax.
+        """Return scale * map + bias, the probabilities before their sigmoid or softmax; arguments and errors as theirs.
 
-        Maps are sums over the steps: those of another number of steps than the token was fitted to, which is the mean
+            token.logits(record, ["car"])[0] > 0
+
+        Maps are sums over the passes: those of another number of passes than the token was fitted to, which is the mean
         number of its images, are scaled to it.
-
-        Args:
-            record: Of any image, by any prompt.
-            words: Those of the token to read, by default all.
-
-        Returns:
-            (k, H, W), one map a word; 0 is as probable as not.
-
-        Raises:
-            ValueError: See `probabilities`.
         """
         require_calibrated(self)
         words = self.words if words is None else words
         if set(words) - set(self.words):
             raise ValueError(f"the token has the words {list(self.words)}, got {list(words)}")
         rows = [self.words.index(word) for word in words]
-        values = self.maps(record).values[rows]
+        maps, passes = self._read(record)
+        values, fitted = maps[rows], self.info.get("passes", ())
         scale, bias = (torch.tensor(numbers)[rows].view(-1, 1, 1) for numbers in (self.scale, self.bias))
-        passes, chosen = self.info.get("passes", ()), select_steps(record, self.info.get("max_timestep"))
-        steps = len(record.timesteps if chosen is None else chosen)
-        if passes and steps != sum(passes) / len(passes):
-            scale = scale * sum(passes) / len(passes) / steps
+        if fitted and passes != sum(fitted) / len(fitted):
+            scale = scale * sum(fitted) / len(fitted) / passes
         return scale.to(values) * values + bias.to(values)
 
     def require_model(self, fingerprint: Fingerprint) -> None:
-        """ValueError unless the token was fitted on the model of this fingerprint, of a record or a pipeline."""
-        own = self.info.get("fingerprint")  # a token that was made by hand has none
-        difference = Fingerprint(own).difference(fingerprint) if own else None
+        """Raise ValueError unless the token was fitted on the model of this fingerprint, of a record or a pipeline.
+
+        token.require_model(record.fingerprint)
+        """
+        fitted = self.info.get("fingerprint")  # a token that was made by hand has none
+        difference = Fingerprint(fitted).difference(fingerprint) if fitted else None
         if difference:
             raise ValueError(
                 f"the token of {', '.join(self.words)} was optimised on another model: the two have {difference}. "
@@ -160,22 +150,19 @@ class OptimizedToken:
             )
 
     def save(self, path: str | Path) -> None:
-        """Write one `.safetensors` file, all but the embedding as JSON in its header, whole or not at all."""
+        """Write one `.safetensors` file, all but the embedding as JSON in its header; it is complete or not there.
+
+        token.save("car-token.safetensors")
+        """
         save_dataclass(path, self, FORMAT)
 
     @classmethod
     def load(cls, path: str | Path) -> "OptimizedToken":
-        """Read a saved token.
+        """Read a saved token, to the CPU.
 
-        Args:
-            path: Of the file that `save` wrote.
+            daamlib.OptimizedToken.load("car-token.safetensors")
 
-        Returns:
-            The token, on the CPU.
-
-        Raises:
-            FileNotFoundError: There is no such file.
-            ValueError: The file is damaged, of an older format, or no token.
+        Raises FileNotFoundError if there is no such file, ValueError if it is damaged, of an older format, or no token.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"no optimised token at {path}")
@@ -193,50 +180,32 @@ class OptimizedToken:
     def push_to_hub(
         self, repo_id: str, *, private: bool = False, revision: str | None = None, token: str | None = None
     ) -> str:
-        """Upload the token, with a model card, to a repository of the Hugging Face hub, which is made if need be.
+        """Upload the token, with a model card, to a repository of the Hugging Face hub; return the commit's address.
 
-        All of `info` goes along: the training prompts, and the model's id or folder. Tested against a server on the
-        same machine that answers as the hub does, never against the hub itself.
-
-        Args:
-            repo_id: As "name/car-token".
-            private: Whether a new repository is private.
-            revision: The branch, by default the main one.
-            token: Of the hub's account; None for the one that `hf auth login` stored.
-
-        Returns:
-            The address of the commit. `huggingface_hub` raises what it finds wrong.
+        `repo_id` is as "name/car-token"; a new repository is made, `private` or not. `revision` is the branch (None:
+        main), `token` that of the hub's account (None: the one of `hf auth login`). All of `info` is uploaded: the
+        training prompts, and the model's id or folder. Tested against a server on the same machine that answers as the
+        hub does, never against the hub itself. `huggingface_hub` raises its own errors.
         """
-        from huggingface_hub import CommitOperationAdd, HfApi
+        from huggingface_hub import HfApi
 
-        card = CARD.format(words=", ".join(self.words), model=self.info.get("model", "unknown"), repo_id=repo_id)
-        api = HfApi(token=token)
+        words, api = ", ".join(self.words), HfApi(token=token)
         api.create_repo(repo_id, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / FILE
-            self.save(path)
-            files = [CommitOperationAdd(FILE, path), CommitOperationAdd("README.md", card.encode())]
-            message = f"Upload the token of {', '.join(self.words)}"
-            commit = api.create_commit(repo_id, files, commit_message=message, revision=revision)
+            card = CARD.format(words=words, model=self.info.get("model", "unknown"), repo_id=repo_id)
+            Path(folder, "README.md").write_bytes(card.encode())
+            self.save(Path(folder, FILE))
+            message = f"Upload the token of {words}"
+            commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message, revision=revision)
         return commit.commit_url
 
     @classmethod
     def from_pretrained(
         cls, repo_id: str, *, revision: str | None = None, token: str | None = None
     ) -> "OptimizedToken":
-        """Read a token from the Hugging Face hub, or from the hub's cache on this machine; see `push_to_hub`.
+        """Read a token from the Hugging Face hub, or from the hub's cache on this machine, as `load` does.
 
-        Args:
-            repo_id: As "name/car-token".
-            revision: A branch, tag or commit, by default the main branch.
-            token: Of the hub's account, for a private repository.
-
-        Returns:
-            The token, on the CPU.
-
-        Raises:
-            ValueError: The file is damaged, of an older format, or no token. `huggingface_hub` raises what it finds
-                wrong.
+        `revision` is a branch, tag or commit (None: the main branch); see `push_to_hub` for the others.
         """
         from huggingface_hub import hf_hub_download
 
@@ -251,7 +220,7 @@ class OptimizedToken:
 
 
 def require_calibrated(token: OptimizedToken) -> None:
-    """ValueError for a token that was fitted without a scale and a bias."""
+    """Raise ValueError for a token that was fitted without a scale and a bias."""
     if token.info.get("loss") == "cross_entropy":
         raise ValueError(
             f'the token of {", ".join(token.words)} was fitted with loss="cross_entropy", which learns no scale and '

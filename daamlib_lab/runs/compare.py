@@ -10,7 +10,7 @@ from typing import Any
 
 from .metrics import flatten
 
-# (pattern, relative tolerance): the first pattern found in a metric's name counts
+# (pattern, relative tolerance): the first pattern that matches a metric's name counts
 TOLERANCES = ((r"second|speedup|time", math.inf), (r"", 0.01))  # durations differ on every machine
 
 

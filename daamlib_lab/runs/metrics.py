@@ -44,7 +44,7 @@ def write_metrics(
 
 
 def read_metrics(output_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a notebook wrote: its metrics, and its headline, {} where it wrote metrics by other means.
+    """Read the metrics of a notebook, and its headline, {} where it wrote metrics by other means.
 
     Raises ValueError where there are no metrics, or something else than `write_metrics` accepts.
     """

@@ -1,4 +1,4 @@
-"""What a headless run leaves behind besides the notebooks: metrics.json, environment.json and summary.md."""
+"""Files that a headless run writes in addition to the notebooks: metrics.json, environment.json and summary.md."""
 
 import importlib.metadata
 import json
@@ -29,7 +29,7 @@ PAGE = """{%- extends 'index.md.j2' -%}
 
 @dataclass
 class Result:
-    """What became of one notebook of a run.
+    """Result of one notebook of a run.
 
     Attributes:
         name: its file's, without the ending.
@@ -70,7 +70,7 @@ def environment() -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str | None:
-    """What git prints in the clone; None where there is no clone, or git fails or is not installed."""
+    """Output of git in the clone; None where there is no clone, or git fails or is not installed."""
     if CLONE is None:  # and not git of whatever repository the environment may lie in
         return None
     try:
@@ -83,7 +83,7 @@ def _git(*arguments: str) -> str | None:
 def write_reports(
     run_dir: Path, parameters: Mapping[str, Any], results: Sequence[Result], machine: Mapping[str, Any]
 ) -> None:
-    """Write metrics.json, environment.json and summary.md; `machine` is what `environment` found."""
+    """Write metrics.json, environment.json and summary.md; `machine` comes from `environment`."""
     metrics = {result.name: result.metrics for result in results if result.metrics}
     for name, content in {"environment": machine, "metrics": metrics}.items():
         (run_dir / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -107,7 +107,7 @@ def write_reports(
 
 
 def _page(executed: Path) -> str:
-    """An executed notebook as Markdown, without its code; the figures are written beside its metrics."""
+    """An executed notebook as Markdown, without its code; the figures are written next to its metrics."""
     if not executed.is_file():
         return ""
     exporter = MarkdownExporter(raw_template=PAGE, exclude_input=True)
@@ -119,7 +119,7 @@ def _page(executed: Path) -> str:
 
 
 def ending(run_dir: Path, results: Sequence[Result]) -> str:
-    """What a run prints last: a line for each notebook, their tables, and where everything else is."""
+    """Last lines that a run prints: a line for each notebook, their tables, and where everything else is."""
     width = max(len(result.name) for result in results)
     lines = [f"{r.name:{width}}  {r.state:11}  {r.seconds:7.1f} s  {r.outcome}".rstrip() for r in results]
     for title, table in [item for result in results for item in result.tables.items()]:

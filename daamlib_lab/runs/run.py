@@ -4,7 +4,7 @@
 
 Every run writes one folder, ``papermill_runs/<UTC time>-<model>/``: the executed notebooks, a folder of
 outputs for each with its ``metrics.json``, the metrics of all of them, the environment, and a ``summary.md``.
-Several notebooks run at a time, each in a kernel of its own; the threads here only wait for them.
+Several notebooks run at a time, each in a separate kernel; the threads here only wait for them.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""How long a function takes, where a notebook prints it."""
+"""Duration of a function, for a notebook to print."""
 
 import time
 from collections.abc import Callable

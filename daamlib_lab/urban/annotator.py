@@ -38,7 +38,7 @@ CLASSES = (
     "car",
 )
 IDS = np.array([BY_NAME[name].id for name in CLASSES], np.uint8)  # channel -> Cityscapes id
-SCALES = (1.0, 1.25)  # the image is seen at both sizes: what is two pixels wide is found better enlarged
+SCALES = (1.0, 1.25)  # the image is seen at both sizes: it recognises two pixels of width better when enlarged
 LEAST_SIDE = 32  # px: below it the strided convolutions of the attention have nothing to stand on
 
 
@@ -80,7 +80,7 @@ def _of_bundled() -> Fingerprint:
 
 
 def is_bundled(pipe: DiffusionPipeline) -> bool:
-    """Whether a pipeline's U-Net has the keys of the bundled model, in any precision.
+    """Return whether a pipeline's U-Net has the keys of the bundled model, in any precision.
 
     Args:
         pipe: a diffusers pipeline.

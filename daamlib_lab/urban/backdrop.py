@@ -1,4 +1,4 @@
-"""What stands behind the things of a street scene: sky, buildings, sidewalk, road, trees, a lamp."""
+"""Background of a street scene: sky, buildings, sidewalk, road, trees, a lamp."""
 
 from . import objects as ob
 
@@ -22,7 +22,7 @@ LEAVES = ob.palette("3a8438 589632 287046 789630 c4842c")
 
 
 def toner(time, haze, lit=0.0):
-    """What a colour looks like at this time of day; `haze` 0..1 is distance, `lit` is street light."""
+    """Return a colour as it looks at this time of day; `haze` 0..1 is distance, `lit` is street light."""
     if time == "night":
         gain = tuple(g + lit * w for g, w in zip((0.34, 0.37, 0.50), (1.15, 1.0, 0.75), strict=True))
         return lambda c: tuple(v * g + a for v, g, a in zip(c, gain, (6, 8, 18), strict=True))

@@ -59,7 +59,7 @@ def caption(rng: np.random.Generator, things: Sequence, time: str, trees: int) -
     """One caption of at most `LONGEST` words and commas, in lower case.
 
     It names every thing, and half of the time all stuff too. A word that is always said when its thing is there stands
-    for the thing; where everything has a word of its own, no word need stand for the rest of the picture. One caption
+    for the thing; where everything has a separate word, no word need stand for the rest of the picture. One caption
     in seven names things alone, as short prompts do; one in eight is a list without articles, so that a lone word is
     nothing new.
 

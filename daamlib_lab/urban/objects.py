@@ -1,4 +1,4 @@
-"""How the things of a street scene are drawn: car, person, traffic light, rider and tree.
+"""Drawings of the things of a street scene: car, person, traffic light, rider and tree.
 
 Every function takes a `Pen`: local coordinates (u to the right, v up, origin on the ground below the thing),
 in units of the thing's size, so that one description serves every place, scale and facing. Details stay wider
@@ -154,7 +154,7 @@ def _pick(rng, colours):
 
 
 def _shade(colour):
-    """Of clothes on the side away from the light; black ones grow lighter, or they would be lost."""
+    """Return the colour of clothes on the side away from the light; black grows lighter, or it would be invisible."""
     return mix(COLOURS[colour], (150, 150, 160) if colour == "black" else BLACK, 0.24)
 
 

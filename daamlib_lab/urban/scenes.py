@@ -29,8 +29,8 @@ DRAW: dict[str, Callable[..., None]] = dict(zip(KINDS, (ob.car, ob.person, ob.tr
 WORLDS = ("street", "wide")  # that of the bundled model, and that of `wide`
 SIZE = 128  # px, of the bundled model
 HELD_OUT = 10_000_000  # seeds from here on are never trained on
-LEAST_SIDE = 16  # px: below it nothing can be told apart
-SS = 3  # supersampling; odd, so that every cell has a centre
+LEAST_SIDE = 16  # px: below it nothing can be recognised
+SS = 3  # supersampling; not even, so that every cell has a centre
 FIRST_THING = len(STUFF)
 # How often each of `objects.COLOURS` is taken
 PAINT, CLOTHES = (0.2, 0.18, 0.12, 0.14, 0.13, 0.09, 0.09, 0.05), (0.18, 0.18, 0.14, 0.14, 0.1, 0.08, 0.1, 0.08)
@@ -96,7 +96,7 @@ class Scene:
 
 
 class Canvas:
-    """The supersampled image, the index map beside it (an index per stuff class and per thing) and the halos."""
+    """The supersampled image, its index map (an index per stuff class and per thing) and the halos."""
 
     def __init__(self, size, sky):
         self.side, self.glows = size * SS, []
@@ -264,7 +264,7 @@ def to_tensor(images: np.ndarray | torch.Tensor, size: int = SIZE) -> torch.Tens
 
     Args:
         images: (B, S, S, 3) uint8, an array or a tensor on any device.
-        size: the side wanted, in pixels; a smaller one than S is reached by averaging.
+        size: the side of the result, in pixels; a smaller one than S is reached by averaging.
 
     Returns:
         (B, 3, size, size) float32 in [-1, 1], on the images' device.

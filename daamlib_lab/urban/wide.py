@@ -3,11 +3,11 @@
 In `backdrop` all scenes have sky, buildings, a sidewalk and a road: a caption that names them says nothing. Here each
 of them is missing from many scenes, and something else is in its place: a front of houses or a wood without sky, trees,
 hills or an open horizon without buildings, and as ground a road, a sidewalk, a square, grass, water or snow, far or
-near. The words for what is there are the last that `place` gives.
+near. `place` returns the words for the stuff of a scene last.
 
-A large area shows through nearly all noise, and what it is with it. So that a word is needed while it can be seen where
-something is, but not yet what, the areas vary in place and shape (grounds side by side, a house or a wood on one side
-that hides the sky), and grounds of different kinds may have the same colours.
+A large area shows through nearly all noise, and so does its kind. A word must be needed while the noise shows where
+something is, but not yet its kind: so the areas vary in place and shape (grounds side by side, a house or a wood on one
+side that hides the sky), and grounds of different kinds may have the same colours.
 """
 
 import numpy as np
@@ -94,7 +94,7 @@ def _fence(canvas, rng, time, ground):
 
 
 def draw_ground(canvas, rng, time, kind, top, bottom, *, far):
-    """Draw one ground from `top` down to the lower border, `bottom` being where it will end; gives its colour."""
+    """Draw one ground from `top` down to the lower border, `bottom` being where it will end; returns its colour."""
     pen = bd.stuff_pen(canvas, time, kind, 0.1, 0.07)
     tall = bottom - top
 
@@ -156,7 +156,7 @@ def draw_ground(canvas, rng, time, kind, top, bottom, *, far):
 
 
 def _beside(canvas, rng, top, draw):
-    """Keep of what `draw` draws one side of a line from `top` to the lower border."""
+    """Call `draw`, and undo it on one side of a line from `top` to the lower border."""
     side, (above, below) = canvas.side, np.clip(0.5 + rng.normal(0, (0.15, 0.3)), -0.3, 1.3)
     kept, edge = Image.new("L", (side, side), 255), 1.0 if rng.random() < 0.5 else 0.0
     corners = ((above, top), (below, 1), (edge, 1), (edge, top))
@@ -167,12 +167,8 @@ def _beside(canvas, rng, top, draw):
     canvas.indices.paste(before[1], mask=kept)
 
 
-def place(canvas, rng, time, ground):
-    """Draw all stuff of a scene whose ground begins at `ground`, in fractions of the image's side from above.
-
-    Gives the upper and lower end of the strip at whose edge things stand, the colour of the ground below, the number of
-    single trees, and the words for all stuff there, such as ("sky", "buildings", "road").
-    """
+def _draw_horizon(canvas, rng, time, ground):
+    """Draw all above the ground, and return the words for it."""
     words, single = [], rng.random() < 0.5
     top = _pick(rng, ("sky", "houses", "wood"), (0.74, 0.13, 0.13))
     if top == "houses":
@@ -197,6 +193,16 @@ def place(canvas, rng, time, ground):
             left, right = (0, wide) if rng.random() < 0.5 else (1 - wide, 1)
             {"buildings": _houses, "trees": _wood}[kind](canvas, rng, time, ground, left, right, full=True)
             words.append(kind)
+    return words
+
+
+def place(canvas, rng, time, ground):
+    """Draw all stuff of a scene whose ground begins at `ground`, in fractions of the image's side from above.
+
+    Returns the upper and lower end of the strip at whose edge things stand, the colour of the ground below, the number
+    of single trees, and the words for all stuff there, such as ("sky", "buildings", "road").
+    """
+    words = _draw_horizon(canvas, rng, time, ground)
     if rng.random() < 0.15:
         _fence(canvas, rng, time, ground)
         words.append("a fence")
