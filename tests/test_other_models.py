@@ -150,6 +150,7 @@ SMALLEST = {
     "03": ({"N_SCENES": 2}, "grid of the maps: {maps}, "),
     "04": ({"N_SCENES": 3}, "maps of {maps}, text width {width}"),
     "05": ({"N_SCENES": 24}, "one token of {width} numbers, fitted to 5 masks of {scene}"),
+    "09": ({"N_IMAGES": 7, "CASES": 2}, "maps of {scene}: "),
 }
 PRINTED = {
     "tiny-sd1": {"maps": (16, 24), "scene": (16, 16), "width": 24},
@@ -157,7 +158,15 @@ PRINTED = {
 }
 
 
-UNETS = [("sd1", "01"), ("sd1", "03"), ("sd1", "05"), ("sdxl", "00"), ("sdxl", "02"), ("sdxl", "04")]  # each once
+UNETS = [
+    ("sd1", "01"),
+    ("sd1", "03"),
+    ("sd1", "05"),
+    ("sd1", "09"),
+    ("sdxl", "00"),
+    ("sdxl", "02"),
+    ("sdxl", "04"),
+]  # each once
 
 
 @pytest.mark.slow
@@ -199,6 +208,15 @@ def test_a_notebook_on_a_transformer_passes_or_says_why_not(run, request, number
         assert code == 1
         assert text in error and "nothing to collapse" in error and "optimize_probe" in error
         assert not (folder / "metrics.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpoint", ["sdxl", "PixArt-Sigma", "SD 3"], indirect=True)
+def test_a_denoiser_that_needs_more_than_one_text_stops_the_checks_of_maps(run):
+    code, _, folder, error = run("09", **SMALLEST["09"][0])
+    assert code == 1
+    assert "ValueError: this notebook calls a U-Net with a noisy image and one text" in error
+    assert not (folder / "metrics.json").exists()
 
 
 @pytest.mark.slow

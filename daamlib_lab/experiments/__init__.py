@@ -1,4 +1,4 @@
-"""The experiments of the thesis: its tables, and networks trained on synthetic label maps (`segmentation`)."""
+"""The experiments of the thesis: its tables, networks trained on label maps (`segmentation`), controls (`sanity`)."""
 
 from daamlib.extras import lazy as _lazy
 
@@ -22,4 +22,4 @@ from .tables import thesis_values as thesis_values
 from .tables import train_test_split as train_test_split
 from .tables import with_thesis as with_thesis
 
-__getattr__ = _lazy(__name__, "segmentation")
+__getattr__ = _lazy(__name__, "sanity", "segmentation")
