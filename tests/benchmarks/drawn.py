@@ -7,7 +7,7 @@
 `measure` generates the images with their records, makes all label maps, and prints mean IoU in percent over nine
 classes, all images' pixels together, with 95 % intervals over resampled images. Pixels that were drawn as undecided or
 as a pole count for nobody; a pixel that a label map leaves 255 is left out of that row. `--maps` keeps the label maps
-in a file, from which the next call reads them.
+in a file, which the next call reads.
 """
 
 import argparse
@@ -38,7 +38,8 @@ AGAIN = Path("again")  # the masks of the images that were annotated a second ti
 
 def make_images(pipe, target, labeller=None):
     """The dataset of the twenty images."""
-    return generate(pipe, urban_prompts(IMAGES, seed=SEED), target, labeller=labeller, seed=SEED, steps=25, guidance=5.0)
+    prompts = urban_prompts(IMAGES, seed=SEED)
+    return generate(pipe, prompts, target, labeller=labeller, seed=SEED, steps=25, guidance=5.0)
 
 
 def drawn_mask(image, actions):
@@ -98,8 +99,8 @@ def make_maps(dataset):
 
     with tempfile.TemporaryDirectory() as where:
         new = make_images(pipe, Path(where) / "set", labeller)
-        apart = [np.abs(np.asarray(new.image(i), int) - np.asarray(dataset.image(i), int)).max() for i in range(len(new))]
-    print(f"the images differ from those that were annotated by {max(apart)} levels at most")
+        pairs = [(np.asarray(new.image(i), int), np.asarray(dataset.image(i), int)) for i in range(len(new))]
+    print(f"from the annotated images these differ by {max(np.abs(a - b).max() for a, b in pairs)} levels at most")
     return {name: np.stack([maps[name] for maps in made]) for name in made[0]}
 
 
@@ -112,9 +113,9 @@ def counts(maps, truth, valid=True):
     return np.stack(found, axis=1), both.sum() / judged.sum()
 
 
-def ious(of_images):
-    """(..., 9) IoU in percent of counts (..., n, 9, 2); NaN for a class that no image shows."""
-    total = of_images.sum(axis=-3)
+def ious(of_images, weights):
+    """(..., 9) IoU in percent of counts (n, 9, 2) with weights (..., n); NaN for a class that no image shows."""
+    total = np.tensordot(weights, of_images, 1)
     with np.errstate(invalid="ignore"):
         return 100 * total[..., 0] / total[..., 1]
 
@@ -126,9 +127,10 @@ def interval(values):
 
 def row(title, of_images, share=1.0):
     """Print a row: the mean of the classes, its interval, the share of labelled pixels, each class."""
-    of_class, resampled = ious(of_images), np.nanmean(ious(of_images[draw_images(len(of_images))]), axis=-1)
-    cells = [f"{np.nanmean(of_class):.1f} ({interval(resampled)})", f"{100 * share:.1f}", *(f"{x:.1f}" for x in of_class)]
-    print("| " + " | ".join([title, *cells]) + " |", flush=True)
+    n = len(of_images)
+    of_class, resampled = ious(of_images, np.ones(n)), np.nanmean(ious(of_images, draw_images(n)), axis=-1)
+    cells = [title, f"{np.nanmean(of_class):.1f} ({interval(resampled)})", f"{100 * share:.1f}"]
+    print("| " + " | ".join([*cells, *(f"{x:.1f}" for x in of_class)]) + " |", flush=True)
     return resampled
 
 
