@@ -125,11 +125,19 @@ def interval(values):
     return "{:.1f} to {:.1f}".format(*np.nanpercentile(values, (2.5, 97.5)))
 
 
+def at_edges(truth):
+    """(n, H, W): the pixels with one of another class above, below, left or right of them."""
+    around = np.pad(truth, ((0, 0), (1, 1), (1, 1)), mode="edge")
+    sides = (around[:, :-2, 1:-1], around[:, 2:, 1:-1], around[:, 1:-1, :-2], around[:, 1:-1, 2:])
+    return np.any([side != truth for side in sides], axis=0)
+
+
 def row(title, of_images, share=1.0):
-    """Print a row: the mean of the classes, its interval, the share of labelled pixels, each class."""
+    """Print a row: the mean of the classes, its interval if all images are in it, the labelled share, each class."""
     n = len(of_images)
     of_class, resampled = ious(of_images, np.ones(n)), np.nanmean(ious(of_images, draw_images(n)), axis=-1)
-    cells = [title, f"{np.nanmean(of_class):.1f} ({interval(resampled)})", f"{100 * share:.1f}"]
+    mean = f"{np.nanmean(of_class):.1f}" + (f" ({interval(resampled)})" if n == IMAGES else "")
+    cells = [title, mean, f"{100 * share:.1f}"]
     print("| " + " | ".join([*cells, *(f"{x:.1f}" for x in of_class)]) + " |", flush=True)
     return resampled
 
@@ -143,15 +151,22 @@ def measure(dataset, maps):
     row(f"the second drawing of {len(redone)}, against the first", *counts(again, truth[redone]))
     row("annotator, of the same images", *counts(maps["annotator"][redone], truth[redone]))
     drawn = {name: row(f"{name}, against the drawn", *counts(made, truth)) for name, made in maps.items()}
-    readable = np.isin(truth, IDS)
+    readable, edges = np.isin(truth, IDS), at_edges(truth)
+    clear = maps["tokens edges 0.1"] != IGNORED
+    row("annotator, against the drawn, where tokens edges 0.1 label", *counts(maps["annotator"], truth, clear))
+    for name in ("annotator", "tokens 0", "tokens edges 0"):
+        row(f"{name}, against the drawn, off the edges", *counts(maps[name], truth, ~edges))
     for name, made in maps.items():
         if name != "annotator":
             row(f"{name}, against the annotator", *counts(made, maps["annotator"]))
             same = row(f"{name}, against the annotator, same pixels", *counts(made, maps["annotator"], readable))
             print(f"  on the same pixels the annotator says more by {interval(same - drawn[name])}")
+    right = [(made == truth)[readable & (made != IGNORED)].mean() for made in maps.values()]
+    print("right of the labelled pixels:", "  ".join(f"{n} {100 * r:.1f} %" for n, r in zip(maps, right, strict=True)))
     strange = [(readable & ~np.isin(made, [*IDS, IGNORED])).sum() / readable.sum() for made in maps.values()]
     print("of a class beyond the nine:", "  ".join(f"{n} {100 * s:.2f} %" for n, s in zip(maps, strange, strict=True)))
-    print(f"not judged: {100 * (1 - readable.mean()):.1f} %, of it undecided {100 * (truth == IGNORED).mean():.1f} %")
+    undecided, edge = (truth == IGNORED).mean(), edges.mean()
+    print(f"of all pixels not judged {1 - readable.mean():.1%}, undecided {undecided:.1%}, at edges {edge:.1%}")
 
 
 def main():
