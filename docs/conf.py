@@ -16,7 +16,8 @@ author = "The daamlib authors"
 copyright = author
 version = release = daamlib.__version__
 
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "docstrings", "gallery", "mathml"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions += ["docstrings", "gallery", "mathml"]
 root_doc = "docs/index"
 include_patterns = ["docs/**", "notebooks/*.ipynb", "data/*/README.md", "papermill_runs/README.md"]
 include_patterns += ["CHANGELOG.md", "CONTRIBUTING.md"]
