@@ -1,4 +1,4 @@
-"""What the records of all model families share: texts, pictures, devices and files."""
+"""Base of the records of all model families: texts, pictures, devices and files."""
 
 import abc
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ from .weak import Weakly
 
 @dataclass(frozen=True, eq=False)
 class ImageRecord(abc.ABC):
-    """What `AttentionRecord` and `JointRecord` hold of an image, and do in the same way.
+    """Common fields and methods of `AttentionRecord` and `JointRecord`.
 
     Attributes:
         prompt: the text that the passes read (thesis: X), the negative one of the unconditional branch; None if it was

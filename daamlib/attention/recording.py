@@ -40,7 +40,7 @@ NO_STEP = (
 
 
 class ModelHooks(abc.ABC):
-    """What the recorder of one kind of model does, at the moments that `Recorder` finds."""
+    """Work of the recorder of one kind of model at the moments that `Recorder` finds."""
 
     @abc.abstractmethod
     def register(self, stack: ExitStack) -> None:

@@ -214,7 +214,7 @@ def logistic_regression(
     Args:
         features: of each cell.
         targets: (cells,) of 0 and 1.
-        weight_decay: of the weights, not of the bias, beside the mean cross-entropy.
+        weight_decay: of the weights, not of the bias, added to the mean cross-entropy.
 
     Returns:
         The weights, the bias last.

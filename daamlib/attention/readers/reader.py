@@ -1,4 +1,4 @@
-"""What a reader of a model family offers, and what all readers ask of a pipeline in the same way."""
+"""Interface of a reader of a model family, and the questions that all readers ask of a pipeline alike."""
 
 import abc
 import inspect
@@ -55,7 +55,7 @@ class Reader(abc.ABC):
     @property
     @abc.abstractmethod
     def image_factor(self) -> int:
-        """What the height and width of an image in pixels must be multiples of."""
+        """Number that the height and width of an image in pixels must be multiples of."""
 
     @abc.abstractmethod
     def grid(self, latent: tuple[int, int], positions: int) -> tuple[int, int]:
@@ -92,7 +92,7 @@ class Reader(abc.ABC):
     @property
     @abc.abstractmethod
     def rough(self) -> bool:
-        """Whether the precision of embeddings cannot be read off their values."""
+        """Return True if the precision of embeddings cannot be read off their values."""
 
     def project(self, text: Tensor) -> Tensor:
         """Return a (batch, token, width) text as the attentions receive it."""
