@@ -31,7 +31,7 @@ with needs("experiments"):
     from torchmetrics.classification import MulticlassJaccardIndex
 
 LEAST_SIDE = 32  # px: below it the strided convolutions of the attention have nothing to stand on
-WEIGHT = 3.0  # of a pixel of a class, in the loss; of the background 1: most pixels are background
+WEIGHT = 3.0  # of a pixel of a class, in the loss; of the class "background" 1: most pixels are background
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +151,15 @@ def new_network(classes: Sequence[str], *, seed: int = 0) -> SegformerForSemanti
 
 
 def train(
-    data: Labelled, *, steps: int = 120, batch: int = 8, lr: float = 8e-3, seed: int = 0, device: str = "cpu"
+    data: Labelled,
+    *,
+    steps: int = 120,
+    batch: int = 8,
+    lr: float = 8e-3,
+    seed: int = 0,
+    device: str = "cpu",
+    validation: Labelled | None = None,
+    every: int = 30,
 ) -> SegformerForSemanticSegmentation:
     """A `new_network` trained for `steps` batches of `data`, ready to `evaluate`.
 
@@ -167,14 +175,18 @@ def train(
         lr: The largest learning rate.
         seed: Of the weights, the order and the augmentation.
         device: Where it is trained, and stays.
+        validation: Early stopping: the weights of the check with the highest mean IoU on these images are returned.
+            None: those of the last step.
+        every: Steps between two checks; the last step is one, too.
 
     Returns:
         The network in evaluation mode.
 
     Raises:
-        ValueError: Fewer than one step or image, images below 32 px, or labels that are all 255.
+        ValueError: Fewer than one step or image, images below 32 px, labels that are all 255, or a validation set that
+            `ious` refuses.
     """
-    if steps < 1 or batch < 1 or not len(data):
+    if min(steps, batch, every) < 1 or not len(data):
         raise ValueError(f"expected steps, batch and images of 1 or more, got {steps}, {batch} and {len(data)}")
     if min(data.images.shape[1:3]) < LEAST_SIDE:
         raise ValueError(f"images must be at least {LEAST_SIDE} px high and wide, got {data.images.shape[1:3]}")
@@ -185,10 +197,11 @@ def train(
     model.to(device).train()  # type: ignore[arg-type]  # transformers' decorator hides whose method it is
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.2)
-    weights = torch.tensor([1.0] + [WEIGHT] * (len(data.classes) - 1), device=device)
+    weights = torch.tensor([1.0 if name == "background" else WEIGHT for name in data.classes], device=device)
     queue: list[int] = []
+    best, state = -1.0, {}
     with cpu_threads(1):
-        for _ in range(steps):
+        for step in range(1, steps + 1):
             while len(queue) < batch:
                 queue += torch.randperm(len(data), generator=generator).tolist()
             chosen, queue = queue[:batch], queue[batch:]
@@ -198,6 +211,13 @@ def train(
             loss.backward()
             optimizer.step()
             schedule.step()
+            if validation is not None and (step % every == 0 or step == steps):
+                score = evaluate(model.eval(), validation)["mean"]
+                if score > best:
+                    best, state = score, {name: value.clone() for name, value in model.state_dict().items()}
+                model.train()
+    if state:
+        model.load_state_dict(state)
     return model.eval()
 
 
