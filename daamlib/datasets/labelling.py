@@ -16,7 +16,7 @@ labeller may have attributes:
 import functools
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -125,6 +125,7 @@ class TokenLabeller(_RecordLabeller):
 
         labeller = TokenLabeller((car, person), named_only=False)
         ids = labeller(np.asarray(image), record, record.prompt)
+        everywhere = TokenLabeller.of([tokens])  # of `fit_classes`, which label every pixel
 
     LDAAM tokens need memory that does not grow with the steps, DAAM tokens the queries of every step.
 
@@ -133,6 +134,7 @@ class TokenLabeller(_RecordLabeller):
             `background=True`) competes in the softmax but is never written.
         threshold: probability from which on a pixel is of a class; one number, or {name: number} of every class.
         ignore_from: probability from which on, up to `threshold`, it is ignored.
+        margin: a pixel whose best two probabilities differ by less is ignored.
         named_only: a pixel is only of a class that the image's prompt names (`names`); where another may be, it is
             ignored.
         iterations: of `record.refine` on the probabilities, 0: none.
@@ -147,7 +149,14 @@ class TokenLabeller(_RecordLabeller):
     tokens: tuple[OptimizedToken, ...]
     threshold: Threshold = 0.6
     ignore_from: Threshold = 0.4
+    margin: float = 0.0
     source: ClassVar[str] = "daamlib.datasets.TokenLabeller"
+
+    @classmethod
+    def of(cls, tokens: Sequence[OptimizedToken], **options: Any) -> "TokenLabeller":
+        """Return the labeller with the defaults that suit the tokens: those of `fit_classes` label as `label_map`."""
+        whole = {"threshold": 0.0, "ignore_from": 0.0, "margin": 0.1, "named_only": False, "edge_aware": True}
+        return cls(tuple(tokens), **(whole if is_complete(tokens) else {}) | options)
 
     def __post_init__(self) -> None:
         for name in ("threshold", "ignore_from"):
@@ -155,7 +164,7 @@ class TokenLabeller(_RecordLabeller):
             if isinstance(known, Mapping) and set(known) != set(self.classes):
                 raise ValueError(f"{name} has numbers for {sorted(known)}, the tokens read {sorted(self.classes)}")
         if is_complete(self.tokens) and (self.named_only or of_each(self.ignore_from, self.classes) != 0):
-            raise ValueError("tokens of fit_classes label every pixel: give named_only=False and ignore_from=0.0")
+            raise ValueError("tokens of fit_classes label every pixel: use TokenLabeller.of")
         super().__post_init__()
 
     @functools.cached_property
@@ -164,7 +173,7 @@ class TokenLabeller(_RecordLabeller):
         return ids_of(self.tokens) if self.ids is None else class_list(self.ids)
 
     def _reads(self) -> tuple[tuple[str, ...], Any, dict[str, Any]]:
-        limits = {"margin": 0.0, "threshold": self.threshold, "ignore_from": self.ignore_from}
+        limits = {name: getattr(self, name) for name in ("margin", "threshold", "ignore_from")}
         return check_tokens(self.tokens), self.tokens, limits
 
     @property
@@ -178,7 +187,8 @@ class TokenLabeller(_RecordLabeller):
         """All that a label map depends on besides the image, in JSON's own types."""
         plain = [dict(t) if isinstance(t, Mapping) else float(t) for t in (self.threshold, self.ignore_from)]
         tokens = [{"words": list(t.words), "method": t.method, "sha256": _hash(t)} for t in self.tokens]
-        return {"tokens": tokens, "threshold": plain[0], "ignore_from": plain[1], **super().settings}
+        margin = {"margin": float(self.margin)} if self.margin else {}  # folders that were begun without it go on
+        return {"tokens": tokens, "threshold": plain[0], "ignore_from": plain[1], **margin, **super().settings}
 
     def require_model(self, pipe: Any) -> None:
         """ValueError unless all tokens were optimised on this pipeline's model."""

@@ -98,7 +98,7 @@ def one_draw(pipe, args, draw, pool, records, test, validation, held_out):
     tokens = []
     for k in args.k:
         maps = [pool[i].labels for i in order[:k]]
-        options = {"max_timestep": max(TIMESTEPS), "weight_decays": (args.weight_decay,)}
+        options = {"max_timestep": max(TIMESTEPS), "weight_decays": (args.weight_decay / k,)}
         tokens.append(daamlib.fit_classes([records[i] for i in order[:k]], maps, **options))
         print(f"  {k} scenes fitted in {tokens[-1].seconds:.0f} s", flush=True)
     images, maps = synthetic(pipe, tokens, args, draw)
@@ -111,8 +111,6 @@ def one_draw(pipe, args, draw, pool, records, test, validation, held_out):
         generated = labelled(images, of_k, args.side)
         jobs |= {("scenes", k, 0): few, ("synthetic", k, args.images): generated}
         jobs["both", k, args.images] = few + generated
-    for n in (args.images // 4, args.images // 2):
-        jobs["synthetic", min(args.k), n] = labelled(images[:n], maps[0][:n], args.side)
     rows = []
     for (name, k, n), data in jobs.items():
         options = {"steps": args.train_steps, "seed": draw, "validation": validation}
@@ -138,15 +136,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--k", type=int, nargs="+", default=(5, 10, 20))
-    parser.add_argument("--images", type=int, default=32, help="generated images of a draw")
-    parser.add_argument("--steps", type=int, default=8, help="denoising steps of an image")
-    parser.add_argument("--train-steps", type=int, default=150, help="of each network, in batches of 8")
-    parser.add_argument("--side", type=int, default=64, help="pixels, of the networks' images")
-    parser.add_argument("--pool", type=int, default=40, help="scenes that the annotated ones are drawn from")
-    parser.add_argument("--test", type=int, default=100)
+    parser.add_argument("--images", type=int, default=16, help="generated images of a draw")
+    parser.add_argument("--steps", type=int, default=6, help="denoising steps of an image")
+    parser.add_argument("--train-steps", type=int, default=100, help="of each network, in batches of 8")
+    parser.add_argument("--side", type=int, default=48, help="pixels, of the networks' images")
+    parser.add_argument("--pool", type=int, default=24, help="scenes that the annotated ones are drawn from")
+    parser.add_argument("--test", type=int, default=60)
     parser.add_argument("--validation", type=int, default=20)
-    parser.add_argument("--maps", type=int, default=10, help="scenes to choose a margin on, and as many to report it")
-    parser.add_argument("--weight-decay", type=float, default=0.03, help="of the tokens")
+    parser.add_argument("--maps", type=int, default=5, help="scenes to choose a margin on, and as many to report it")
+    parser.add_argument("--weight-decay", type=float, default=0.06, help="of tokens of one scene; / k of k scenes")
     args = parser.parse_args()
     FOLDER.mkdir(parents=True, exist_ok=True)
     paths = {draw: FOLDER / f"draw-{draw}.json" for draw in range(args.draws)}
