@@ -5,8 +5,7 @@
     python -m daamlib.generate dataset --n 100000 --tokens *.safetensors --model MODEL --ray --address ADDRESS
 
 A run that is stopped or killed goes on by the same command: what is there is skipped. With Ray every worker, and this
-process, sees the folder, the tokens and a model's folder under the same paths: on a cluster of several machines they
-lie on a shared file system. daamlib is installed on all of them.
+process, has daamlib and sees the folder, the tokens and a model's folder under the same paths, on a shared file system.
 """
 
 import argparse
@@ -25,8 +24,7 @@ from typing import Any, get_args, get_type_hints
 import numpy as np
 
 from .cityscapes import IGNORED
-from .classes import ADE20K, CITYSCAPES, COCO, VOC, Classes
-from .datasets.dataset import Dataset
+from .classes import ADE20K, CITYSCAPES, COCO, VOC
 from .datasets.folder import MOST_IMAGES
 from .datasets.generation import GPU_BATCH
 from .datasets.prompts import urban_prompts
@@ -49,8 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if estimate:
             seconds, n, workers = _seconds_per_image(job), len(job.prompts), kind["workers"] or 1
             print(f"{seconds:.3g} s an image, measured with one worker on this machine")
-            hours = n * seconds / (workers * 3600)  # of workers that do not slow each other down
-            print(f"{n} images on {workers} such: {n} * {seconds:.3g} / ({workers} * 3600) = {hours:.3g} hours")
+            print(f"{n} images on {workers} such, if none slows another: {n * seconds / (workers * 3600):.3g} hours")
             return 0
         before, start = len(job.missing()), time.perf_counter()
         dataset = run_shards(job, **kind)
@@ -65,21 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     seconds = time.perf_counter() - start
     print(f"{before} images in {seconds:.1f} s, {before / seconds:.3g} images/s; {len(dataset)} in {dataset.folder}")
     if job.tokens:
-        found = statistics(dataset)
-        (dataset.folder / "statistics.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        for name, of in found.items():
-            print(f"{name:16} {of['share']:6.1%} of the pixels, in {of['images']} images")
+        counts = sum(np.bincount(dataset.labels(i).ravel(), minlength=IGNORED + 1) for i in dataset.labelled)
+        names = sorted({**dataset.classes.names, IGNORED: "ignored"}.items())
+        shares = {name: float(counts[i] / np.sum(counts)) for i, name in names if counts[i]}
+        print("\n".join(f"{name:16} {share:6.1%} of the pixels" for name, share in shares.items()))
+        (dataset.folder / "statistics.json").write_text(json.dumps(shares, indent=1) + "\n", encoding="utf-8")
     return 0
-
-
-def statistics(dataset: Dataset) -> dict[str, dict[str, Any]]:
-    """Return {class: {"share": of all labelled pixels, "images": that show it}} of a set, 255 as "ignored"."""
-    counts, images = np.zeros((2, IGNORED + 1), int)
-    for i in dataset.labelled:
-        of_image = np.bincount(dataset.labels(i).ravel(), minlength=len(counts))
-        counts, images = counts + of_image, images + (of_image > 0)
-    rows = {name: (counts[i], images[i]) for i, name in sorted({**dataset.classes.names, IGNORED: "ignored"}.items())}
-    return {name: {"share": float(n / counts.sum()), "images": int(m)} for name, (n, m) in rows.items() if n}
 
 
 def _job(*, n: int | None, prompts: Path | None, images_only: bool = False, **same: Any) -> Job:
@@ -130,12 +118,6 @@ def _numbers(texts: Sequence[str], kind: type, expected: str) -> Any:
         raise ValueError(f"{expected}, got {' '.join(texts)}") from error
 
 
-def _classes(texts: Sequence[str]) -> Classes:
-    """The name of a table, or cat=1 dog=2."""
-    named = TABLES.get(" ".join(texts).lower())
-    return named or _numbers(texts, int, f"classes are one of {', '.join(TABLES)}, or NAME=ID each")
-
-
 def _options(texts: Sequence[str]) -> dict[str, Any]:
     """Of NAME=VALUE, the value in JSON or else a text as it is."""
     options = {}
@@ -151,14 +133,13 @@ def _options(texts: Sequence[str]) -> dict[str, Any]:
 
 
 LIMIT = functools.partial(_numbers, kind=float, expected="a threshold is a number, or CLASS=NUMBER for every class")
+IDS = f"classes are one of {', '.join(TABLES)}, or NAME=ID each"
 # how the texts after an option become a field of `Job`
 READ: dict[str, Callable[[Sequence[str]], Any]] = {
-    "size": lambda sides: [
-        _numbers([s], int, "--size is a side, or height and width") for s in (sides * 2)[: max(2, len(sides))]
-    ],
+    "size": lambda sides: [_numbers([s], int, "--size is in pixels") for s in (sides * 2)[: max(2, len(sides))]],
     "threshold": LIMIT,
     "ignore_from": LIMIT,
-    "ids": _classes,
+    "ids": lambda texts: TABLES.get(" ".join(texts).lower()) or _numbers(texts, int, IDS),
     "options": _options,
     "tokens": tuple,
 }
@@ -166,9 +147,7 @@ READ: dict[str, Callable[[Sequence[str]], Any]] = {
 
 def _parser() -> argparse.ArgumentParser:
     """An option for each field of `Job`, with its line of the docstring as help, and those of the run."""
-    parser = argparse.ArgumentParser(
-        prog="python -m daamlib.generate", description="Generate images with the label maps of optimised tokens."
-    )
+    parser = argparse.ArgumentParser(prog="python -m daamlib.generate", description="Generate images with label maps.")
     add, hints = parser.add_argument, get_type_hints(Job)
     lines = dict(re.findall(r"^    (\w+): (.*)$", inspect.getdoc(Job) or "", re.MULTILINE))
     add("folder", help=lines["folder"])

@@ -103,17 +103,12 @@ class _RecordLabeller(ABC):
         if record is None:
             raise TypeError("tokens and words read an image's record: expected an AttentionRecord, got None")
         classes, reads, limits = self._reads()
-        named = [name for name in classes if self._takes_part(name, prompt)]
-        return label_map(
-            record,
-            reads,
-            size=(image.shape[0], image.shape[1]),
-            image=image if self.edge_aware else None,
-            iterations=self.iterations,
-            names=named if self.named_only else None,
-            ids=self.class_list.ids,
-            **limits,
-        )
+        if self.named_only:
+            limits["names"] = [name for name in classes if self._takes_part(name, prompt)]
+        if self.edge_aware:
+            limits["image"] = image
+        height, width, ids = *image.shape[:2], self.class_list.ids
+        return label_map(record, reads, size=(height, width), iterations=self.iterations, ids=ids, **limits)
 
     def _takes_part(self, name: str, prompt: str) -> bool:
         return names(name, prompt)
@@ -207,11 +202,9 @@ class WordLabeller(_RecordLabeller):
     Attributes:
         words: {class: word}.
         margin: a pixel whose best two probabilities differ by less is ignored.
-        named_only: only the classes take part that the image's prompt names (`names`), by class or by word, and the
-            surroundings of Cityscapes (road, sky, vegetation ...) always.
-        iterations: of `record.refine`, 0: none.
-        edge_aware: whether the probabilities are up-sampled along the image's edges.
-        ids: {class: id} or another class list (`daamlib.classes.class_list`); None: that of the classes' names.
+        named_only: only classes that the prompt names (`names`, also by word) and Cityscapes' surroundings take part.
+        iterations, edge_aware: as of `TokenLabeller`.
+        ids: {class: id} or another class list; None: that of the classes' names.
 
     Raises:
         ValueError: for classes that are not in the class list, less than two words, and another margin than 0 ... 1.

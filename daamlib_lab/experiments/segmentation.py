@@ -57,10 +57,8 @@ class Labelled:
 
     def __add__(self, other: "Labelled") -> "Labelled":
         if self.classes != other.classes or self.images.shape[1:] != other.images.shape[1:]:
-            raise ValueError(
-                f"sets of the same classes and size can be added, got {self.classes} {self.images.shape[1:]} and "
-                f"{other.classes} {other.images.shape[1:]}"
-            )
+            sets = " and ".join(f"{of.classes} {of.images.shape[1:]}" for of in (self, other))
+            raise ValueError(f"sets of the same classes and size can be added, got {sets}")
         images, targets = (self.images, other.images), (self.targets, other.targets)
         return replace(self, images=np.concatenate(images), targets=np.concatenate(targets))
 
@@ -85,7 +83,7 @@ def read(folder: str | Path, *, split: str = "train", side: int | None = None) -
     table = folder / "classes.json"
     if not table.is_file():
         raise FileNotFoundError(
-            f"no {table}: write the folder by daamlib.datasets.export.cityscapes, with its classes named"
+            f"no {table}: write the folder by daamlib.datasets.export.cityscapes, naming its classes"
         )
     numbers = {int(i): name for i, name in json.loads(table.read_text(encoding="utf-8")).items() if int(i) != IGNORED}
     classes = tuple(numbers[i] for i in sorted(numbers))
@@ -175,16 +173,14 @@ def train(
         lr: The largest learning rate.
         seed: Of the weights, the order and the augmentation.
         device: Where it is trained, and stays.
-        validation: Early stopping: the weights of the check with the highest mean IoU on these images are returned.
-            None: those of the last step.
+        validation: Return the weights of the check with the highest mean IoU on these images; None: the last weights.
         every: Steps between two checks; the last step is one, too.
 
     Returns:
         The network in evaluation mode.
 
     Raises:
-        ValueError: Fewer than one step or image, images below 32 px, labels that are all 255, or a validation set that
-            `ious` refuses.
+        ValueError: Fewer than one step or image, images below 32 px, labels that are all 255, or of `ious`.
     """
     if min(steps, batch, every) < 1 or not len(data):
         raise ValueError(f"expected steps, batch and images of 1 or more, got {steps}, {batch} and {len(data)}")

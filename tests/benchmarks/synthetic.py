@@ -1,6 +1,7 @@
 """What generated images with full label maps are worth to a network, beside the few scenes that a person annotated.
 
     python tests/benchmarks/synthetic.py --draws 5        # goes on where it was stopped, after the last whole draw
+    python tests/benchmarks/synthetic.py --cost 6         # processor time of labelled images beside that of plain ones
 
 Each draw has k annotated scenes of its own (10 of the 20, 5 of the 10), tokens fitted to exactly these by
 `daamlib.fit_classes`, generated images of its own with the label maps of these tokens, and as many exact scenes.
@@ -11,6 +12,7 @@ in data/street-sets, which notebook 07 reads.
 
 import argparse
 import json
+import tempfile
 import time
 from pathlib import Path
 
@@ -21,8 +23,9 @@ from street import IDS, MARGINS, TIMESTEPS, draws, read
 
 import daamlib
 from daamlib.cityscapes import IGNORED, label_id
-from daamlib.datasets import urban_prompts
+from daamlib.datasets import TokenLabeller, generate, urban_prompts
 from daamlib.pipeline import generators
+from daamlib.resources import bundled
 from daamlib.tokens.guided import guided_upsample
 from daamlib.tokens.label_maps import assign_labels, token_probabilities
 from daamlib_lab.experiments import segmentation
@@ -131,6 +134,24 @@ def one_draw(pipe, args, draw, pool, records, test, validation, held_out):
     }
 
 
+def cost(pipe, n):
+    """Print the processor time of n images with and without label maps, of the same seeds, in turns."""
+    token = daamlib.OptimizedToken.load(bundled("urban-tiny") / "street.safetensors")
+    labellers = {"plain": None, "labelled": TokenLabeller.of([token])}
+    seconds = {name: [] for name in labellers}
+    for i, prompt in enumerate(urban_prompts(n + 1)):
+        for name, labeller in labellers.items():
+            with tempfile.TemporaryDirectory() as folder:
+                start = time.process_time()
+                generate(pipe, [prompt], Path(folder) / "set", labeller=labeller, seed=i)
+                seconds[name] += [time.process_time() - start] * (i > 0)  # the first warms up
+    ratios = np.array(seconds["labelled"]) / seconds["plain"]
+    means = ", ".join(f"{name} {np.mean(of):.2f} s" for name, of in seconds.items())
+    print(
+        f"{means} an image of 25 steps; ratio {np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f}, n = {n})"
+    )
+
+
 def main():
     """Read the command line; make the draws that are not stored yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -144,11 +165,15 @@ def main():
     parser.add_argument("--test", type=int, default=60)
     parser.add_argument("--validation", type=int, default=20)
     parser.add_argument("--maps", type=int, default=5, help="scenes to choose a margin on, and as many to report it")
+    parser.add_argument("--cost", type=int, metavar="N", help="only compare the times of so many images")
     parser.add_argument("--weight-decay", type=float, default=0.06, help="of tokens of one scene; / k of k scenes")
     args = parser.parse_args()
     FOLDER.mkdir(parents=True, exist_ok=True)
     paths = {draw: FOLDER / f"draw-{draw}.json" for draw in range(args.draws)}
     pipe = daamlib.load_pipeline(device="cpu")
+    if args.cost:
+        cost(pipe, args.cost)
+        return
     pool, records = read(pipe, POOL, args.pool)
     held_out = {"choice": read(pipe, CHOICE, args.maps), "report": read(pipe, REPORT, args.maps)}
     test, validation = exact(TEST, args.test, args.side), exact(VALIDATION, args.validation, args.side)
