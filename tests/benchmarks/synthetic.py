@@ -147,9 +147,8 @@ def cost(pipe, n):
                 seconds[name] += [time.process_time() - start] * (i > 0)  # the first warms up
     ratios = np.array(seconds["labelled"]) / seconds["plain"]
     means = ", ".join(f"{name} {np.mean(of):.2f} s" for name, of in seconds.items())
-    print(
-        f"{means} an image of 25 steps; ratio {np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f}, n = {n})"
-    )
+    print(f"{means} an image of 25 steps; n = {n}")
+    print(f"ratio {np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f})")
 
 
 def main():
