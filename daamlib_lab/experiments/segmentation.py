@@ -10,6 +10,7 @@ Every set of labels gets the same network, the same number of steps and the same
 between two tests is one between the labels (and images) trained on. Pixels of 255 take no part in the loss or the test.
 """
 
+import copy
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -82,9 +83,7 @@ def read(folder: str | Path, *, split: str = "train", side: int | None = None) -
     folder = Path(folder)
     table = folder / "classes.json"
     if not table.is_file():
-        raise FileNotFoundError(
-            f"no {table}: write the folder by daamlib.datasets.export.cityscapes, naming its classes"
-        )
+        raise FileNotFoundError(f"no {table}: write the folder by datasets.export.cityscapes, with its classes named")
     numbers = {int(i): name for i, name in json.loads(table.read_text(encoding="utf-8")).items() if int(i) != IGNORED}
     classes = tuple(numbers[i] for i in sorted(numbers))
     if sorted(numbers) != list(range(len(numbers))):
@@ -163,8 +162,7 @@ def train(
 
     Every image comes once, in an order of `seed`, before any comes again; half are flipped, all change in brightness,
     contrast and tint. AdamW under a one-cycle schedule whose peak is `lr`, found by trial on rendered scenes. On the
-    CPU it takes one thread, so that the same arguments give the same weights whatever the number of threads, which is
-    as before afterwards.
+    CPU it takes one thread, so that the same arguments give the same weights whatever the number of threads.
 
     Args:
         data: Images of 32 px or more.
@@ -195,25 +193,23 @@ def train(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.2)
     weights = torch.tensor([1.0 if name == "background" else WEIGHT for name in data.classes], device=device)
     queue: list[int] = []
-    best, state = -1.0, {}
+    checks = []
     with cpu_threads(1):
         for step in range(1, steps + 1):
             while len(queue) < batch:
                 queue += torch.randperm(len(data), generator=generator).tolist()
-            chosen, queue = queue[:batch], queue[batch:]
-            pixels, targets = augment(*_tensors(data.take(chosen)), generator)
+            part, queue = data.take(queue[:batch]), queue[batch:]
+            pixels, targets = augment(_pixels(part.images), torch.from_numpy(part.targets).long(), generator)
             loss = segmentation_loss(model(pixels.to(device)).logits, targets.to(device), weights)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
             if validation is not None and (step % every == 0 or step == steps):
-                score = evaluate(model.eval(), validation)["mean"]
-                if score > best:
-                    best, state = score, {name: value.clone() for name, value in model.state_dict().items()}
+                checks.append((evaluate(model.eval(), validation)["mean"], copy.deepcopy(model.state_dict())))
                 model.train()
-    if state:
-        model.load_state_dict(state)
+    if checks:
+        model.load_state_dict(max(checks, key=lambda check: check[0])[1])
     return model.eval()
 
 
@@ -277,10 +273,6 @@ def evaluate(model: SegformerForSemanticSegmentation, data: Labelled) -> dict[st
 def _pixels(images: np.ndarray) -> torch.Tensor:
     """(B, H, W, 3) uint8 -> (B, 3, H, W) in [-1, 1]."""
     return torch.from_numpy(images).movedim(-1, 1).float() / 127.5 - 1
-
-
-def _tensors(data: Labelled) -> tuple[torch.Tensor, torch.Tensor]:
-    return _pixels(data.images), torch.from_numpy(data.targets).long()
 
 
 def augment(
