@@ -33,6 +33,7 @@ with needs("experiments"):
 
 LEAST_SIDE = 32  # px: below it the strided convolutions of the attention have nothing to stand on
 WEIGHT = 3.0  # of a pixel of a class, in the loss; of the class "background" 1: most pixels are background
+EVERY = 30  # steps between two checks on a validation set
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,13 +157,11 @@ def train(
     seed: int = 0,
     device: str = "cpu",
     validation: Labelled | None = None,
-    every: int = 30,
 ) -> SegformerForSemanticSegmentation:
     """A `new_network` trained for `steps` batches of `data`, ready to `evaluate`.
 
-    Every image comes once, in an order of `seed`, before any comes again; half are flipped, all change in brightness,
-    contrast and tint. AdamW under a one-cycle schedule whose peak is `lr`, found by trial on rendered scenes. On the
-    CPU it takes one thread, so that the same arguments give the same weights whatever the number of threads.
+    Each image comes once, in an order of `seed`, before any comes again, see `augment`. AdamW; a one-cycle schedule,
+    its peak found by trial on rendered scenes; on a CPU one thread, so the same arguments give the same weights.
 
     Args:
         data: Images of 32 px or more.
@@ -171,8 +170,7 @@ def train(
         lr: The largest learning rate.
         seed: Of the weights, the order and the augmentation.
         device: Where it is trained, and stays.
-        validation: Return the weights of the check with the highest mean IoU on these images; None: the last weights.
-        every: Steps between two checks; the last step is one, too.
+        validation: Return the weights of the best mean IoU on these images, every 30 steps and last; None: the last.
 
     Returns:
         The network in evaluation mode.
@@ -180,15 +178,14 @@ def train(
     Raises:
         ValueError: Fewer than one step or image, images below 32 px, labels that are all 255, or of `ious`.
     """
-    if min(steps, batch, every) < 1 or not len(data):
+    if steps < 1 or batch < 1 or not len(data):
         raise ValueError(f"expected steps, batch and images of 1 or more, got {steps}, {batch} and {len(data)}")
     if min(data.images.shape[1:3]) < LEAST_SIDE:
         raise ValueError(f"images must be at least {LEAST_SIDE} px high and wide, got {data.images.shape[1:3]}")
     if (data.targets == IGNORED).all():
         raise ValueError("every pixel is 255, uncertain: there is nothing to learn from")
     generator = torch.Generator().manual_seed(seed)
-    model = new_network(data.classes, seed=seed)
-    model.to(device).train()  # type: ignore[arg-type]  # transformers' decorator hides whose method it is
+    model = new_network(data.classes, seed=seed).to(device).train()  # type: ignore[arg-type]  # transformers hides it
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.2)
     weights = torch.tensor([1.0 if name == "background" else WEIGHT for name in data.classes], device=device)
@@ -205,7 +202,7 @@ def train(
             loss.backward()
             optimizer.step()
             schedule.step()
-            if validation is not None and (step % every == 0 or step == steps):
+            if validation is not None and (step % EVERY == 0 or step == steps):
                 checks.append((evaluate(model.eval(), validation)["mean"], copy.deepcopy(model.state_dict())))
                 model.train()
     if checks:
