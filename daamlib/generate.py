@@ -62,9 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     seconds = time.perf_counter() - start
     print(f"{before} images in {seconds:.1f} s, {before / seconds:.3g} images/s; {len(dataset)} in {dataset.folder}")
     if job.tokens:
-        counts = sum(np.bincount(dataset.labels(i).ravel(), minlength=IGNORED + 1) for i in dataset.labelled)
+        maps = (np.bincount(dataset.labels(i).ravel(), minlength=IGNORED + 1) for i in dataset.labelled)
+        counts = sum(maps, np.zeros(IGNORED + 1, int))
         names = sorted({**dataset.classes.names, IGNORED: "ignored"}.items())
-        shares = {name: float(counts[i] / np.sum(counts)) for i, name in names if counts[i]}
+        shares = {name: float(counts[i] / counts.sum()) for i, name in names if counts[i]}
         print("\n".join(f"{name:16} {share:6.1%} of the pixels" for name, share in shares.items()))
         (dataset.folder / "statistics.json").write_text(json.dumps(shares, indent=1) + "\n", encoding="utf-8")
     return 0

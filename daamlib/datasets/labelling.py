@@ -105,8 +105,7 @@ class _RecordLabeller(ABC):
         classes, reads, limits = self._reads()
         if self.named_only:
             limits["names"] = [name for name in classes if self._takes_part(name, prompt)]
-        if self.edge_aware:
-            limits["image"] = image
+        limits |= {"image": image} if self.edge_aware else {}
         height, width, ids = *image.shape[:2], self.class_list.ids
         return label_map(record, reads, size=(height, width), iterations=self.iterations, ids=ids, **limits)
 
@@ -120,7 +119,7 @@ class TokenLabeller(_RecordLabeller):
 
         labeller = TokenLabeller((car, person), named_only=False)
         ids = labeller(np.asarray(image), record, record.prompt)
-        everywhere = TokenLabeller.of([tokens])  # of `fit_classes`, which label every pixel
+        labeller = TokenLabeller.of([car])  # with tokens of `fit_classes` it labels every pixel
 
     LDAAM tokens need memory that does not grow with the steps, DAAM tokens the queries of every step.
 
