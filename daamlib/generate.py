@@ -1,14 +1,15 @@
 """Generate datasets of any size, images with the label maps of optimised tokens: ``python -m daamlib.generate``.
 
-    python -m daamlib.generate dataset --n 1000 --tokens car.safetensors person.safetensors --workers 2
+    python -m daamlib.generate dataset --n 1000 --workers 2          # the bundled model, a class at every pixel
+    python -m daamlib.generate dataset --n 1000 --tokens car.safetensors person.safetensors
     python -m daamlib.generate dataset --n 100000 --tokens *.safetensors --model MODEL --ray --address ADDRESS
 
 A run that is stopped or killed goes on by the same command: what is there is skipped. With Ray every worker, and this
-process, sees the folder, the tokens and a model's folder under the same paths: on a cluster of several machines they
-lie on a shared file system. daamlib is installed on all of them.
+process, has daamlib and sees the folder, the tokens and a model's folder under the same paths, on a shared file system.
 """
 
 import argparse
+import functools
 import inspect
 import json
 import re
@@ -20,13 +21,16 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from .classes import ADE20K, CITYSCAPES, COCO, VOC, Classes
+import numpy as np
+
+from .cityscapes import IGNORED
+from .classes import ADE20K, CITYSCAPES, COCO, VOC
 from .datasets.folder import MOST_IMAGES
 from .datasets.generation import GPU_BATCH
 from .datasets.prompts import urban_prompts
 from .datasets.workers import SHARD, Job, WorkerError, run_shards
 from .pipeline import cpu_threads
-from .tokens.label_maps import Threshold
+from .resources import bundled
 
 TABLES = {"cityscapes": CITYSCAPES, "voc": VOC, "coco": COCO, "ade20k": ADE20K}
 METAVARS = {"size": "PIXELS", "threshold": "P", "ignore_from": "P", "ids": "NAME=ID", "options": "NAME=VALUE"}
@@ -43,31 +47,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         if estimate:
             seconds, n, workers = _seconds_per_image(job), len(job.prompts), kind["workers"] or 1
             print(f"{seconds:.3g} s an image, measured with one worker on this machine")
-            hours = n * seconds / (workers * 3600)  # of workers that do not slow each other down
-            print(f"{n} images on {workers} such: {n} * {seconds:.3g} / ({workers} * 3600) = {hours:.3g} hours")
+            print(f"{n} images on {workers} such, if none slows another: {n * seconds / (workers * 3600):.3g} hours")
             return 0
         before, start = len(job.missing()), time.perf_counter()
         dataset = run_shards(job, **kind)
-    except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:  # of PyTorch: no such device, or too little memory
-        if isinstance(error, WorkerError):
-            print(f"error: {error}\nThe same command goes on from here.", file=sys.stderr)
-            return 1
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+    except WorkerError as error:
+        print(f"error: {error}\nThe same command goes on from here.", file=sys.stderr)
+        return 1
+    except (ValueError, TypeError, OSError, ImportError, MemoryError, RuntimeError) as error:
+        print(
+            "error:", str(error).splitlines()[0] if isinstance(error, RuntimeError) else error, file=sys.stderr
+        )  # PyTorch's
         return 2
     seconds = time.perf_counter() - start
     print(f"{before} images in {seconds:.1f} s, {before / seconds:.3g} images/s; {len(dataset)} in {dataset.folder}")
+    if job.tokens:
+        maps = (np.bincount(dataset.labels(i).ravel(), minlength=IGNORED + 1) for i in dataset.labelled)
+        counts = sum(maps, np.zeros(IGNORED + 1, int))
+        names = sorted({**dataset.classes.names, IGNORED: "ignored"}.items())
+        shares = {name: float(counts[i] / counts.sum()) for i, name in names if counts[i]}
+        print("\n".join(f"{name:16} {share:6.1%} of the pixels" for name, share in shares.items()))
+        (dataset.folder / "statistics.json").write_text(json.dumps(shares, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
-def _job(*, n: int | None, prompts: Path | None, **same: Any) -> Job:
+def _job(*, n: int | None, prompts: Path | None, images_only: bool = False, **same: Any) -> Job:
     """Return the job of the parsed arguments; `same` are those that were given of the other fields of `Job`."""
     if n is None and prompts is None:
         raise ValueError("say how many images: --n, or --prompts with one prompt for each")
     if n is not None and not 1 <= n <= MOST_IMAGES:
         raise ValueError(f"expected one image or more, at most {MOST_IMAGES:,}, got --n {n}")
+    if not {"tokens", "model"} & set(same) and not images_only:
+        same["tokens"] = [bundled("urban-tiny") / "street.safetensors"]
     same = {name: READ[name](value) if name in READ else value for name, value in same.items()}
     texts = _read_prompts(prompts, n) if prompts else urban_prompts(n or 0, seed=same.get("seed", Job.seed))
     return Job(prompts=texts, **same)
@@ -98,24 +109,14 @@ def _seconds_per_image(job: Job, batches: int = 3) -> float:
         return (time.perf_counter() - start) / made
 
 
-def _threshold(texts: Sequence[str]) -> Threshold:
+def _numbers(texts: Sequence[str], kind: type, expected: str) -> Any:
     """Read 0.6, or car=0.6 person=0.5. Raises ValueError for anything else."""
     try:
         if len(texts) == 1 and "=" not in texts[0]:
-            return float(texts[0])
-        return {name: float(number) for name, number in (text.rsplit("=", 1) for text in texts)}
+            return kind(texts[0])
+        return {name: kind(number) for name, number in (text.rsplit("=", 1) for text in texts)}
     except ValueError as error:
-        raise ValueError(f"a threshold is a number, or CLASS=NUMBER for every class, got {' '.join(texts)}") from error
-
-
-def _classes(texts: Sequence[str]) -> Classes:
-    """Read the name of a table, or cat=1 dog=2. Raises ValueError for anything else."""
-    if len(texts) == 1 and texts[0].lower() in TABLES:
-        return TABLES[texts[0].lower()]
-    try:
-        return {name: int(number) for name, number in (text.rsplit("=", 1) for text in texts)}
-    except ValueError as error:
-        raise ValueError(f"classes are one of {', '.join(TABLES)}, or NAME=ID each, got {' '.join(texts)}") from error
+        raise ValueError(f"{expected}, got {' '.join(texts)}") from error
 
 
 def _options(texts: Sequence[str]) -> dict[str, Any]:
@@ -132,19 +133,14 @@ def _options(texts: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def _size(sides: Sequence[str]) -> list[int]:
-    try:
-        return [int(side) for side in sides] * (2 if len(sides) == 1 else 1)
-    except ValueError as error:
-        raise ValueError(f"--size is a side, or height and width, got {' '.join(sides)}") from error
-
-
+LIMIT = functools.partial(_numbers, kind=float, expected="a threshold is a number, or CLASS=NUMBER for every class")
+IDS = f"classes are one of {', '.join(TABLES)}, or NAME=ID each"
 # how the texts after an option become a field of `Job`
 READ: dict[str, Callable[[Sequence[str]], Any]] = {
-    "size": _size,
-    "threshold": _threshold,
-    "ignore_from": _threshold,
-    "ids": _classes,
+    "size": lambda sides: [_numbers([s], int, "--size is in pixels") for s in (sides * 2)[: max(2, len(sides))]],
+    "threshold": LIMIT,
+    "ignore_from": LIMIT,
+    "ids": lambda texts: TABLES.get(" ".join(texts).lower()) or _numbers(texts, int, IDS),
     "options": _options,
     "tokens": tuple,
 }
@@ -152,9 +148,7 @@ READ: dict[str, Callable[[Sequence[str]], Any]] = {
 
 def _parser() -> argparse.ArgumentParser:
     """Make an option for each field of `Job`, with its line of the docstring as help, and those of the run."""
-    parser = argparse.ArgumentParser(
-        prog="python -m daamlib.generate", description="Generate images with the label maps of optimised tokens."
-    )
+    parser = argparse.ArgumentParser(prog="python -m daamlib.generate", description="Generate images with label maps.")
     add, hints = parser.add_argument, get_type_hints(Job)
     lines = dict(re.findall(r"^    (\w+): (.*)$", inspect.getdoc(Job) or "", re.MULTILINE))
     add("folder", help=lines["folder"])
@@ -169,6 +163,7 @@ def _parser() -> argparse.ArgumentParser:
             how = {"nargs": "+", "metavar": METAVARS.get(name, "FILE")}
         line = lines[name] + f" (default: {default})" * isinstance(default, bool | int | float)
         add(FLAGS.get(name, f"--{name.replace('_', '-')}"), dest=name, default=argparse.SUPPRESS, help=line, **how)
+    add("--images-only", action="store_true", help="no label maps of the bundled model's images either")
     add("--workers", type=int, help="processes or Ray actors (default: 1; with Ray as many as there is room for)")
     add("--shard-size", type=int, default=SHARD, help=f"images handed to a worker at a time (default: {SHARD})")
     add("--ray", action="store_true", help="on a Ray cluster of this machine, or of --address")

@@ -16,7 +16,7 @@ labeller may have attributes:
 import functools
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -103,17 +103,11 @@ class _RecordLabeller(ABC):
         if record is None:
             raise TypeError("tokens and words read an image's record: expected an AttentionRecord, got None")
         classes, reads, limits = self._reads()
-        named = [name for name in classes if self._takes_part(name, prompt)]
-        return label_map(
-            record,
-            reads,
-            size=(image.shape[0], image.shape[1]),
-            image=image if self.edge_aware else None,
-            iterations=self.iterations,
-            names=named if self.named_only else None,
-            ids=self.class_list.ids,
-            **limits,
-        )
+        if self.named_only:
+            limits["names"] = [name for name in classes if self._takes_part(name, prompt)]
+        limits |= {"image": image} if self.edge_aware else {}
+        height, width, ids = *image.shape[:2], self.class_list.ids
+        return label_map(record, reads, size=(height, width), iterations=self.iterations, ids=ids, **limits)
 
     def _takes_part(self, name: str, prompt: str) -> bool:
         return names(name, prompt)
@@ -125,6 +119,7 @@ class TokenLabeller(_RecordLabeller):
 
         labeller = TokenLabeller((car, person), named_only=False)
         ids = labeller(np.asarray(image), record, record.prompt)
+        labeller = TokenLabeller.of([car])  # with tokens of `fit_classes` it labels every pixel
 
     LDAAM tokens need memory that does not grow with the steps, DAAM tokens the queries of every step. Raises ValueError
     for bad words or thresholds, and tokens without calibrated probabilities.
@@ -134,6 +129,7 @@ class TokenLabeller(_RecordLabeller):
             `background=True`) competes in the softmax but is never written.
         threshold: probability from which on a pixel is of a class; one number, or {name: number} of every class.
         ignore_from: probability from which on, up to `threshold`, it is ignored.
+        margin: a pixel whose best two probabilities differ by less is ignored.
         named_only: a pixel is only of a class that the image's prompt names (`names`); where another may be, it is
             ignored.
         iterations: of `record.refine` on the probabilities, 0: none.
@@ -144,7 +140,14 @@ class TokenLabeller(_RecordLabeller):
     tokens: tuple[OptimizedToken, ...]
     threshold: Threshold = 0.6
     ignore_from: Threshold = 0.4
+    margin: float = 0.0
     source: ClassVar[str] = "daamlib.datasets.TokenLabeller"
+
+    @classmethod
+    def of(cls, tokens: Sequence[OptimizedToken], **options: Any) -> "TokenLabeller":
+        """Return the labeller with the defaults that suit the tokens: those of `fit_classes` label as `label_map`."""
+        whole = {"threshold": 0.0, "ignore_from": 0.0, "margin": 0.1, "named_only": False, "edge_aware": True}
+        return cls(tuple(tokens), **(whole if is_complete(tokens) else {}) | options)
 
     def __post_init__(self) -> None:
         for name in ("threshold", "ignore_from"):
@@ -152,7 +155,7 @@ class TokenLabeller(_RecordLabeller):
             if isinstance(known, Mapping) and set(known) != set(self.classes):
                 raise ValueError(f"{name} has numbers for {sorted(known)}, the tokens read {sorted(self.classes)}")
         if is_complete(self.tokens) and (self.named_only or of_each(self.ignore_from, self.classes) != 0):
-            raise ValueError("tokens of fit_classes label every pixel: give named_only=False and ignore_from=0.0")
+            raise ValueError("tokens of fit_classes label every pixel: use TokenLabeller.of")
         super().__post_init__()
 
     @functools.cached_property
@@ -161,7 +164,7 @@ class TokenLabeller(_RecordLabeller):
         return ids_of(self.tokens) if self.ids is None else class_list(self.ids)
 
     def _reads(self) -> tuple[tuple[str, ...], Any, dict[str, Any]]:
-        limits = {"margin": 0.0, "threshold": self.threshold, "ignore_from": self.ignore_from}
+        limits = {name: getattr(self, name) for name in ("margin", "threshold", "ignore_from")}
         return check_tokens(self.tokens), self.tokens, limits
 
     @property
@@ -175,7 +178,8 @@ class TokenLabeller(_RecordLabeller):
         """All that a label map depends on besides the image, in JSON's own types."""
         plain = [dict(t) if isinstance(t, Mapping) else float(t) for t in (self.threshold, self.ignore_from)]
         tokens = [{"words": list(t.words), "method": t.method, "sha256": _hash(t)} for t in self.tokens]
-        return {"tokens": tokens, "threshold": plain[0], "ignore_from": plain[1], **super().settings}
+        margin = {"margin": float(self.margin)} if self.margin else {}  # folders that were begun without it go on
+        return {"tokens": tokens, "threshold": plain[0], "ignore_from": plain[1], **margin, **super().settings}
 
     def require_model(self, pipe: Any) -> None:
         """ValueError unless all tokens were optimised on this pipeline's model."""
@@ -196,11 +200,9 @@ class WordLabeller(_RecordLabeller):
     Attributes:
         words: {class: word}.
         margin: a pixel whose best two probabilities differ by less is ignored.
-        named_only: only the classes take part that the image's prompt names (`names`), by class or by word, and the
-            surroundings of Cityscapes (road, sky, vegetation ...) always.
-        iterations: of `record.refine`, 0: none.
-        edge_aware: whether the probabilities are up-sampled along the image's edges.
-        ids: {class: id} or another class list (`daamlib.classes.class_list`); None: that of the classes' names.
+        named_only: only classes that the prompt names (`names`, also by word) and Cityscapes' surroundings take part.
+        iterations, edge_aware: as of `TokenLabeller`.
+        ids: {class: id} or another class list; None: that of the classes' names.
     """
 
     words: Mapping[str, str]

@@ -65,8 +65,9 @@ class Job:
         guidance: scale of classifier-free guidance.
         size: of the images in pixels, a side, or height and width; by default the model's.
         batch_size: images denoised at once, on which the bytes depend; by default 1, on a GPU 4.
-        threshold: probability from which on a pixel is of a class; one number, or one for every class.
-        ignore_from: probability from which on it is ignored (255), and below it 0.
+        threshold: probability from which on a pixel is of a class, by default 0.6; one number, or one for every class.
+        ignore_from: probability from which on it is ignored (255), and below it 0; by default 0.4.
+        margin: a pixel whose best two probabilities differ by less is ignored; by default 0.1 with `fit_classes`.
         named_only: whether a pixel is only of classes that its image's prompt names.
         iterations: of the refinement along the self-attention; 0 for none.
         edge_aware: whether label maps follow the edges of their image.
@@ -87,8 +88,9 @@ class Job:
     guidance: float = 5.0
     size: int | tuple[int, int] | None = None
     batch_size: int | None = None
-    threshold: Threshold = 0.6
-    ignore_from: Threshold = 0.4
+    threshold: Threshold | None = None
+    ignore_from: Threshold | None = None
+    margin: float | None = None
     named_only: bool = True
     iterations: int = 1
     edge_aware: bool = False
@@ -116,8 +118,9 @@ class Job:
     def labeller(self) -> TokenLabeller | None:
         """Return the labeller of the images, None without tokens."""
         tokens = tuple(OptimizedToken.load(path) for path in self.tokens)
-        names = ("threshold", "ignore_from", "named_only", "iterations", "edge_aware", "ids")
-        return TokenLabeller(tokens, **{name: getattr(self, name) for name in names}) if tokens else None
+        names = ("threshold", "ignore_from", "margin", "named_only", "iterations", "edge_aware", "ids")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) != getattr(Job, name)}
+        return TokenLabeller.of(tokens, **given) if tokens else None
 
     def open(self, device: str | None = None) -> Generator:
         """Load the model and the tokens. Raises what `generate` raises."""

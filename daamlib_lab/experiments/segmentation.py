@@ -10,6 +10,7 @@ Every set of labels gets the same network, the same number of steps and the same
 between two tests is one between the labels (and images) trained on. Pixels of 255 take no part in the loss or the test.
 """
 
+import copy
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -31,7 +32,8 @@ with needs("experiments"):
     from torchmetrics.classification import MulticlassJaccardIndex
 
 LEAST_SIDE = 32  # px: below it the strided convolutions of the attention have nothing to stand on
-WEIGHT = 3.0  # of a pixel of a class, in the loss; of the background 1: most pixels are background
+WEIGHT = 3.0  # of a pixel of a class, in the loss; of the class "background" 1: most pixels are background
+EVERY = 30  # steps between two checks on a validation set
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,10 +59,8 @@ class Labelled:
 
     def __add__(self, other: "Labelled") -> "Labelled":
         if self.classes != other.classes or self.images.shape[1:] != other.images.shape[1:]:
-            raise ValueError(
-                f"sets of the same classes and size can be added, got {self.classes} {self.images.shape[1:]} and "
-                f"{other.classes} {other.images.shape[1:]}"
-            )
+            sets = " and ".join(f"{of.classes} {of.images.shape[1:]}" for of in (self, other))
+            raise ValueError(f"sets of the same classes and size can be added, got {sets}")
         images, targets = (self.images, other.images), (self.targets, other.targets)
         return replace(self, images=np.concatenate(images), targets=np.concatenate(targets))
 
@@ -84,9 +84,7 @@ def read(folder: str | Path, *, split: str = "train", side: int | None = None) -
     folder = Path(folder)
     table = folder / "classes.json"
     if not table.is_file():
-        raise FileNotFoundError(
-            f"no {table}: write the folder by daamlib.datasets.export.cityscapes, with its classes named"
-        )
+        raise FileNotFoundError(f"no {table}: write the folder by datasets.export.cityscapes, with its classes named")
     numbers = {int(i): name for i, name in json.loads(table.read_text(encoding="utf-8")).items() if int(i) != IGNORED}
     classes = tuple(numbers[i] for i in sorted(numbers))
     if sorted(numbers) != list(range(len(numbers))):
@@ -151,14 +149,19 @@ def new_network(classes: Sequence[str], *, seed: int = 0) -> SegformerForSemanti
 
 
 def train(
-    data: Labelled, *, steps: int = 120, batch: int = 8, lr: float = 8e-3, seed: int = 0, device: str = "cpu"
+    data: Labelled,
+    *,
+    steps: int = 120,
+    batch: int = 8,
+    lr: float = 8e-3,
+    seed: int = 0,
+    device: str = "cpu",
+    validation: Labelled | None = None,
 ) -> SegformerForSemanticSegmentation:
     """A `new_network` trained for `steps` batches of `data`, ready to `evaluate`.
 
-    Every image comes once, in an order of `seed`, before any comes again; half are flipped, all change in brightness,
-    contrast and tint. AdamW under a one-cycle schedule whose peak is `lr`, found by trial on rendered scenes. On the
-    CPU it takes one thread, so that the same arguments give the same weights whatever the number of threads, which is
-    as before afterwards.
+    Each image comes once, in an order of `seed`, before any comes again, see `augment`. AdamW; a one-cycle schedule,
+    its peak found by trial on rendered scenes; on a CPU one thread, so the same arguments give the same weights.
 
     Args:
         data: Images of 32 px or more.
@@ -167,12 +170,13 @@ def train(
         lr: The largest learning rate.
         seed: Of the weights, the order and the augmentation.
         device: Where it is trained, and stays.
+        validation: Return the weights of the best mean IoU on these images, every 30 steps and last; None: the last.
 
     Returns:
         The network in evaluation mode.
 
     Raises:
-        ValueError: Fewer than one step or image, images below 32 px, or labels that are all 255.
+        ValueError: Fewer than one step or image, images below 32 px, labels that are all 255, or of `ious`.
     """
     if steps < 1 or batch < 1 or not len(data):
         raise ValueError(f"expected steps, batch and images of 1 or more, got {steps}, {batch} and {len(data)}")
@@ -181,23 +185,28 @@ def train(
     if (data.targets == IGNORED).all():
         raise ValueError("every pixel is 255, uncertain: there is nothing to learn from")
     generator = torch.Generator().manual_seed(seed)
-    model = new_network(data.classes, seed=seed)
-    model.to(device).train()  # type: ignore[arg-type]  # transformers' decorator hides whose method it is
+    model = new_network(data.classes, seed=seed).to(device).train()  # type: ignore[arg-type]  # transformers hides it
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.2)
-    weights = torch.tensor([1.0] + [WEIGHT] * (len(data.classes) - 1), device=device)
+    weights = torch.tensor([1.0 if name == "background" else WEIGHT for name in data.classes], device=device)
     queue: list[int] = []
+    checks = []
     with cpu_threads(1):
-        for _ in range(steps):
+        for step in range(1, steps + 1):
             while len(queue) < batch:
                 queue += torch.randperm(len(data), generator=generator).tolist()
-            chosen, queue = queue[:batch], queue[batch:]
-            pixels, targets = augment(*_tensors(data.take(chosen)), generator)
+            part, queue = data.take(queue[:batch]), queue[batch:]
+            pixels, targets = augment(_pixels(part.images), torch.from_numpy(part.targets).long(), generator)
             loss = segmentation_loss(model(pixels.to(device)).logits, targets.to(device), weights)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
+            if validation is not None and (step % EVERY == 0 or step == steps):
+                checks.append((evaluate(model.eval(), validation)["mean"], copy.deepcopy(model.state_dict())))
+                model.train()
+    if checks:
+        model.load_state_dict(max(checks, key=lambda check: check[0])[1])
     return model.eval()
 
 
@@ -261,10 +270,6 @@ def evaluate(model: SegformerForSemanticSegmentation, data: Labelled) -> dict[st
 def _pixels(images: np.ndarray) -> torch.Tensor:
     """(B, H, W, 3) uint8 -> (B, 3, H, W) in [-1, 1]."""
     return torch.from_numpy(images).movedim(-1, 1).float() / 127.5 - 1
-
-
-def _tensors(data: Labelled) -> tuple[torch.Tensor, torch.Tensor]:
-    return _pixels(data.images), torch.from_numpy(data.targets).long()
 
 
 def augment(

@@ -143,6 +143,23 @@ def test_labellers_that_cannot_be(record, tokens):
         TokenLabeller((car,))(IMAGE, None, "a car")
 
 
+def test_tokens_of_all_classes_label_every_pixel(record, tokens):
+    ids = np.full((16, 24), 7, np.uint8)
+    ids[:, 12:] = CAR
+    whole = daamlib.fit_classes([record], [ids], weight_decays=(0.01,))
+    labeller = TokenLabeller.of([whole])
+    assert (labeller.threshold, labeller.margin, labeller.named_only, labeller.edge_aware) == (0.0, 0.1, False, True)
+    found = labeller(IMAGE, record, "a tree")
+    assert np.array_equal(found, label_map(record, whole, image=IMAGE)) and {*np.unique(found)} <= {7, CAR, 255}
+    sure = TokenLabeller.of([whole], margin=0.0)
+    assert {*np.unique(sure(IMAGE, record, ""))} <= {7, CAR}
+    assert sure.settings != labeller.settings and json.loads(json.dumps(labeller.settings)) == labeller.settings
+    of_things = TokenLabeller.of(tokens)
+    assert of_things.settings == TokenLabeller(tuple(tokens)).settings and "margin" not in of_things.settings
+    with pytest.raises(ValueError, match=r"TokenLabeller\.of"):
+        TokenLabeller((whole,))
+
+
 def test_the_settings_are_jsons_own_types(tokens):
     settings = TokenLabeller(tuple(tokens), {"car": 0.6, "person": 0.5}).settings
     assert json.loads(json.dumps(settings)) == settings

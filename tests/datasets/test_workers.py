@@ -377,6 +377,39 @@ def test_a_cat_with_options_on_the_command_line(saved, record, tmp_path, capsys)
     assert "'cat' is 9 here, it is 8 there" in capsys.readouterr().err
 
 
+def test_full_label_maps_and_their_statistics_on_the_command_line(saved, record, tmp_path, capsys):
+    ids = np.full((16, 24), 7, np.uint8)
+    ids[:, 12:] = CAR
+    daamlib.fit_classes([record], [ids], weight_decays=(0.01,)).save(tmp_path / "full.safetensors")
+    arguments = [str(tmp_path / "set"), "--n", "2", "--model", str(saved / "tiny"), "--device", "cpu", "--steps", "1"]
+    arguments += ["--tokens", str(tmp_path / "full.safetensors"), "--size", "16", "24"]
+    assert command.main(arguments) == 0, capsys.readouterr().err
+    printed = capsys.readouterr().out
+    dataset = datasets.load(tmp_path / "set")
+    every = np.stack([dataset.labels(i) for i in dataset.indices])
+    assert {*np.unique(every)} <= {7, CAR, 255} and dataset.settings["label_maps"]["margin"] == 0.1
+    found = json.loads((tmp_path / "set" / "statistics.json").read_text())
+    names = {"road": 7, "car": CAR, "ignored": 255}
+    assert found == {name: (every == i).mean() for name, i in names.items() if (every == i).any()}
+    assert all(f"{name:16} {share:6.1%} of the pixels" in printed for name, share in found.items())
+    assert command.main([*arguments, "--margin", "0.5"]) == 2
+    assert "label_maps" in capsys.readouterr().err
+
+
+def test_by_default_the_command_line_labels_the_bundled_models_streets(tmp_path, monkeypatch):
+    jobs = []
+
+    def stop(job, **kind):
+        jobs.append(job)
+        raise ValueError("stop")
+
+    monkeypatch.setattr(command, "run_shards", stop)
+    for more in ([], ["--images-only"], ["--model", "some/model"]):
+        assert command.main([str(tmp_path / "set"), "--n", "1", *more]) == 2
+    assert [len(job.tokens) for job in jobs] == [1, 0, 0]
+    assert jobs[0].tokens[0].endswith("street.safetensors") and jobs[0].labeller().margin == 0.1
+
+
 WRONG = {
     "no number": ([], "--n"),
     "none": (["--n", "0"], "--n"),

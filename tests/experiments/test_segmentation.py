@@ -185,6 +185,36 @@ def test_the_same_seed_trains_the_same_network_on_any_number_of_threads():
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
+def test_early_stopping_returns_the_weights_of_the_best_check(monkeypatch):
+    checked, scores = [], iter([10.0, 50.0, 20.0])
+
+    def score(model, data):
+        assert not model.training and len(data) == 2
+        checked.append({name: value.clone() for name, value in model.state_dict().items()})
+        return {"mean": next(scores)}
+
+    monkeypatch.setattr("daamlib_lab.experiments.segmentation.evaluate", score)
+    options = {"steps": 10, "batch": 1, "validation": squares(2, seed=1)}
+    monkeypatch.setattr("daamlib_lab.experiments.segmentation.EVERY", 4)
+    state = train(squares(3), **options).state_dict()
+    assert len(checked) == 3  # after 4, 8 and 10 steps
+    assert all(torch.equal(state[name], checked[1][name]) for name in state)
+    assert any(not torch.equal(state[name], checked[2][name]) for name in state)
+
+
+def test_a_class_weighs_more_than_the_background_alone(monkeypatch):
+    seen = []
+
+    def loss(logits, targets, weights):
+        seen.append(weights.tolist())
+        return logits.sum()
+
+    monkeypatch.setattr("daamlib_lab.experiments.segmentation.segmentation_loss", loss)
+    for classes in (CLASSES, ("road", "left", "right")):
+        train(Labelled(squares(2).images, squares(2).targets, classes), steps=1, batch=1)
+    assert seen == [[1, 3, 3], [3, 3, 3]]
+
+
 def test_the_iou_is_of_pooled_pixels_without_uncertain_ones():
     data = squares(3)
     model = new_network(CLASSES).eval()
