@@ -75,7 +75,8 @@ which draws the test images and the draws of training images again.
 
 The bundled model is small and its world is drawn, so levels do not compare with those of Stable Diffusion on
 photographs. Its recipe was also *chosen* by the scores of its words: trained in the ordinary way, DAAM reached 16.0 and
-LDAAM 7.5 % ([model card](../data/urban-tiny/README.md)). Read the columns as what the methods do on a model whose words point.
+LDAAM 7.5 % ([model card](../data/urban-tiny/README.md)). Read the columns as what the methods do on a model whose
+words point.
 
 Differences in points of maximum mIoU, first on generated images, then on rendered scenes:
 
