@@ -217,18 +217,19 @@ def _metrics(draws: Sequence[Mapping[str, tuple]], weights: np.ndarray) -> tuple
     return {name: np.concatenate(of) for name, of in values.items()}, stacked, 100 * np.mean(mean, axis=0)
 
 
-def by_image(draws: Sequence[Mapping]) -> dict[str, np.ndarray]:
-    """Return (draws, images) of "name|k|refined|class": IoU in half percent, 255 where the image was not tested.
+def by_image(draws: Sequence[Mapping]) -> tuple[list[str], np.ndarray]:
+    """Return the names "method|k|refined|class" and their IoU, (names, draws, images), of each image.
 
-    At the threshold that is best for the test images of the class in that draw.
+    In half percent, at the threshold that is best for the test images of the class in that draw; 255 where an image was
+    not tested.
     """
     n = 1 + max(max(numbers) for found in draws for numbers, _, _ in found.values())
-    tables: dict[str, np.ndarray] = {}
+    keys = list(dict.fromkeys(key for found in draws for key in found))
+    table = np.full((len(keys), len(draws), n), 255, np.uint8)
     for draw, found in enumerate(draws):
         for key, (numbers, iou, _) in found.items():
-            table = tables.setdefault("|".join(map(str, key)), np.full((len(draws), n), 255, np.uint8))
-            table[draw, numbers] = np.round(200 * iou[:, iou.mean(axis=0).argmax()])
-    return tables
+            table[keys.index(key), draw, numbers] = np.round(200 * iou[:, iou.mean(axis=0).argmax()])
+    return ["|".join(map(str, key)) for key in keys], table
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -275,8 +276,10 @@ def write(done: Mapping[str, list], floors: Mapping[str, Mapping[str, list[float
         if name == "curves":  # what the figures show, at every second threshold
             frame = frame[~frame.refined & (np.arange(len(frame)) % len(LEVELS) % 2 == 0)]
         frame.to_csv(folder / f"{name}.csv", index=False, float_format="%.2f")
-    images = {f"{truth}|{key}": of for truth, draws in done.items() for key, of in by_image(draws).items()}
-    np.savez_compressed(folder / "iou.npz", **images)
+    images = {}
+    for truth, draws in done.items():
+        images[f"{truth}_names"], images[truth] = by_image(draws)
+    np.savez_compressed(folder / "iou.npz", **{name: np.asarray(of) for name, of in images.items()})
     facts = {
         "draws": {truth: len(draws) for truth, draws in done.items()},
         "images": {truth: {word: len(of) for word, of in by_class.items()} for truth, by_class in floors.items()},
