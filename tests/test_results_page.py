@@ -49,8 +49,8 @@ def test_a_page_says_what_the_stored_run_says(page):
 
 def test_the_figure_is_drawn_from_the_stored_curves(tmp_path):
     draw(tmp_path / "tables.png")
-    sizes = [Image.open(path).size for path in (tmp_path / "tables.png", ROOT / "docs" / "tables.png")]
-    assert sizes[0] == sizes[1]
+    with Image.open(tmp_path / "tables.png") as drawn, Image.open(ROOT / "docs" / "tables.png") as stored:
+        assert drawn.size == stored.size
 
 
 def test_the_stored_run_is_small():

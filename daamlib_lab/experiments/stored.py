@@ -87,6 +87,9 @@ def dataset_of(truth: str, n: int, folder: Path, pipe: Any, *, seed: int = 0) ->
         folder: Where the sets are.
         pipe: Generates the images.
         seed: Of the prompts and images, or of the scenes.
+
+    Returns:
+        The data set.
     """
     if truth == "rendered":
         return render_dataset(folder / f"rendered-{seed}-{n}", n, first_seed=HELD_OUT + 1000 * seed, size=128)
@@ -143,6 +146,9 @@ def summarise(draws: Sequence[Mapping], *, resamples: int = 1000, seed: int = 0)
         draws: What `one_draw` returned, for each draw.
         resamples: Of the bootstrap.
         seed: Of the bootstrap.
+
+    Returns:
+        By name of the table; "curves" and "differences" are of the mean of all classes.
     """
     generator = np.random.default_rng(seed)
     n = 1 + max(max(numbers) for found in draws for numbers, _, _ in found.values())
