@@ -65,7 +65,8 @@ def results():
     draws = facts()["draws"]
     return f"""Training images were drawn {draws["generated"]} times (generated images) and {draws["rendered"]} times
 (rendered scenes). A value is the mean over these draws; the brackets are 95 % intervals of a two-way bootstrap,
-which draws the test images and the draws of training images again.
+which draws the test images and the draws of training images again. Of m draws a bootstrap shows (m - 1) / m of
+the variance between draws, so with few draws the intervals are somewhat too narrow.
 
 {table("max_miou")}
 
