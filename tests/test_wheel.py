@@ -57,7 +57,8 @@ def test_the_wheel_holds_all_code_and_the_data_that_it_reads(wheel):
     }
     assert len(code) > 50 and len(model) > 15
     data = {name for name in inside if name.startswith("daamlib/_data/")}
-    tables = ("thesis_tables.csv", "tables-200/results.csv", "tables-200/metrics.json", "prompts/urban.json")
+    run = ("results.csv", "curves.csv", "differences.csv", "iou.npz", "metrics.json")
+    tables = ("thesis_tables.csv", "prompts/urban.json", *(f"tables-200/{name}" for name in run))
     draws = {f"daamlib/_data/street-sets/{path.name}" for path in (ROOT / "data/street-sets").glob("*.json")}
     assert draws and data == model | draws | {f"daamlib/_data/{name}" for name in tables}
     assert {name for name in inside if ".dist-info/" not in name} == code | data

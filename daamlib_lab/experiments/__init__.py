@@ -17,6 +17,7 @@ from .tables import fit as fit
 from .tables import load_examples as load_examples
 from .tables import refined_map as refined_map
 from .tables import stored_results as stored_results
+from .tables import stored_table as stored_table
 from .tables import summary as summary
 from .tables import thesis_values as thesis_values
 from .tables import train_test_split as train_test_split

@@ -213,7 +213,7 @@ def test_the_stored_run_has_the_thesis_methods_on_both_sets():
     assert set(stored.split) == {"test"} and stored.refined.dtype == bool
     for truth in ("generated", "rendered"):
         verdicts = experiments.claims(stored[stored.ground_truth == truth])
-        assert set(verdicts.verdict) <= {"holds", "does not hold here"} and len(verdicts) == 5
+        assert set(verdicts.verdict) <= {"holds", "does not hold here", "too close to tell"} and len(verdicts) == 5
     beside = stored[stored.ground_truth == "generated"]
     again = experiments.with_thesis({"generated": beside[["split", *tables.COLUMNS]]})
     np.testing.assert_array_equal(again.thesis, beside.thesis)  # the thesis' numbers as they are read today
