@@ -93,7 +93,7 @@ def dataset_of(truth: str, n: int, folder: Path, pipe: Any, *, seed: int = 0) ->
     """
     if truth == "rendered":
         return render_dataset(folder / f"rendered-{seed}-{n}", n, first_seed=HELD_OUT + 1000 * seed, size=128)
-    made = {"seed": seed, "steps": 25, "guidance": 5.0, "keep_steps": 5, "self_attention": True}
+    made: dict[str, Any] = {"seed": seed, "steps": 25, "guidance": 5.0, "keep_steps": 5, "self_attention": True}
     labeller = datasets.AnnotatorLabeller(labels_for(pipe))
     prompts = datasets.urban_prompts(n, seed=seed)
     return datasets.generate(pipe, prompts, folder / f"images-{seed}-{n}", labeller=labeller, **made)
@@ -122,8 +122,8 @@ def one_draw(examples: Sequence[Example], draw: int, *, losses: bool) -> dict[tu
             if options == "chosen":
                 records, masks = [e.record for e in seen], [e.masks[word] for e in seen]
                 token = fit(seen, word, method, **daamlib.choose_settings(records, masks, word=word))
-            elif k:
-                token = fit(seen, word, method, **dict(options))
+            elif k and not isinstance(options, str):
+                token = fit(seen, word, method, **options)
             calibrated = options is not THESIS_LOSS  # its tokens have no probabilities, which refinement propagates
             for refined in (False, True) if calibrated else (False,):
                 counts = [count(of, word, method, token, iterations=int(refined)) for of in (seen, test)]
@@ -167,9 +167,9 @@ def summarise(draws: Sequence[Mapping], *, resamples: int = 1000, seed: int = 0)
                 results.append((*key, group, metric, by_draw.mean(), *ends, by_draw.min(), by_draw.max(), len(having)))
                 drawn[key, group, metric] = by_draw, resampled[metric]
     names = ["method", "train_images", "refined"]
-    ends = ["value", "low", "high", "lowest_draw", "highest_draw", "draws"]
+    numbers = ["value", "low", "high", "lowest_draw", "highest_draw", "draws"]
     return {
-        "results": pd.DataFrame(results, columns=[*names, "class", "metric", *ends]),
+        "results": pd.DataFrame(results, columns=[*names, "class", "metric", *numbers]),
         "curves": pd.DataFrame(curves, columns=[*names, "threshold", "miou"]),
         "differences": _differences(drawn, uniform),
     }
@@ -282,10 +282,10 @@ def write(done: Mapping[str, list], floors: Mapping[str, Mapping[str, list[float
         if name == "curves":  # what the figures show, at every second threshold
             frame = frame[~frame.refined & (np.arange(len(frame)) % len(LEVELS) % 2 == 0)]
         frame.to_csv(folder / f"{name}.csv", index=False, float_format="%.2f")
-    images = {}
+    images: dict[str, Any] = {}
     for truth, draws in done.items():
         images[f"{truth}_names"], images[truth] = by_image(draws)
-    np.savez_compressed(folder / "iou.npz", **{name: np.asarray(of) for name, of in images.items()})
+    np.savez_compressed(folder / "iou.npz", **images)
     facts = {
         "draws": {truth: len(draws) for truth, draws in done.items()},
         "images": {truth: {word: len(of) for word, of in by_class.items()} for truth, by_class in floors.items()},
