@@ -133,11 +133,17 @@ def _options(texts: Sequence[str]) -> dict[str, Any]:
     return options
 
 
+def _size(sides: Sequence[str]) -> list[int]:
+    """Read a side, or height and width."""
+    numbers = [_numbers([side], int, "--size is in pixels") for side in sides]
+    return numbers * 2 if len(numbers) == 1 else numbers
+
+
 LIMIT = functools.partial(_numbers, kind=float, expected="a threshold is a number, or CLASS=NUMBER for every class")
 IDS = f"classes are one of {', '.join(TABLES)}, or NAME=ID each"
 # how the texts after an option become a field of `Job`
 READ: dict[str, Callable[[Sequence[str]], Any]] = {
-    "size": lambda sides: [_numbers([s], int, "--size is in pixels") for s in (sides * 2)[: max(2, len(sides))]],
+    "size": _size,
     "threshold": LIMIT,
     "ignore_from": LIMIT,
     "ids": lambda texts: TABLES.get(" ".join(texts).lower()) or _numbers(texts, int, IDS),
