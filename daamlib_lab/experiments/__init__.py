@@ -23,4 +23,4 @@ from .tables import thesis_values as thesis_values
 from .tables import train_test_split as train_test_split
 from .tables import with_thesis as with_thesis
 
-__getattr__ = _lazy(__name__, "sanity", "segmentation")
+__getattr__ = _lazy(__name__, "sanity", "segmentation", "stored")

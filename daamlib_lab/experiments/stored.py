@@ -197,7 +197,7 @@ def _interval(resampled: np.ndarray, uniform: np.ndarray) -> np.ndarray:
 def _metrics(draws: Sequence[Mapping[str, tuple]], weights: np.ndarray) -> tuple[dict, dict, np.ndarray]:
     """By metric the value of each draw and (resamples, draws) of the resampled ones; and the mean curve.
 
-    Each class has the threshold of its own training images in `miou_at_train_threshold`.
+    `miou_at_train_threshold` takes the threshold of each class from the training images of that class.
     """
     values: dict[str, list] = {"max_miou": [], "auc": [], "miou_at_train_threshold": []}
     resampled: dict[str, list] = {name: [] for name in values}

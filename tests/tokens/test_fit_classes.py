@@ -120,7 +120,7 @@ def test_they_are_saved_and_read_by_a_labeller(tokens, template, tmp_path):
     best = upsample(tokens.probabilities(record), (32, 48)).max(dim=0).values
     assert np.array_equal(found == 255, (best < 0.7).cpu().numpy()) and 0 not in found
     assert labeller.store == "linear" and labeller.class_list.name == "Cityscapes"
-    with pytest.raises(ValueError, match="named_only=False"):
+    with pytest.raises(ValueError, match="use TokenLabeller.of"):
         TokenLabeller((loaded,))
     with pytest.raises(ValueError, match="give no others"):
         label_map(record, [loaded, dataclasses.replace(loaded, words=("a", "b", "c"))])
