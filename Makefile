@@ -1,5 +1,5 @@
 # make reproduce    run the notebooks headless and print their results
-# make test         lint, types, unit tests, golden tests, and the notebooks under nbval: ten minutes on two cores
+# make test         lint, types, unit tests, golden tests, and the notebooks under nbval: 10 to 15 minutes on two cores
 # make test-all     that and what is marked slow, the notebooks as on other processors, and other versions
 # make test-portable   the notebooks under nbval, computed as on other processors; PORTABLE=avx2 or plain chooses one
 # make test-versions   the core's tests with the oldest and the newest versions of all that it needs; writes docs/install.md
