@@ -9,7 +9,8 @@ import torch
 
 P = ParamSpec("P")
 R = TypeVar("R")
-KINDS = ("cpu", "cuda", "mps", "xpu")  # of devices that `torch.autocast` rounds products on
+# devices that `torch.autocast` rounds products on; torch 2.4 has none for mps, and an error where it is asked
+KINDS = [kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind)]
 
 
 def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
