@@ -22,7 +22,7 @@ PAGE, START, END = ROOT / "docs/install.md", "<!-- make test-versions -->\n", "<
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CORE = [text.partition(">=")[::2] for text in PROJECT["dependencies"]]
 PYTHONS = {"oldest": "3.10", "newest": "3.13"}
-TESTERS = ("pytest", "beartype", "peft", "packaging", "psutil")
+TESTERS = ("pytest", "beartype", "peft", "packaging", "psutil", "accelerate", "torchmetrics")  # the last two: training
 TESTS = (
     "tests/attention/test_daam.py",
     "tests/attention/test_golden.py",

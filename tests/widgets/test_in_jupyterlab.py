@@ -169,7 +169,7 @@ def picture(page, start):
 
 
 def shown_iou(page):
-    return float(page.locator("figcaption", has_text="IoU").first.inner_text().split("IoU ")[1])
+    return float(page.locator("figcaption", has_text="IoU").first.inner_text().split("IoU ")[1].split(";")[0])
 
 
 def drag(page, canvas, *points, button="left"):
@@ -204,7 +204,7 @@ def test_a_word_a_threshold_and_a_stroke(page, lab):
     tree = picture(page, "heat map")
     assert tree.shape == before.shape and (tree != before).any()
     page.get_by_label("Method").select_option("DAAM")
-    message = page.get_by_text("the word 'tree' is not in the text")
+    message = page.get_by_text("'tree' is not in the prompt, which DAAM reads")
     message.wait_for()
     assert page.locator('img[alt^="heat map"]').count() == 0
     page.get_by_label("Method").select_option("LDAAM")
