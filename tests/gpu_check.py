@@ -18,6 +18,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pages import between
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, START, END = ROOT / "docs/gpu.md", "<!-- make gpu-check -->\n", "<!-- end -->\n"
 LIMIT = 540  # seconds of all parts together
@@ -171,8 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
         last = outcomes[-1].said.splitlines()[-1:] or [""]
         print(f"{part.name:<24} {outcomes[-1].outcome:<12} {outcomes[-1].seconds:5.0f} s  {last[0][:90]}", flush=True)
     if not options.rehearse and not options.only:
-        before, _, rest = PAGE.read_text().partition(START)
-        PAGE.write_text(before + START + "\n" + table(folder, outcomes) + END + rest.partition(END)[2])
+        PAGE.write_text(between(PAGE.read_text(), START, END, "\n" + table(folder, outcomes)))
     return int(any(outcome.outcome != "passed" for outcome in outcomes))
 
 

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from pages import between
+from shapes import SD15
 from tiny import SCHEDULER, clip_tokenizer
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -59,9 +61,8 @@ def build(folder: Path, pixels: int) -> Path:
     path = folder / f"sd15-{pixels}"
     if not (path / "model_index.json").exists():
         torch.manual_seed(0)
-        unet = {"sample_size": pixels // 8, "cross_attention_dim": 768, "attention_head_dim": 8}
         StableDiffusionPipeline(
-            unet=UNet2DConditionModel(**unet),
+            unet=UNet2DConditionModel(**SD15 | {"sample_size": pixels // 8}),
             vae=AutoencoderKL(**VAE, sample_size=pixels),
             text_encoder=CLIPTextModel(CLIPTextConfig(**TEXT)),
             tokenizer=clip_tokenizer(77),
@@ -108,9 +109,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.notebooks and options.pixels == 512:
         lines = [f"| {' | '.join(rows[0])} |", "|---" * len(rows[0]) + "|"]
         lines += [f"| {' | '.join(map(str, row.values()))} |" for row in rows]
-        before, _, rest = PAGE.read_text().partition(START)
         table = "\n".join(lines) + f"\n\nWritten on {datetime.date.today()}.\n"
-        PAGE.write_text(before + START + "\n" + table + END + rest.partition(END)[2])
+        PAGE.write_text(between(PAGE.read_text(), START, END, "\n" + table))
     return int(any(row["outcome"] != "passed" for row in rows))
 
 

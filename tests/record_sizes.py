@@ -9,40 +9,20 @@ from pathlib import Path
 
 import torch
 from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from pages import between
+from shapes import FLUX, PIXART_SIGMA, SD3_MEDIUM, SD15, SDXL
 
 PAGE, MARKS = Path(__file__).parents[1] / "docs/size.md", ("<!-- {} -->\n", "<!-- end -->\n")
 SIDES = (512, 1024)  # px
 PIXELS = 8  # of the image on each side of a latent
-SD15 = {
-    "sample_size": 64,
-    "block_out_channels": (320, 640, 1280, 1280),
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
-}
-SDXL = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "cross_attention_dim": 2048,
-    "attention_head_dim": (5, 10, 20),
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-PIXART = {"sample_size": 128, "num_layers": 28, "cross_attention_dim": 1152, "caption_channels": 4096}
-SD3 = {"joint_attention_dim": 4096, "num_attention_heads": 24, "num_layers": 24, "pooled_projection_dim": 2048}
-FLUX = {"in_channels": 64, "joint_attention_dim": 4096, "pooled_projection_dim": 768, "guidance_embeds": True}
 # name -> (class, config, tokens of the prompt with padding), as published
 CROSS = {
     "Stable Diffusion 1.5": (UNet2DConditionModel, SD15, 77),
     "SDXL": (UNet2DConditionModel, SDXL, 77),
-    "PixArt-Sigma": (PixArtTransformer2DModel, PIXART, 300),
+    "PixArt-Sigma": (PixArtTransformer2DModel, PIXART_SIGMA, 300),
 }
 JOINT = {
-    "Stable Diffusion 3": (SD3Transformer2DModel, SD3 | {"in_channels": 16}, 77 + 256),
+    "Stable Diffusion 3": (SD3Transformer2DModel, SD3_MEDIUM, 77 + 256),
     "Flux.1": (FluxTransformer2DModel, FLUX, 512),
 }
 
@@ -119,9 +99,7 @@ def page():
     """The text of the page with the tables of today."""
     text = PAGE.read_text()
     for name, table in tables().items():
-        start, end = MARKS[0].format(f"python tests/record_sizes.py: {name}"), MARKS[1]
-        before, _, rest = text.partition(start)
-        text = before + start + table + end + rest.partition(end)[2]
+        text = between(text, MARKS[0].format(f"python tests/record_sizes.py: {name}"), MARKS[1], table)
     return text
 
 

@@ -6,6 +6,7 @@ All sentences with figures come from the files of `data/tables-200`, so that a n
 from pathlib import Path
 
 import numpy as np
+from pages import between
 
 from daamlib.plots import METHOD_COLOURS
 from daamlib_lab.experiments import stored_results, stored_table
@@ -140,10 +141,9 @@ def draw(path):
     plt.close(figure)
 
 
-def between(text, new):
+def rewritten(text, new):
     """The page with what stands between the two marks replaced."""
-    before, after = text.split(START)[0], text.split(END)[1]
-    return f"{before}{START}\n\n{new}\n\n{END}{after}"
+    return between(text, START, END, f"\n\n{new}\n\n")
 
 
 PAGES = {"README.md": lambda: table("max_miou"), "docs/results.md": results}
@@ -151,5 +151,5 @@ PAGES = {"README.md": lambda: table("max_miou"), "docs/results.md": results}
 if __name__ == "__main__":
     for page, make in PAGES.items():
         path = ROOT / page
-        path.write_text(between(path.read_text(), make()))
+        path.write_text(rewritten(path.read_text(), make()))
     draw(ROOT / "docs" / "tables.png")

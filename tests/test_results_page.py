@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from results_table import PAGES, ROOT, TRUTHS, between, draw
+from results_table import PAGES, ROOT, TRUTHS, draw, rewritten
 
 from daamlib_lab.experiments import stored_results
 from daamlib_lab.experiments.tables import STORED_RUN
@@ -44,7 +44,7 @@ def test_a_table_holds_the_stored_numbers(page, number, metric):
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_says_what_the_stored_run_says(page):
     text = (ROOT / page).read_text()
-    assert between(text, PAGES[page]()) == text, "run `python tests/results_table.py`"
+    assert rewritten(text, PAGES[page]()) == text, "run `python tests/results_table.py`"
 
 
 def test_the_figure_is_drawn_from_the_stored_curves(tmp_path):

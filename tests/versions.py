@@ -17,6 +17,8 @@ import xml.etree.ElementTree
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from pages import between
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, START, END = ROOT / "docs/install.md", "<!-- make test-versions -->\n", "<!-- end -->\n"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -69,9 +71,8 @@ def write_table(columns: dict[str, dict[str, str]]) -> None:
     """Put the table in its place on the page."""
     rows = [["", *columns], ["---"] * (1 + len(columns))]
     rows += [[row, *(column[row] for column in columns.values())] for row in next(iter(columns.values()))]
-    before, _, rest = PAGE.read_text().partition(START)
     table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
-    PAGE.write_text(before + START + table + END + rest.partition(END)[2])
+    PAGE.write_text(between(PAGE.read_text(), START, END, table))
 
 
 if __name__ == "__main__":
