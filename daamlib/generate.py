@@ -55,9 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}\nThe same command goes on from here.", file=sys.stderr)
         return 1
     except (ValueError, TypeError, OSError, ImportError, MemoryError, RuntimeError) as error:
-        print(
-            "error:", str(error).splitlines()[0] if isinstance(error, RuntimeError) else error, file=sys.stderr
-        )  # PyTorch's
+        said = str(error).splitlines()[0] if isinstance(error, RuntimeError) else error  # PyTorch's go on for long
+        print(f"error: {said}", file=sys.stderr)
         return 2
     seconds = time.perf_counter() - start
     print(f"{before} images in {seconds:.1f} s, {before / seconds:.3g} images/s; {len(dataset)} in {dataset.folder}")

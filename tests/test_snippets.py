@@ -199,6 +199,12 @@ def test_every_exported_name_has_an_example():
     assert bare == set()
 
 
+def test_no_example_lost_its_indentation():
+    """The formatter takes it where nothing but the example follows the first line; then it is prose, and not run."""
+    paragraphs = [(m.__name__, name, part) for m, name, text in documented() for part in text.split("\n\n")[1:]]
+    assert [found for found in paragraphs if not found[2].startswith(" ") and is_python(found[2])] == []
+
+
 def test_a_broken_snippet_fails_and_its_page_and_line_are_named():
     page = "# Title\n\n```python\nx = 1\n```\n\ntext\n\n```python\nprint(x)\nprint(y)\n```\n"
     with pytest.raises(NameError, match="'y'") as caught:

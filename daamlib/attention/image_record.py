@@ -79,21 +79,21 @@ class ImageRecord(abc.ABC):
 
         DAAM of all tokens, padding included, sums to it, but for joint models, where the image's positions take part.
         """
-        record: Any = self
-        return len(self.timesteps) * sum(layer.heads for layer in record.layers)
+        return len(self.timesteps) * sum(layer.heads for layer in self.layers)  # type: ignore[attr-defined]
 
     def layer_names(self) -> list[str]:
         """Return the names of the attentions that are read.
 
-        record.layer_names()[-1]
+            record.layer_names()[-1]
+        They are in the order of the layers.
         """
-        record: Any = self
-        return [layer.name for layer in record.layers]
+        return [layer.name for layer in self.layers]  # type: ignore[attr-defined]
 
     def text_embeddings(self, text: str | None = None, *, padding: bool = True) -> TokenEmbeddings:
-        """Return a copy of the prompt's embeddings (None, or its words), which need no pipeline, or embed another text.
+        """Return a copy of the prompt's embeddings (None, or its words), or embed another text.
 
-        record.text_embeddings().values  # (rows, d_text)
+            record.text_embeddings().values  # (rows, d_text)
+        Another text needs the pipeline.
         """
         if text is None or text == self.prompt:
             prompt = self.prompt_embeddings
@@ -101,9 +101,10 @@ class ImageRecord(abc.ABC):
         return self.encode(text, padding=padding and not self.masked)
 
     def ldaam(self, text: str | None = None) -> HeatMaps:
-        """Return maps of a text (None: the prompt) without a softmax, see `ldaam_from`.
+        """Return maps of a text (None: the prompt) without a softmax.
 
-        record.ldaam("traffic light")["traffic light"]  # (H, W)
+            record.ldaam("traffic light")["traffic light"]  # (H, W)
+        See `ldaam_from`.
         """
         return self.ldaam_from(self.text_embeddings(text, padding=False))
 
@@ -117,9 +118,10 @@ class ImageRecord(abc.ABC):
         return overlay(image, self.daam(text)[word], opacity=opacity)
 
     def to(self, device: str | torch.device) -> Self:
-        """Return the record with its tensors on `device`, where its maps are then computed; the pipeline stays.
+        """Return the record with its tensors on `device`, where its maps are then computed.
 
-        record.to("cpu").daam()["car"].numpy()
+            record.to("cpu").daam()["car"].numpy()
+        The pipeline stays where it is.
         """
         return on_device(self, torch.device(device))
 
@@ -144,10 +146,11 @@ class ImageRecord(abc.ABC):
         return self._made_by(pipe, "this record")
 
     def save(self, path: str | Path) -> None:
-        """Write one `.safetensors` file, whole or not at all.
+        """Write one `.safetensors` file.
 
-        record.save("image.safetensors")
-        again = type(record).load("image.safetensors", pipe=pipe)
+            record.save("image.safetensors")
+            again = type(record).load("image.safetensors", pipe=pipe)
+        It is complete or not there.
         """
         save_dataclass(path, replace(self, pipe=None), self.FORMAT)
 

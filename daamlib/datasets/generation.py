@@ -435,9 +435,7 @@ def _weights(pipe) -> Iterator[Any]:
     for part in ("text_encoder", "text_encoder_2", "text_encoder_3", *DENOISERS, "vae"):
         module = getattr(pipe, part, None)
         state = {} if module is None else module.state_dict()
-        if any(
-            tensor.is_meta for tensor in state.values()
-        ):  # `enable_sequential_cpu_offload` has taken the weights away
+        if any(tensor.is_meta for tensor in state.values()):  # after `enable_sequential_cpu_offload`
             from accelerate.utils.modeling import get_state_dict_offloaded_model
 
             state = get_state_dict_offloaded_model(module)

@@ -137,9 +137,10 @@ class OptimizedToken:
         return scale.to(values) * values + bias.to(values)
 
     def require_model(self, fingerprint: Fingerprint) -> None:
-        """Raise ValueError unless the token was fitted on the model of this fingerprint, of a record or a pipeline.
+        """Raise ValueError unless the token was fitted on the model of this fingerprint.
 
-        token.require_model(record.fingerprint)
+            token.require_model(record.fingerprint)
+        It may be a record's or a pipeline's.
         """
         fitted = self.info.get("fingerprint")  # a token that was made by hand has none
         difference = Fingerprint(fitted).difference(fingerprint) if fitted else None
@@ -150,9 +151,10 @@ class OptimizedToken:
             )
 
     def save(self, path: str | Path) -> None:
-        """Write one `.safetensors` file, all but the embedding as JSON in its header; it is complete or not there.
+        """Write one `.safetensors` file, all but the embedding as JSON in its header.
 
-        token.save("car-token.safetensors")
+            token.save("car-token.safetensors")
+        It is complete or not there.
         """
         save_dataclass(path, self, FORMAT)
 

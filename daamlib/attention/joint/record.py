@@ -80,10 +80,7 @@ class JointRecord(ImageRecord):
         return fingerprint_of_joint(pipe)
 
     def to(self, device: str | torch.device) -> Self:
-        """Return a record with its tensors on `device`; the pipeline stays where it is.
-
-        record.to("cpu").device
-        """
+        """Return the record with its tensors on `device`, see `ImageRecord.to`."""
         return replace(super().to(device), computed=self.computed)  # compared on the CPU
 
     def encode(self, text: str, *, padding: bool = False) -> TokenEmbeddings:
