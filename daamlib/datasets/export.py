@@ -287,9 +287,8 @@ def overlays(dataset: Dataset, folder: str | Path, *, opacity: float = 0.55) -> 
     dataset.require_labels()
     pictures = Path(folder) / "overlays"
     _require_same_export(pictures, {f"{i:05d}.png": None for i in dataset.indices})
-    colours = dataset.classes.palette
     for i in files.bar(dataset.indices, "overlays"):
-        painted = overlay(dataset.image(i), dataset.labels(i), opacity=opacity, colours=colours)
+        painted = overlay(dataset.image(i), dataset.labels(i), opacity=opacity, colours=dataset.classes.palette)
         files.write_png(pictures / f"{i:05d}.png", painted)
     return pictures
 

@@ -143,7 +143,7 @@ def test_mmsegmentation_folders(scenes, tmp_path):
     }
     found = contents(tmp_path / "out")
     names = [f"{part}/val/{i:05d}.png" for part in ("ann_dir", "img_dir") for i in range(N)]
-    assert sorted(found) == [*names, "metainfo.json"]
+    assert sorted(found) == [*names, "metainfo.json"]  # Detectron2, too, matches images and label maps by name
     for i in range(N):
         assert found[f"img_dir/val/{i:05d}.png"] == scenes.path("images", i).read_bytes()
         assert np.array_equal(pixels(tmp_path / f"out/ann_dir/val/{i:05d}.png"), to_train_ids(scenes.labels(i)))
