@@ -17,7 +17,8 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-FOR_USERS = ("datasets", "ray", "experiments", "widgets", "notebooks", "training")
+FOR_USERS = ("datasets", "ray", "experiments", "widgets", "notebooks", "training", "fiftyone")
+APART = ("fiftyone",)  # extras that `dev` leaves out, so that nothing pins what they bring
 LINES = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
 PINS = {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in LINES)}
 
@@ -26,8 +27,11 @@ CUDA = ("cuda-", "nvidia-", "triton")
 
 
 def declared():
-    """Every requirement of pyproject.toml and its extras, but for those of daamlib on itself."""
-    texts = [*PROJECT["dependencies"], *(text for texts in EXTRAS.values() for text in texts)]
+    """Every requirement of pyproject.toml and the extras that `dev` installs, but for those of daamlib on itself."""
+    texts = [
+        *PROJECT["dependencies"],
+        *(text for extra, texts in EXTRAS.items() if extra not in APART for text in texts),
+    ]
     return [requirement for requirement in map(Requirement, texts) if requirement.name != "daamlib"]
 
 
@@ -113,5 +117,6 @@ def test_what_the_code_imports_is_declared(folder):
             *(other.stem for other in (*path.parent.iterdir(), *(ROOT / "tests").iterdir())),
         }
         for name in set(imported(path.read_text())) - sys.stdlib_module_names - own:
-            owner = {canonicalize_name(distribution) for distribution in owners.get(name, ["not installed"])}
+            # what is not installed has, as far as is known, the name of its package
+            owner = {canonicalize_name(distribution) for distribution in owners.get(name, [name])}
             assert owner & allowed, f"{path} imports {name}, which pyproject.toml does not ask for"

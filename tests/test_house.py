@@ -121,7 +121,7 @@ def optional_packages():
     """What can be imported of the packages that only an extra brings."""
     extras = {canonicalize_name(Requirement(text).name) for extra in FOR_USERS for text in EXTRAS[extra]} - {"daamlib"}
     owners = importlib.metadata.packages_distributions()
-    return {name for name, of in owners.items() if extras & {canonicalize_name(one) for one in of}}
+    return extras | {name for name, of in owners.items() if extras & {canonicalize_name(one) for one in of}}
 
 
 SLOW = {
@@ -239,7 +239,6 @@ UNPLAIN = {
     "daamlib/attention/softmax.py": 3,
     "daamlib/classes.py": 1,
     "daamlib/datasets/dataset.py": 2,
-    "daamlib/datasets/export.py": 2,
     "daamlib/datasets/folder.py": 5,
     "daamlib/datasets/generation.py": 6,
     "daamlib/datasets/labelling.py": 7,

@@ -185,6 +185,8 @@ def test_the_snippets_of_a_page_run(path, names):
 
 @pytest.mark.parametrize("module, name, blocks", EXAMPLES, ids=[f"{m.__name__} {n}".strip() for m, n, _ in EXAMPLES])
 def test_the_examples_of_a_docstring_run(module, name, blocks, names):
+    if name == "fiftyone":
+        pytest.importorskip("fiftyone", reason="fiftyone is not installed: docs/formats.md says how")
     joint = joint_example() if module.__name__.endswith(".probe") or ".joint" in module.__name__ else {}
     run(blocks, module.__file__, {**vars(module), **names, **joint})
 

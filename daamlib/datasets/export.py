@@ -1,15 +1,15 @@
-"""Datasets in the formats that others read: Cityscapes' folders, COCO, and Hugging Face `datasets`.
+"""Datasets in the formats that others read: folders of Cityscapes, COCO and MMSegmentation, Hugging Face, FiftyOne.
 
     export.cityscapes(dataset, "out", classes=("car", "person"))
+    export.mmsegmentation(dataset, "mmseg", classes=("car", "person"))  # the arguments of mmseg's BaseSegDataset
     export.coco(dataset, "out")
     export.overlays(dataset, "out")  # for a quick look
     export.detections(dataset.labels(0))  # the arguments of supervision.Detections
-    export.hugging_face(dataset)  # a datasets.Dataset, which has a push_to_hub of its own
+    export.hugging_face(dataset)  # a datasets.Dataset, which can be pushed to a hub; `fiftyone` returns theirs
 
-All images of the dataset need a label map; `classes` are names of its own classes (`Dataset.classes`). Every file is
-written whole or not at all. Calling an export again finishes it, or writes its files anew, as after
-`datasets.import_masks`. Files of another dataset in its folders are a ValueError, and so is a damaged image or label
-map.
+All images of the dataset need a label map; `classes` are names of `Dataset.classes`. Every file is written whole or
+not at all. Calling an export again finishes it, or writes its files anew, as after `datasets.import_masks`. Files of
+another dataset in its folders are a ValueError, and so is a damaged image or label map.
 """
 
 import filecmp
@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from ..attention.text import occurrences
 from ..cityscapes import BY_NAME, IGNORED, overlay, to_train_ids
 from ..classes import CITYSCAPES, ClassList, class_list
 from ..extras import needs
@@ -34,7 +35,7 @@ with needs("datasets"):
     from skimage.measure import label as connected
     from skimage.measure import regionprops
 
-CLASSES = "classes.json"
+CLASSES, METAINFO = "classes.json", "metainfo.json"
 DEVICES = ("CON", "PRN", "AUX", "NUL")  # of Windows
 BACKGROUND = 0  # of compact train ids
 
@@ -80,6 +81,36 @@ def cityscapes(
         files.write_png(maps / (stems[i] + endings[1]), table[ids])
         _copy(dataset.path("images", i), pictures / (stems[i] + "leftImg8bit.png"))
     return folder
+
+
+def mmsegmentation(
+    dataset: Dataset, folder: str | Path, *, split: str = "train", classes: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Write the folders of MMSegmentation; return the arguments of its `BaseSegDataset`.
+
+        arguments = mmsegmentation(dataset, "out", split="val", classes=["car", "person"])
+
+        img_dir/<split>/00007.png    the image
+        ann_dir/<split>/00007.png    (H, W) uint8, what labelTrainIds is of `cityscapes`: 0, 1, ... and 255 for ignored
+        metainfo.json                {"classes": [name], "palette": [[red, green, blue]]}, by id; the splits share it
+
+    They are also the folders of Detectron2's `load_sem_seg(ann_dir, img_dir, image_ext="png")`, by which Mask2Former
+    reads. Raises ValueError as `cityscapes` does.
+    """
+    folder, (table, names) = Path(folder), _train_ids(classes, dataset.classes)
+    _check_names("", split=split)
+    dataset.require_labels()
+    _, rows = np.unique(table, return_index=True)  # for each train id, the 255 last, an id that becomes it
+    metainfo = {"classes": list(names.values())[:-1], "palette": dataset.classes.palette[rows[:-1]].tolist()}
+    parts = {"img_path": f"img_dir/{split}", "seg_map_path": f"ann_dir/{split}"}
+    sources = {f"{i:05d}.png": dataset.path("images", i) for i in dataset.indices}
+    _require_same_export(folder / parts["img_path"], sources)
+    _require_same_export(folder / parts["seg_map_path"], dict.fromkeys(sources))
+    _write_classes(folder / METAINFO, metainfo)
+    for i, name in zip(files.bar(dataset.indices, "MMSegmentation"), sources, strict=True):
+        files.write_png(folder / parts["seg_map_path"] / name, table[dataset.labels(i)])
+        _copy(sources[name], folder / parts["img_path"] / name)
+    return {"data_root": str(folder), "data_prefix": parts, "img_suffix": ".png", "metainfo": metainfo}
 
 
 def coco(
@@ -168,6 +199,36 @@ def hugging_face(dataset: Dataset) -> Any:
     return datasets.Dataset(table, info=info, fingerprint=fingerprint)
 
 
+def fiftyone(dataset: Dataset, *, word: str | None = None) -> Any:
+    """Return the dataset as a `fiftyone.Dataset` of Voxel51, with the extra `daamlib[fiftyone]`.
+
+        fiftyone(dataset)  # fiftyone.launch_app shows it
+
+    Fields: filepath, label (a `Segmentation` by ids, 255 ignored), index, prompt, seed; with `word`, where an image has
+    a record and the word in its prompt, heatmap (a `Heatmap`: DAAM, coloured from its least to its greatest value). It
+    refers to this dataset's files. FiftyOne forgets it when Python ends, unless `persistent` is set. Raises ImportError
+    without the package, ValueError as `cityscapes` does, and if no image has a heat map of the word.
+    """
+    with needs("fiftyone"):
+        import fiftyone as voxel
+    dataset.require_labels()
+    samples, rows = [], dataset.manifest[["prompt", "seed"]].to_dict("index")
+    for i in files.bar(dataset.indices, "FiftyOne"):
+        image, labels = (str(dataset.path(part, i).resolve()) for part in ("images", "labels"))
+        samples.append(voxel.Sample(image, label=voxel.Segmentation(mask_path=labels), index=i, **rows[i]))
+        if word is not None and dataset.path("records", i).is_file():
+            record = dataset.record(i)
+            if occurrences(word, record.prompt_embeddings.words):
+                heat = record.daam()[word].numpy()
+                samples[-1]["heatmap"] = voxel.Heatmap(map=heat, range=[float(heat.min()), float(heat.max())])
+    if word is not None and not any(sample.has_field("heatmap") for sample in samples):
+        raise ValueError(f"no image of {dataset.folder} has a record whose prompt has the word {word!r}")
+    made = voxel.Dataset()
+    made.default_mask_targets = dataset.classes.names | {IGNORED: "ignored"}
+    made.add_samples(samples, progress=False)
+    return made
+
+
 def prompts(
     labels: np.ndarray,
     *,
@@ -226,9 +287,8 @@ def overlays(dataset: Dataset, folder: str | Path, *, opacity: float = 0.55) -> 
     dataset.require_labels()
     pictures = Path(folder) / "overlays"
     _require_same_export(pictures, {f"{i:05d}.png": None for i in dataset.indices})
-    colours = dataset.classes.palette
     for i in files.bar(dataset.indices, "overlays"):
-        painted = overlay(dataset.image(i), dataset.labels(i), opacity=opacity, colours=colours)
+        painted = overlay(dataset.image(i), dataset.labels(i), opacity=opacity, colours=dataset.classes.palette)
         files.write_png(pictures / f"{i:05d}.png", painted)
     return pictures
 
@@ -306,7 +366,7 @@ def _train_ids(classes: Sequence[str] | None, known_as: ClassList) -> tuple[np.n
     return table, {str(i): names[i] for i in sorted(names)} | {str(IGNORED): "ignored"}
 
 
-def _write_classes(path: Path, classes: dict[str, str]) -> None:
+def _write_classes(path: Path, classes: Any) -> None:
     text = json.dumps(classes, indent=1) + "\n"
     if path.is_file() and path.read_text(encoding="utf-8") != text:
         raise ValueError(f"{path} is of an export with other classes: name another folder, or export with those")

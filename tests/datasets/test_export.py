@@ -1,9 +1,12 @@
 """Exports: what others' tools read there, whole files, and what must not vanish on the way."""
 
+import importlib.util
 import json
 import os
 import shutil
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,13 +15,14 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from small_sets import contents
 
-from daamlib import datasets
+from daamlib import classes, datasets
 from daamlib.cityscapes import BY_NAME, COLOURS, to_train_ids
 from daamlib.datasets import export
 from daamlib.datasets import folder as files
 from daamlib_lab.urban.dataset import render_dataset
 
 N = 3
+NOT_HERE = "{} is not installed: docs/formats.md says how"
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +130,80 @@ def test_two_exports_do_not_mix(scenes, tmp_path):
     assert contents(folder) == before
 
 
+# -- MMSegmentation ----------------------------------------------------------------------------------------------
+
+
+def test_mmsegmentation_folders(scenes, tmp_path):
+    arguments = export.mmsegmentation(scenes, tmp_path / "out", split="val")
+    metainfo = arguments.pop("metainfo")
+    assert arguments == {
+        "data_root": str(tmp_path / "out"),
+        "data_prefix": {"img_path": "img_dir/val", "seg_map_path": "ann_dir/val"},
+        "img_suffix": ".png",
+    }
+    found = contents(tmp_path / "out")
+    names = [f"{part}/val/{i:05d}.png" for part in ("ann_dir", "img_dir") for i in range(N)]
+    assert sorted(found) == [*names, "metainfo.json"]  # Detectron2, too, matches images and label maps by name
+    for i in range(N):
+        assert found[f"img_dir/val/{i:05d}.png"] == scenes.path("images", i).read_bytes()
+        assert np.array_equal(pixels(tmp_path / f"out/ann_dir/val/{i:05d}.png"), to_train_ids(scenes.labels(i)))
+    assert json.loads(found["metainfo.json"]) == metainfo
+    assert len(metainfo["classes"]) == len(metainfo["palette"]) == 19
+    assert [metainfo["classes"][i] for i in (0, 13, 18)] == ["road", "car", "bicycle"]
+    assert metainfo["palette"] == [list(BY_NAME[name].color) for name in metainfo["classes"]]
+
+
+def test_mmsegmentation_of_a_few_classes(sparse, tmp_path):
+    metainfo = export.mmsegmentation(sparse, tmp_path / "out", classes=("person", "car"))["metainfo"]
+    colours = [[0, 0, 0], list(BY_NAME["person"].color), list(BY_NAME["car"].color)]
+    assert metainfo == {"classes": ["background", "person", "car"], "palette": colours}
+    for i in range(N):
+        ids, train = sparse.labels(i), pixels(tmp_path / f"out/ann_dir/train/{i:05d}.png")
+        for value, train_id in ((0, 0), (BY_NAME["person"].id, 1), (BY_NAME["car"].id, 2), (255, 255)):
+            assert np.array_equal(train == train_id, ids == value)
+    before = contents(tmp_path / "out")
+    with pytest.raises(ValueError, match="metainfo.json"):  # the splits of a folder have the same classes
+        export.mmsegmentation(sparse, tmp_path / "out", classes=("car", "person"), split="val")
+    for options, message in (({"classes": ["cat"]}, "cat"), ({"split": "a/b"}, "split")):
+        with pytest.raises(ValueError, match=message):
+            export.mmsegmentation(sparse, tmp_path / "out", **options)
+    assert contents(tmp_path / "out") == before
+
+
+def test_mmsegmentation_of_other_classes(sparse, tmp_path):
+    table = classes.class_list({"bicycle": (7, "#0a141e"), "dog": (3, (40, 50, 60))})
+    settings = json.loads((sparse.folder / "dataset.json").read_text()) | {"classes": table.stored()}
+    (sparse.folder / "dataset.json").write_text(json.dumps(settings))
+    for i in range(N):
+        files.write_png(sparse.folder / f"labels/{i:05d}.png", np.full((128, 128), (3, 7, 0)[i], np.uint8))
+    metainfo = export.mmsegmentation(sparse, tmp_path / "out")["metainfo"]
+    assert metainfo == {
+        "classes": ["background", "bicycle", "dog"],
+        "palette": [[0, 0, 0], [10, 20, 30], [40, 50, 60]],
+    }
+    assert [int(pixels(tmp_path / f"out/ann_dir/train/{i:05d}.png").max()) for i in range(N)] == [2, 1, 0]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of a library of 2023
+def test_mmsegmentation_reads_its_folders(sparse, tmp_path, monkeypatch):
+    pytest.importorskip("mmseg", reason=NOT_HERE.format("mmsegmentation"))
+    if not importlib.util.find_spec("mmcv._ext"):  # mmcv-lite: a module that the datasets import needs an operator
+        monkeypatch.setitem(sys.modules, "mmcv.ops", SimpleNamespace(point_sample=None))  # which they do not use
+    mmseg = importlib.import_module("mmseg.datasets")
+    arguments = export.mmsegmentation(sparse, tmp_path / "out", split="val", classes=("person", "car"))
+    steps = [{"type": f"mmseg.{name}"} for name in ("LoadImageFromFile", "LoadAnnotations", "PackSegInputs")]
+    read = mmseg.BaseSegDataset(**arguments, pipeline=steps)
+    assert (len(read), read.ignore_index, read.label_map) == (N, 255, None)
+    assert read.metainfo["classes"] == ["background", "person", "car"]
+    assert read.metainfo["palette"] == arguments["metainfo"]["palette"]
+    for i, sample in enumerate(read):
+        found = sample["data_samples"].gt_sem_seg.data[0].numpy()
+        assert np.array_equal(found, pixels(tmp_path / f"out/ann_dir/val/{i:05d}.png"))
+        assert set(np.unique(found)) <= {0, 1, 2, 255}
+        assert np.array_equal(sample["inputs"].numpy()[::-1].transpose(1, 2, 0), sparse.image(i))  # BGR
+
+
 # -- COCO --------------------------------------------------------------------------------------------------------
 
 
@@ -219,6 +297,21 @@ def test_detections_by_hand():
         export.detections(ids, classes=["cat"])
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_supervision_takes_the_detections(scenes):
+    supervision = pytest.importorskip("supervision", reason=NOT_HERE.format("supervision"))
+    arguments, image = export.detections(scenes.labels(0)), np.asarray(scenes.image(0))
+    found = supervision.Detections(**arguments)
+    assert len(found) == len(arguments["class_id"]) > 3
+    assert found.area.tolist() == arguments["mask"].sum(axis=(1, 2)).tolist()
+    cars = found[found["class_name"] == "car"]
+    assert len(cars) and set(cars.class_id) == {BY_NAME["car"].id}
+    painted = supervision.MaskAnnotator().annotate(image.copy(), cars)
+    assert np.array_equal((painted != image).any(axis=2), cars.mask.any(axis=0))
+    assert len(supervision.Detections(**export.detections(np.zeros((20, 30), np.uint8)))) == 0
+
+
 def test_overlays(scenes, tmp_path):
     folder = export.overlays(scenes, tmp_path, opacity=0.25)
     assert sorted(path.name for path in folder.iterdir()) == [f"{i:05d}.png" for i in scenes.indices]
@@ -269,12 +362,64 @@ def test_without_hugging_face(scenes, monkeypatch):
         export.hugging_face(scenes)
 
 
+# -- FiftyOne ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def voxel51(tmp_path, monkeypatch):
+    """The package, with its database in a folder of this test."""
+    if not (spec := importlib.util.find_spec("fiftyone")):
+        pytest.skip(NOT_HERE.format("fiftyone"))
+    bundled = Path(spec.submodule_search_locations[0]) / "db" / "bin" / "mongod"
+    if not ("FIFTYONE_DATABASE_URI" in os.environ or bundled.is_file()):
+        pytest.skip(NOT_HERE.format("MongoDB, which fiftyone needs,"))
+    monkeypatch.setenv("FIFTYONE_DATABASE_DIR", str(tmp_path / "database"))
+    monkeypatch.setenv("FIFTYONE_DO_NOT_TRACK", "true")
+    return importlib.import_module("fiftyone")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_fiftyone(whole, voxel51):
+    made = export.fiftyone(whole, word="car")
+    assert made.name in voxel51.list_datasets() and len(made) == len(whole)
+    assert made.default_mask_targets[BY_NAME["car"].id] == "car" and made.default_mask_targets[255] == "ignored"
+    again = voxel51.load_dataset(made.name)
+    fields = again.get_field_schema()
+    assert fields["label"].document_type is voxel51.Segmentation
+    assert fields["heatmap"].document_type is voxel51.Heatmap
+    for i, sample in zip(whole.indices, again, strict=True):
+        assert sample.filepath == str(whole.path("images", i).resolve())
+        assert np.array_equal(sample.label.get_mask(), whole.labels(i))
+        assert (sample["index"], sample["prompt"]) == (i, whole.manifest.prompt[i])
+        assert sample["seed"] == whole.manifest.seed[i]
+        if "car" in sample["prompt"]:
+            heat = whole.record(i).daam()["car"].numpy()
+            assert np.array_equal(sample.heatmap.get_map(), heat)
+            assert sample.heatmap.range == [heat.min(), heat.max()]
+        else:
+            assert sample.heatmap is None
+    assert again.exists("heatmap").values("index") == [0, 2, 3, 4]
+    assert "heatmap" not in export.fiftyone(whole).get_field_schema()
+    before = voxel51.list_datasets()
+    with pytest.raises(ValueError, match="'bicycle'"):
+        export.fiftyone(whole, word="bicycle")
+    assert voxel51.list_datasets() == before
+
+
+def test_without_fiftyone(scenes, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fiftyone", None)
+    with pytest.raises(ImportError, match=r"pip install 'daamlib\[fiftyone\]'"):
+        export.fiftyone(scenes)
+
+
 # -- all of them -------------------------------------------------------------------------------------------------
 
 
 def test_images_without_labels(sparse, tmp_path):
     (sparse.folder / "labels" / "00001.png").unlink()
     calls = [lambda: export.cityscapes(sparse, tmp_path / "a"), lambda: export.coco(sparse, tmp_path / "b")]
+    calls.append(lambda: export.mmsegmentation(sparse, tmp_path / "a"))
     if "datasets" in sys.modules:
         calls.append(lambda: export.hugging_face(sparse))
     for call in calls:
