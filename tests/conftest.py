@@ -9,6 +9,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import functools
+import gc
 import logging
 
 import numpy as np
@@ -49,6 +50,20 @@ def pytest_configure(config):
     torch.set_num_threads(1)  # more cost more than they give on such small tensors
     # it advises on batch sizes and the like, through warnings that would be errors here
     logging.getLogger("diffusers").setLevel(logging.ERROR)
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()  # a million objects of the imported libraries, which each collection would look through again
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """A test leaves PyTorch on one thread: with more, all later tests of its process are many times as slow."""
+    yield
+    left = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert left == 1
 
 
 @pytest.fixture(scope="session")
