@@ -9,14 +9,14 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import functools
+import gc
 import logging
 
-import numpy as np
 import pytest
 import torch
 from jaxtyping import install_import_hook
 from placement import Pretended
-from tiny import GOLDEN, build, prepare_device
+from tiny import build, prepare_device
 
 # The shapes that these modules' annotations name are checked wherever the tests call them; others take bad input, and
 # say by themselves what is wrong with it
@@ -26,8 +26,6 @@ TOKENS = [
 ]
 CHECKED = ("daamlib.metrics", "daamlib_lab.experiments", *TOKENS, *FORMULAE)
 install_import_hook(CHECKED, "helpers.checked")
-
-import daamlib  # noqa: E402
 
 
 def pytest_addoption(parser):
@@ -51,6 +49,20 @@ def pytest_configure(config):
     logging.getLogger("diffusers").setLevel(logging.ERROR)
 
 
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()  # a million objects of the imported libraries, which each collection would look through again
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """A test leaves PyTorch on one thread: with more, all later tests of its process are many times as slow."""
+    yield
+    left = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert left == 1
+
+
 @pytest.fixture(scope="session")
 def device(pytestconfig):
     """Of `--device`, as tensors name it."""
@@ -70,22 +82,6 @@ def sd2_pipe(device):
 @pytest.fixture(scope="session")
 def sdxl_pipe(device):
     return build("sdxl", device)
-
-
-@pytest.fixture(scope="session")
-def golden_pipe(device):
-    """The checkpoint of the golden numbers; tests/golden/README.md tells its making."""
-    return daamlib.load_pipeline(GOLDEN / "tiny-sd15", device=device, dtype=torch.float32)
-
-
-@pytest.fixture(scope="session")
-def golden_run(golden_pipe):
-    """(final latents, record of the conditional half, of the unconditional half) of the golden image."""
-    latents = torch.from_numpy(np.load(GOLDEN / "latents_tiny-sd15_a.npy"))
-    options = {"num_inference_steps": 8, "guidance_scale": 7.5, "latents": latents, "output_type": "latent"}
-    with daamlib.trace(golden_pipe) as trace, daamlib.trace(golden_pipe, branch="unconditional") as other:
-        final = golden_pipe("a car in an urban environment", **options).images
-    return final, trace[0], other[0]
 
 
 ROWS = {"sd1": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL"}  # of docs/supported.md

@@ -9,6 +9,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+import shutil
 import textwrap
 from pathlib import Path
 
@@ -123,29 +124,42 @@ def example():
     }
 
 
+@pytest.fixture(scope="module")
+def files(example, tmp_path_factory):
+    """A folder with a record, a token, a label map, and a dataset of one image that it was imported to."""
+    folder = tmp_path_factory.mktemp("files")
+    example["record"].save(folder / "car.safetensors")
+    example["car"].save(folder / "car-token.safetensors")
+    labeller = datasets.TokenLabeller((example["car"],))
+    dataset = datasets.generate(example["pipe"], [PROMPT], folder / "made", steps=STEPS, labeller=labeller)
+    (folder / "labels").mkdir()
+    Image.fromarray(drawn(example["mask"])).save(folder / "labels" / "00000.png")
+    datasets.import_masks(dataset, folder / "labels")
+    return folder
+
+
+def drawn(mask):
+    """A label map of Cityscapes: a car in the mask, a person beside it, neither in the first rows."""
+    labels = np.where(mask, 26, 24).astype(np.uint8)
+    labels[:16] = 0
+    return labels
+
+
 @pytest.fixture
-def names(example, tmp_path, monkeypatch):
+def names(example, files, tmp_path, monkeypatch):
     """What a snippet may use without making it. One place: a page that needs another name adds it here."""
-    example["record"].save("car.safetensors")
-    example["car"].save("car-token.safetensors")
-    dataset = datasets.generate(
-        example["pipe"], [PROMPT], tmp_path / "made", labeller=datasets.TokenLabeller((example["car"],))
-    )
-    labels = np.where(example["mask"], 26, 24).astype(np.uint8)  # Cityscapes' car and person
-    labels[:16] = 0  # and neither
-    Path("labels").mkdir()
-    Image.fromarray(labels).save("labels/00000.png")
-    dataset = datasets.import_masks(dataset, "labels")
+    shutil.copytree(files, tmp_path, dirs_exist_ok=True)
+    dataset, labels = datasets.load(tmp_path / "made"), drawn(example["mask"])
 
     def annotate(images, classes, folder):
         """The widget, and the hand that draws in it."""
         annotator = open_widget(images, classes, folder)
         first, second = annotator.session.names[:2]
         ids = annotator.session.class_list.ids
-        drawn = np.select([labels == 26, labels == 24], [ids[first], ids[second]]).astype(np.uint8)
+        painted = np.select([labels == 26, labels == 24], [ids[first], ids[second]]).astype(np.uint8)
         Path(folder, "labels").mkdir(exist_ok=True)
         for number in range(annotator.count if isinstance(images, datasets.Dataset) else 1):
-            Image.fromarray(drawn).save(Path(folder, "labels", f"{number:05}.png"))
+            Image.fromarray(painted).save(Path(folder, "labels", f"{number:05}.png"))
         return annotator
 
     open_widget = widgets.annotate

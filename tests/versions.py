@@ -32,7 +32,6 @@ TESTS = (
     "tests/attention/test_record_file.py",
     "tests/test_metrics.py",
     "tests/test_pipeline.py",
-    "tests/tokens/test_published.py",
 )
 
 
