@@ -144,5 +144,5 @@ constraints:
 	rm -rf .venv-pins
 
 clean:
-	rm -rf $(VENV) .venv-pins .venv-peers .venv-oldest .venv-newest nbval_run docs/_build .pytest_cache .ruff_cache .mypy_cache build dist *.egg-info
+	rm -rf $(VENV) .venv-pins .venv-peers .venv-oldest .venv-newest .venv-exports nbval_run docs/_build .pytest_cache .ruff_cache .mypy_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
