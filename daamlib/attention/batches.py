@@ -15,7 +15,7 @@ Rows = slice | list[int]
 
 @dataclass(frozen=True, eq=False)
 class Encoding:
-    """What one call of `encode_prompt` took and returned, for n images."""
+    """Arguments and results of one call of `encode_prompt`, for n images."""
 
     positive: torch.Tensor  # (n, token, width), the embeddings of the prompts
     negative: torch.Tensor | None = None  # (n, token, width), those of the negative texts

@@ -1,4 +1,4 @@
-"""What a traced call is made of: its records, its passes and their noise levels, and custom loops."""
+"""Parts of a traced call: its records, its passes and their noise levels, and custom loops."""
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What is stored of one site while a pipeline call runs: its queries, their sum, or the maps of known texts.
+"""Collectors of one site while a pipeline call runs: of its queries, their sum, or the maps of known texts.
 
 A collector takes every pass by `add` and returns what it stored of one image as fields of a `Layer` by `of_image`.
 """

@@ -13,7 +13,7 @@ from .precision import without_autocast
 
 @dataclass(frozen=True, eq=False)
 class KeyProjection:
-    """What makes keys of text embeddings in one layer: k(c) = n(W c + b), where n is the identity or an RMS norm.
+    """Map from text embeddings to the keys of one layer: k(c) = n(W c + b), where n is the identity or an RMS norm.
 
     With r(c) = (mean((W c + b)^2) + eps)^-1/2, one number a token, the norm is n(W c + b) = r(c) g (W c + b).
     """
@@ -71,7 +71,7 @@ class KeyProjection:
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """What is stored of one cross-attention layer (thesis: i) of one image.
+    """Tensors of one cross-attention layer (thesis: i) of one image.
 
     Attributes:
         name: its module path in the denoiser.

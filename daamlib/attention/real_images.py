@@ -1,4 +1,4 @@
-"""What recorders share to read a real image: its size, its latents, their noise."""
+"""Helpers of the recorders to read a real image: its size, its latents, their noise."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

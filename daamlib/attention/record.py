@@ -56,12 +56,12 @@ class AttentionRecord(ImageRecord):
 
     @property
     def device(self) -> torch.device:
-        """Where the record's tensors lie, and its maps are computed."""
+        """Device of the record's tensors, where its maps are computed."""
         return self.layers[0].to_k.weight.device
 
     @functools.cached_property
     def fingerprint(self) -> Fingerprint:
-        """What tells the model that made the record from others, by the key weights it was made with."""
+        """Fingerprint of the model that made the record, by the key weights it was made with."""
         return Fingerprint.of_keys({layer.name: layer.project for layer in self.layers}, self.d_text)
 
     def fingerprint_of(self, pipe: Any) -> Fingerprint:

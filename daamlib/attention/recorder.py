@@ -39,7 +39,7 @@ PROBED = 4  # positions of a pass whose attention is compared with what the laye
 
 @dataclass(eq=False)
 class Reading:
-    """What is collected of one cross-attention in a call."""
+    """Values that are collected of one cross-attention in a call."""
 
     site: Site
     keys: KeyProjection
@@ -85,7 +85,7 @@ class Reading:
 
 @dataclass(eq=False)
 class CallData:
-    """What is collected of one call."""
+    """Values that are collected of one call."""
 
     embeddings: list[TokenEmbeddings]  # the text of each image, as the attentions receive it
     text: Tensor  # (image, token, d_text), the same with the tokens that a mask leaves out
@@ -333,7 +333,7 @@ class AttentionRecorder(Recorder):
 
     @property
     def sides(self) -> int:
-        """What the sides of a real image must be multiples of."""
+        """Number that the sides of a real image must be multiples of."""
         return self._reader.image_factor
 
     def read_image(self, pixels: Tensor, prompt: str, timesteps: Sequence[int], seed: int) -> AttentionRecord:

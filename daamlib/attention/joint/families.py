@@ -1,4 +1,4 @@
-"""What is particular to each family of joint models: one description each."""
+"""Descriptions of the families of joint models, one each."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +19,7 @@ NOT_LINEAR = (  # why there is no linear map, and what there is
 
 @dataclass(frozen=True)
 class Family:
-    """How one family of joint models is read."""
+    """Description of how one family of joint models is read."""
 
     name: str
     denoiser: str  # the name of the class of `pipe.transformer`

@@ -24,7 +24,7 @@ CHECKED = 4  # positions at which the attention's output is compared with its fo
 
 @dataclass(frozen=True, eq=False)
 class JointAttention:
-    """What one joint attention computes of the image and a text in one pass."""
+    """Tensors of one joint attention of the image and a text in one pass."""
 
     name: str  # its module path in the denoiser
     scale: float  # s

@@ -67,7 +67,7 @@ class JointRecord(ImageRecord):
 
     @property
     def device(self) -> torch.device:
-        """Where the record's tensors lie; passes are re-run where the pipeline computes."""
+        """Device of the record's tensors; passes are re-run where the pipeline computes."""
         return self.maps[PROMPT].device
 
     @property

@@ -30,7 +30,7 @@ FURTHER = ("prompt_2", "prompt_3")  # arguments of `encode_prompt` that name a p
 
 @dataclass(eq=False)
 class CallData:
-    """What is stored of one call."""
+    """Values that are stored of one call."""
 
     grid: tuple[int, int]  # (h, w) of the image's positions
     words: TokenEmbeddings | None  # extra texts that are read while generating
@@ -202,7 +202,7 @@ class JointRecorder(Recorder):
 
     @property
     def sides(self) -> int:
-        """What the sides of a real image must be multiples of."""
+        """Number that the sides of a real image must be multiples of."""
         return self._family.sides(self.pipe)
 
     def read_image(self, pixels: torch.Tensor, prompt: str, timesteps: Sequence[int], seed: int) -> JointRecord:

@@ -35,7 +35,7 @@ BATCHED = (  # arguments of a pass or a block with a row for each image
 
 
 class Pass(NamedTuple):
-    """What is read of a pass; see `Stream.begin`."""
+    """A pass that is read; see `Stream.begin`."""
 
     arguments: Mapping[str, Any]
     rows: Rows

@@ -14,7 +14,7 @@ from ..watch import unwatched
 
 EMBED = ("encode_prompt", "_encode_prompt")  # methods that embed prompts; an older pipeline has the second alone
 HARMLESS = ("offload", "casting", "autocast", "tracker")  # hooks of diffusers that leave what a layer computes as it is
-PROBE = 256.0  # a power of two: a bias beside weights so much larger costs them no digits in half precision
+PROBE = 256.0  # a power of two: next to weights so much larger a bias costs no digits in half precision
 
 
 @dataclass(frozen=True, eq=False)

@@ -147,7 +147,7 @@ class UNetReader(Reader):
 
     @property
     def _tokenizer(self) -> tuple[Any, int]:
-        """The one whose tokens are shown, and its context length: the first of SDXL's two, its refiner's only one."""
+        """Tokenizer whose tokens are shown, and its context length: the first of SDXL's two, its refiner's only one."""
         second = self.pipe.tokenizer is None
         tokenizer = self.pipe.tokenizer_2 if second else self.pipe.tokenizer
         config = getattr(self.pipe.text_encoder_2 if second else self.pipe.text_encoder, "config", None)
