@@ -1,4 +1,4 @@
-"""How well heat maps segment: IoU over thresholds, averaged over images or pooled.
+"""Scores of heat maps as segmentations: IoU over thresholds, averaged over images or pooled.
 
     daamlib.metrics.max_miou(record.daam()["car"][None], mask[None])
 

@@ -30,10 +30,10 @@ class Encoding:
         `perturbed` says that the prompts' rows are repeated for a perturbed pass after them (PAG). None if a row has
         another text; ValueError if the prompts' rows occur more than once.
         """
-        n = len(self.positive)
-        found = [None] if len(text) % n else [self._kind(chunk) for chunk in text.split(n)]
-        kinds = [kind for kind in found if kind is not None]
-        if len(kinds) < len(found):
+        n, known = len(self.positive), {"conditional": self.positive, "unconditional": self.negative}
+        chunks = text.split(n)  # a last one of fewer rows equals none
+        kinds = [next((kind for kind, values in known.items() if _equal(values, chunk)), "other") for chunk in chunks]
+        if "other" in kinds:
             return None
         if self.guided and len(kinds) > 1 and set(kinds) == {"conditional"}:  # both texts are the same
             kinds[0] = "unconditional"
@@ -44,10 +44,6 @@ class Encoding:
                 "the images"
             )
         return {kind: slice(n * kinds.index(kind), n * (kinds.index(kind) + 1)) for kind in kinds}
-
-    def _kind(self, chunk: torch.Tensor) -> str | None:
-        known = {"conditional": self.positive, "unconditional": self.negative}
-        return next((kind for kind, values in known.items() if _equal(values, chunk)), None)
 
     def text_of(self, row: torch.Tensor) -> str | None:
         """Return the prompt or negative text whose (token, width) embeddings these are, None for others."""

@@ -49,8 +49,7 @@ class KeyProjection:
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
         """The weight, and the bias and norm that there are, by name."""
-        found = {name: getattr(self, name) for name in ("weight", "bias", "norm")}
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
+        return {name: part for name in ("weight", "bias", "norm") if (part := getattr(self, name)) is not None}
 
     def to(self, device: torch.device) -> "KeyProjection":
         """Return the same on `device`."""
@@ -126,10 +125,6 @@ class Layer:
         """Bytes of what is stored of the image; the key weights are shared by the records of a trace."""
         return bytes_of(self.queries, self.query_sum, self.maps)
 
-    def to(self, device: torch.device) -> "Layer":
-        """Return the layer with its tensors on `device`."""
-        return on_device(self, device)
-
     def select(self, steps: Sequence[int] | None, heads: Sequence[int] | None) -> "Layer":
         """Return the layer with only some steps and heads (by number), and without maps, which are sums over both."""
         layer = self
@@ -151,19 +146,16 @@ class Layer:
         """ValueError if the tensors do not fit each other; `steps` is None where the queries are not stored."""
         weight = self.key_weight
         if weight.ndim != 2 or weight.shape[1] != d_text or self.heads < 1 or len(weight) % self.heads:
-            raise ValueError(
-                f"the keys of {self.name} have shape {tuple(weight.shape)}, not {self.heads} heads of width {d_text}"
-            )
+            shape, heads = tuple(weight.shape), self.heads
+            raise ValueError(f"the keys of {self.name} have shape {shape}, not {heads} heads of width {d_text}")
         if any(tensor.shape[:1] != weight.shape[:1] for tensor in self.to_k.tensors.values()):
             raise ValueError(f"the bias or norm of the keys of {self.name} does not fit their {len(weight)} channels")
         if steps is None:
             return
         stored = self.query_sum if self.queries is None else self.queries
-        expected: tuple[int, ...] = (math.prod(self.grid), len(weight))
-        if self.queries is not None:
-            expected = (steps, *expected)
-        if stored is None or tuple(stored.shape) != expected:
-            got = None if stored is None else tuple(stored.shape)
+        expected = (() if self.queries is None else (steps,)) + (math.prod(self.grid), len(weight))
+        got = None if stored is None else tuple(stored.shape)
+        if got != expected:
             raise ValueError(f"the queries of {self.name} have shape {got}, expected {expected}")
         if any(maps.ndim != 3 or tuple(maps.shape[1:]) != self.grid for maps in self.maps):
             raise ValueError(f"the maps of {self.name} are not of its grid {self.grid}")

@@ -90,6 +90,4 @@ def _array_size(image: Any) -> tuple[int, int]:
             return shape[1], shape[2]
     elif len(shape) == 3 and shape[2] == 3 and kind == "uint8":
         return shape[0], shape[1]
-    raise ValueError(
-        f"expected a PIL image, an (H, W, 3) uint8 array or a (3, H, W) float tensor, got shape {shape} of {kind}"
-    )
+    raise ValueError(f"expected a PIL image, an (H, W, 3) uint8 array or a (3, H, W) float tensor, got {shape} {kind}")

@@ -236,9 +236,7 @@ class AttentionRecord(ImageRecord):
         ValueError if nothing is left, if the record is `collapsed`, or holds no steps but their sum.
         """
         if self.kept_map is not None:
-            raise ValueError(
-                "this record was collapsed to one map: its layers, steps and heads cannot be taken apart. Select before"
-            )
+            raise ValueError("this record was collapsed to one map: select layers, steps and heads before collapsed()")
         chosen = [layer for layer in self.layers if layers is None or layers(layer)]
         if not chosen or (steps is not None and not len(steps)) or (heads is not None and not len(heads)):
             names = [f"{layer.name} {layer.grid}" for layer in self.layers]

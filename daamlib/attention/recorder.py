@@ -61,9 +61,7 @@ class Reading:
             return
         self.made = keys.clone()
         if _differ(keys.flatten(0, 1), self.keys(text.flatten(0, 1).to(self.keys.weight))):
-            raise ValueError(
-                f"{self.site.name} makes other keys than its `to_k` does of the text: its maps are not DAAM's"
-            )
+            raise ValueError(f"{self.site.name} makes other keys than its `to_k` of the text: its maps are not DAAM's")
 
     def see_output(self, output: Tensor, mask: Tensor | None, *, first: bool) -> None:
         """Compare the output at some positions with softmax(q k) v: ValueError in the first pass, else at the end."""
@@ -221,7 +219,7 @@ class AttentionRecorder(Recorder):
             raise ValueError(
                 f"the keys of {site.name} are made of {tuple(received.shape[1:])} values that are not the text of the "
                 f"pass, {tuple(data.text.shape[1:])}: its processor {_processor(site)} reads a part of it, or image "
-                "rows beside it as the first IP-Adapter does. Its maps are not DAAM's"
+                "rows after it as the first IP-Adapter does. Its maps are not DAAM's"
             )
 
     def _after_keys(self, call: Call, data: CallData, site: Site, output: Tensor) -> None:

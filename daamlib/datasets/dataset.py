@@ -65,7 +65,7 @@ class Dataset(torch.utils.data.Dataset):
         return pixels.contiguous() / 255, torch.from_numpy(np.ascontiguousarray(labels)).long()
 
     def _transformed(self, transform: Transform, *pair: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What the transform returns. Raises ValueError unless it is an image and its label map, of one size."""
+        """Return what the transform makes. Raises ValueError unless it is an image and its label map, of one size."""
         result: Any = transform(*pair)
         parts = [np.asarray(part) for part in result] if isinstance(result, Sequence) else []
         if [part.ndim for part in parts] == [3, 2] and parts[0].shape == (*parts[1].shape, 3):

@@ -4,10 +4,10 @@
     export.coco(dataset, "out")
     export.overlays(dataset, "out")  # for a quick look
     export.detections(dataset.labels(0))  # the arguments of supervision.Detections
-    export.hugging_face(dataset)  # a datasets.Dataset, which has a push_to_hub of its own
+    export.hugging_face(dataset)  # a datasets.Dataset, which has a push_to_hub
 
-All images of the dataset need a label map; `classes` are names of its own classes (`Dataset.classes`). Every file is
-written whole or not at all. Calling an export again finishes it, or writes its files anew, as after
+All images of the dataset need a label map; `classes` are names of `Dataset.classes`. Every file is written whole or not
+at all. Calling an export again finishes it, or writes its files anew, as after
 `datasets.import_masks`. Files of another dataset in its folders are a ValueError, and so is a damaged image or label
 map.
 """

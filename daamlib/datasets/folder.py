@@ -38,7 +38,7 @@ with needs("datasets"):
 FORMAT = "daamlib-dataset-1"
 SETTINGS, MANIFEST = "dataset.json", "manifest.csv"
 SUFFIX = {"images": "png", "labels": "png", "records": "safetensors"}
-# what changes how an image is rounded, besides what was asked for
+# settings that change only how an image is rounded
 ROUNDING = ("batch_size", "device", "threads", "versions")
 COLUMNS = ("model", "weights", "scheduler", "steps", "guidance")  # of the manifest, as in the settings
 MOST_IMAGES = 10**7  # of a folder; more is a mistake
@@ -130,7 +130,7 @@ def opened(path: Path, formats: tuple[str, ...] = ("PNG",)) -> Iterator[Image.Im
 
 
 def _has_end(path: Path) -> bool:
-    """Whether a PNG has its last bytes; Pillow does not notice where a few are missing."""
+    """Return whether a PNG has its last bytes; Pillow does not notice where a few are missing."""
     with path.open("rb") as file:
         file.seek(-min(path.stat().st_size, 1024), os.SEEK_END)
         return PNG_END in file.read()

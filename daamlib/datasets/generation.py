@@ -1,4 +1,4 @@
-"""The one generator of datasets: images, and with a labeller their label maps, whole or not at all."""
+"""Generator of datasets: images, and with a labeller their label maps, whole or not at all."""
 
 import functools
 import inspect

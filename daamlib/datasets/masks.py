@@ -77,7 +77,7 @@ def check_masks(source: str | Path, n: int, *, classes: Classes | None = None) -
 
 
 def _opened(source: Path) -> tuple[Path, Any]:
-    """Return the folder of masks (the annotator's is inside of its own) and None, or the JSON file and its content."""
+    """Return the folder of masks (in the annotator's folder: labels) and None, or the JSON file and its content."""
     if source.is_dir():
         return (source / "labels" if (source / PROGRESS).is_file() else source), None
     if not source.is_file():

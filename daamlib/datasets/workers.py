@@ -1,7 +1,7 @@
 """Datasets of any size: shards that are made in this process, in several of this machine, or with Ray.
 
 Every worker loads the model once and makes shards as `generate(..., shard=(k, n))` does, so any number of workers or
-machines gives the same files. A worker that dies is replaced and its shard made again; no finished image is.
+machines gives the same files. A worker that dies is replaced, and what is missing of its shard is made.
 """
 
 import logging

@@ -126,7 +126,7 @@ class LabelEditor:
 
     @property
     def can_undo(self) -> int:
-        """How many steps can be taken back."""
+        """Number of steps that can be taken back."""
         return len(self._steps) - 1
 
     def brush(self, points: ArrayLike, radius: float, value: int) -> None:

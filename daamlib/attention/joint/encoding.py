@@ -69,9 +69,7 @@ class JointTexts:
         try:
             names = self.family.names(self.pipe, prompts, len(values))
         except AttributeError as error:
-            raise ValueError(
-                f"the tokens of a prompt cannot be named, {error}: give trace.loop the text None in the prompt's place"
-            ) from error
+            raise ValueError(f"a prompt's tokens cannot be named, {error}: give trace.loop the text None") from error
         return TokenEmbeddings(values, *side_by_side([(names, len(values))]))
 
     def encode(self, text: str, options: Mapping[str, Any]) -> TokenEmbeddings:
@@ -81,10 +79,10 @@ class JointTexts:
         """
         require_text(text)
         values = self.embed(text, options)
-        found = self.named({"prompt": text}, values).without_padding()
-        if len(found.words) < len(self.family.names(self.pipe, {"prompt": text}, MANY)[1]):
+        named = self.named({"prompt": text}, values).without_padding()
+        if len(named.words) < len(self.family.names(self.pipe, {"prompt": text}, MANY)[1]):
             raise ValueError(f"the text is longer than the text encoder reads, {len(values)} rows: shorten {text!r}")
-        return found
+        return named
 
 
 def encode_words(pipe: Any, family: Family, words: Sequence[str], options: Mapping[str, Any]) -> TokenEmbeddings:

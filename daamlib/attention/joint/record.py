@@ -59,10 +59,11 @@ class JointRecord(ImageRecord):
 
     @property
     def layers(self) -> tuple[Block, ...]:
-        """The joint attention of each block that is read. ValueError for a record without a pipeline."""
-        family = self._family()
-        found = _attentions(denoiser_of(self.pipe), family)
-        blocks = (Block(name, self.grid, module.heads) for name, module in found.items())
+        """The first joint attention of each block that is read. ValueError for a record without a pipeline."""
+        family, denoiser = self._family(), denoiser_of(self.pipe)
+        names = {module: name.replace("_orig_mod.", "") for name, module in denoiser.named_modules()}
+        first = [attentions(block)[0] for part in family.blocks for block in getattr(denoiser, part)]
+        blocks = (Block(names[module], self.grid, module.heads) for module in first)
         return tuple(block for block in blocks if self.selected is None or block.name in self.selected)
 
     @property
@@ -271,7 +272,7 @@ class JointRecord(ImageRecord):
 
 
 def _finite(maps: torch.Tensor) -> torch.Tensor:
-    """The maps; ValueError for NaN or infinite values."""
+    """Return the maps; ValueError for NaN or infinite values."""
     if not maps.isfinite().all():
         raise ValueError(
             "the maps hold NaN or infinite values: the attention overflowed, as in float16. Generate the image in "
@@ -281,22 +282,15 @@ def _finite(maps: torch.Tensor) -> torch.Tensor:
 
 
 def chosen_layers(record: JointRecord, layers: Sequence[str] | None) -> list[str]:
-    """The attentions of these names, in the order of the blocks; ValueError for an unknown one."""
+    """Return the names of these attentions, in the order of the blocks; ValueError for an unknown one."""
     known = record.layer_names()
     if layers is not None and (not len(layers) or set(layers) - set(known)):
         raise ValueError(f"the layers are {known}, got {list(layers)}")
     return [name for name in known if layers is None or name in layers]
 
 
-def _attentions(denoiser: Any, family: Family) -> dict[str, Any]:
-    """The joint attention of each block, the first in it, by name."""
-    names = {module: name.replace("_orig_mod.", "") for name, module in denoiser.named_modules()}
-    first = [attentions(block)[0] for part in family.blocks for block in getattr(denoiser, part)]
-    return {names[module]: module for module in first}
-
-
 def fingerprint_of_joint(pipe: Any) -> Fingerprint:
-    """The fingerprint of a pipeline as it is now, by all its linear layers. ValueError if it is no such pipeline.
+    """Return the fingerprint of a pipeline as it is now, by all its linear layers. ValueError for another kind.
 
     Whatever changes the state of image or text changes what a text reads; so all layers count, not the keys' alone.
     """
@@ -314,7 +308,7 @@ def fingerprint_of_joint(pipe: Any) -> Fingerprint:
 
 
 def _linear_layers(module: torch.nn.Module, name: str = "") -> Iterator[tuple[str, Any]]:
-    """The linear layers of a module by name, each with the LoRA in it."""
+    """Yield the linear layers of a module by name, each with the LoRA in it."""
     for part, child in module.named_children():
         path = f"{name}.{part}" if name else part
         if hasattr(child, "in_features") and hasattr(child, "out_features"):
