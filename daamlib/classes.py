@@ -160,9 +160,7 @@ def _custom(entries: Mapping[Any, Any]) -> ClassList:
         if not isinstance(number, int | np.integer) or isinstance(number, bool):
             raise TypeError(f"the id of {name!r} must be a whole number, got {number!r}")
         if not 0 <= number < IGNORED or number in ids.values():
-            raise ValueError(
-                f"ids are 0 ... 254, each of one class alone (255 is to be ignored), got {number} of {name!r}"
-            )
+            raise ValueError(f"ids are 0 ... 254, each of one class (255 is to be ignored), got {number} of {name!r}")
         ids[name] = int(number)
         colours[name] = _colour(colour, int(number))
     zero = next((name for name, number in ids.items() if not number), ZERO[0])

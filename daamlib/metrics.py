@@ -176,9 +176,7 @@ def _count(maps: torch.Tensor, masks: torch.Tensor, levels: torch.Tensor) -> tor
 def _masks(masks: Array, name: str, ndim: int) -> torch.Tensor:
     masks = torch.as_tensor(masks).detach().cpu()
     if masks.dtype != torch.bool:
-        raise ValueError(
-            f"{name} must be boolean, got {masks.dtype}: compare first, as labels == id or map > threshold"
-        )
+        raise ValueError(f"{name} must be boolean, got {masks.dtype}: compare first, as labels == id or map > level")
     if masks.ndim != ndim or masks.numel() == 0:
         shape = "(H, W)" if ndim == 2 else "(n, H, W), one or more"
         raise ValueError(f"expected {name} of shape {shape}, got {tuple(masks.shape)}")
@@ -188,9 +186,7 @@ def _masks(masks: Array, name: str, ndim: int) -> torch.Tensor:
 def _refuse_empty(masks: torch.Tensor) -> None:
     empty = masks.flatten(1).view(torch.uint8).amax(dim=1) == 0  # `any` of booleans takes twice as long
     if empty.any():
-        raise ValueError(
-            f"mask {_numbers(empty)} is empty: IoU is averaged over images that contain the class, leave it out"
-        )
+        raise ValueError(f"mask {_numbers(empty)} is empty: IoU is of images that contain the class, leave it out")
 
 
 def _numbers(which: torch.Tensor) -> str:

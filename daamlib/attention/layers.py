@@ -70,26 +70,18 @@ class KeyProjection:
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """Tensors of one cross-attention layer (thesis: i) of one image.
+    """Tensors of one cross-attention layer (thesis: i) of one image: h * w positions, heads * d_head channels."""
 
-    Attributes:
-        name: its module path in the denoiser.
-        grid: (h, w) of its positions.
-        heads: their number.
-        scale: d_head ** -0.5, the factor of the scores.
-        to_k: what made keys of the text while generating (LoRA included).
-        queries: (step, h*w, heads * d_head) in the pipeline's dtype, of `store="queries"`.
-        query_sum: (h*w, heads * d_head) float32, their sum over the steps, of `store="linear"` and "maps".
-        maps: (m, h, w) float32 each, of `store="maps"`: DAAM of the prompt and of the record's texts, padding included.
-    """
-
-    name: str
-    grid: tuple[int, int]
-    heads: int
-    scale: float
-    to_k: KeyProjection
+    name: str  #: its module path in the denoiser
+    grid: tuple[int, int]  #: (h, w) of its positions
+    heads: int  #: their number
+    scale: float  #: d_head ** -0.5, the factor of the scores
+    to_k: KeyProjection  #: made the text's keys while generating (LoRA included)
+    #: in the pipeline's dtype, of `store="queries"`
     queries: Float[torch.Tensor, "steps positions channels"] | None = None
+    #: float32, the sum of the queries over the steps, of `store="linear"` and "maps"
     query_sum: Float[torch.Tensor, "positions channels"] | None = None
+    #: (m, h, w) float32 each, of `store="maps"`: DAAM of the prompt and of the record's texts, padding included
     maps: tuple[torch.Tensor, ...] = ()
 
     def keys(self, embeddings: torch.Tensor) -> torch.Tensor:

@@ -7,9 +7,8 @@
     export.hugging_face(dataset)  # a datasets.Dataset, which has a push_to_hub
 
 All images of the dataset need a label map; `classes` are names of `Dataset.classes`. Every file is written whole or not
-at all. Calling an export again finishes it, or writes its files anew, as after
-`datasets.import_masks`. Files of another dataset in its folders are a ValueError, and so is a damaged image or label
-map.
+at all. Calling an export again finishes it, or writes its files anew, as after `datasets.import_masks`. Files of
+another dataset in its folders are a ValueError, and so is a damaged image or label map.
 """
 
 import filecmp
@@ -106,11 +105,9 @@ def coco(
     dataset.require_labels()
     _require_same_export(folder / split, {f"{i:05d}.png": dataset.path("images", i) for i in dataset.indices})
     images, occurring, path = [], set(categories or ()), folder / "annotations" / f"instances_{split}.json"
-    info: dict[str, Any] = {
-        "description": f"label maps of {table.name} classes",
-        "complete": categories is None and min_pixels == 1,
-    }
-    info |= {} if table.stored() is None else {"classes": table.stored()}
+    complete, stored = categories is None and min_pixels == 1, table.stored()
+    info: dict[str, Any] = {"description": f"label maps of {table.name} classes", "complete": complete}
+    info |= {} if stored is None else {"classes": stored}
 
     def save(temporary: Path) -> None:
         """Write one annotation a line, image by image: those of 100,000 images would fill the memory."""
@@ -142,8 +139,7 @@ def hugging_face(dataset: Dataset) -> Any:
 
     Columns: image (RGB) and label (ids, 255 ignored), both decoded to PIL images when they are looked at; index,
     prompt, seed. `info.description` names the classes. It refers to the files of this dataset's folder, which are read
-    once here; `save_to_disk` and `push_to_hub` copy them. Raises ImportError without the package, ValueError as
-    `cityscapes` does.
+    once here; `save_to_disk` and `push_to_hub` copy them. Raises ImportError without the package, or as `cityscapes`.
     """
     with needs("datasets"):
         import datasets  # Hugging Face's: imports of this package's own are relative

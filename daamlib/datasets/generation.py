@@ -21,7 +21,6 @@ from ..attention.calls import Store
 from ..attention.joint.families import family_of
 from ..attention.layers import Layer
 from ..attention.record import AttentionRecord
-from ..attention.self_attention import SelfAttention
 from ..classes import Classes, ClassList, class_list
 from ..pipeline import DENOISERS, denoiser_of, generators
 from ..tracing import trace
@@ -263,9 +262,7 @@ def draw(
     images = [np.array(image.convert("RGB")) for image in made.images]
     shape = images[0].shape[:2]
     if height is not None and shape != (height, width):
-        raise ValueError(
-            f"{type(pipe).__name__} made an image of {shape} pixels for size={(height, width)}: ask for that"
-        )
+        raise ValueError(f"{type(pipe).__name__} made {shape} pixels for size={(height, width)}: ask for that size")
     return images, [None] * len(images) if traced is None else list(traced)
 
 
@@ -286,16 +283,11 @@ def _thinned(record: AttentionRecord, settings: dict[str, Any]) -> AttentionReco
     passes, steps = len(record.timesteps), settings["keep_steps"]  # some schedulers make more passes than steps
     record = record.select(steps=[int((j + 0.5) * passes / steps) for j in range(steps)])
     attention = record.self_attention if settings.get("self_attention") else None
-    averaged = None if attention is None else _averaged(attention)
-    return replace(record, layers=tuple(_halved(layer) for layer in record.layers), self_attention=averaged)
-
-
-def _averaged(attention: SelfAttention) -> SelfAttention:
-    """Return the mean over all steps and layers in float16, in place of their queries and keys."""
-    assert attention.queries is not None  # a record with `keep_steps` holds queries, and so does its self-attention
-    positions = torch.eye(attention.queries.shape[1], device=attention.queries.device)
-    mean = attention.propagate(positions).T.contiguous()
-    return replace(attention, queries=None, keys=None, mean=mean.half())
+    if attention is not None and attention.queries is not None:  # in their place the mean over all steps and layers
+        positions = torch.eye(attention.queries.shape[1], device=attention.queries.device)
+        mean = attention.propagate(positions).T.contiguous()
+        attention = replace(attention, queries=None, keys=None, mean=mean.half())
+    return replace(record, layers=tuple(map(_halved, record.layers)), self_attention=attention)
 
 
 def _halved(layer: Layer) -> Layer:

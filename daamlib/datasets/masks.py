@@ -115,11 +115,8 @@ def _classes_of(
     table, names = noted
     if not settings["labels"] and "classes" not in settings:
         return table
-    difference = table.difference(dataset.classes, names)
-    if difference:
-        raise ValueError(
-            f"the masks of {source} are of other classes than the label maps of {dataset.folder}: {difference}"
-        )
+    if difference := table.difference(dataset.classes, names):
+        raise ValueError(f"the masks of {source} and the label maps of {dataset.folder} disagree: {difference}")
     return dataset.classes
 
 
@@ -157,7 +154,10 @@ def _read(source: Path, coco: Any, numbers: Mapping[str, int], classes: ClassLis
     if not numbers:
         raise ValueError(f"there is no image that the masks of {source} could be of")
     if source.is_dir():
-        return _from_folder(source, numbers, classes)
+        paths = sorted(path for path in source.iterdir() if not path.name.startswith("."))
+        if not paths:
+            raise ValueError(f"there are no masks in {source}")
+        return {_number(path.name, numbers): files.read_labels(path, classes) for path in paths}
     try:
         return _from_coco(coco, numbers, classes)
     except (LookupError, TypeError, AttributeError) as error:
@@ -170,13 +170,6 @@ def _number(name: str, numbers: Mapping[str, int]) -> int:
     if name not in numbers:
         raise ValueError(f"{name!r} is not an image of this dataset: its masks are named as {min(numbers)}")
     return numbers[name]
-
-
-def _from_folder(folder: Path, numbers: Mapping[str, int], classes: ClassList) -> dict[int, np.ndarray]:
-    paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    if not paths:
-        raise ValueError(f"there are no masks in {folder}")
-    return {_number(path.name, numbers): files.read_labels(path, classes) for path in paths}
 
 
 def _from_coco(coco: dict[str, Any], numbers: Mapping[str, int], classes: ClassList) -> dict[int, np.ndarray]:
@@ -240,9 +233,7 @@ def _region(segmentation: Any, shape: tuple[int, int], what: str) -> np.ndarray:
         counts, size = segmentation["counts"], segmentation["size"]
         whole = tuple(size) == shape
         if whole and not isinstance(counts, str):
-            whole = (
-                all(isinstance(count, int) and count >= 0 for count in counts) and sum(counts) == shape[0] * shape[1]
-            )
+            whole = all(isinstance(each, int) and each >= 0 for each in counts) and sum(counts) == shape[0] * shape[1]
             segmentation = coco_mask.frPyObjects(segmentation, *shape) if whole else None
         region = coco_mask.decode(segmentation) if whole else None
         # pycocotools leaves the rest of the memory as it was where compressed run lengths are too few
@@ -252,7 +243,8 @@ def _region(segmentation: Any, shape: tuple[int, int], what: str) -> np.ndarray:
     if not segmentation:
         raise ValueError(f"{what} has no mask: a box alone is none")
     for points in segmentation:
-        if not isinstance(points, list) or len(points) < 6 or len(points) % 2 or not all(map(_is_number, points)):
+        numbers = isinstance(points, list) and all(isinstance(x, int | float) and math.isfinite(x) for x in points)
+        if not numbers or len(points) < 6 or len(points) % 2:
             raise ValueError(f"{what} has the polygon {str(points)[:60]}: expected x, y, x, y ... of 3 points or more")
         # pycocotools would cut it off at the border, or write beyond its memory
         if min(points) < -SLACK or max(points[::2]) > shape[1] + SLACK or max(points[1::2]) > shape[0] + SLACK:
@@ -264,7 +256,3 @@ def _region(segmentation: Any, shape: tuple[int, int], what: str) -> np.ndarray:
     if not region.any():
         raise ValueError(f"{what} covers no pixel: polygons are in pixels, not in shares of the image")
     return region
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)

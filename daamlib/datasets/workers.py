@@ -51,8 +51,7 @@ class Job:
         job = Job("dataset", ["a car"] * 8, tokens=["car-token.safetensors"], steps=2)
         dataset = run_shards(job)
 
-    Paths are made absolute. `python -m daamlib.generate` has an option for each attribute, with these lines as its
-    help.
+    Paths are made absolute. `python -m daamlib.generate` has an option for each attribute, with these lines as help.
 
     Attributes:
         folder: of the dataset; with Ray on several machines on a shared file system.
@@ -111,8 +110,7 @@ class Job:
         }
         if self.model is not None and Path(self.model).is_dir():
             absolute["model"] = str(Path(self.model).resolve())
-        for name, value in absolute.items():
-            object.__setattr__(self, name, value)  # the dataclass is frozen
+        vars(self).update(absolute)  # the dataclass is frozen
         self.labeller()
 
     def labeller(self) -> TokenLabeller | None:
@@ -209,7 +207,7 @@ def run_shards(
     if ray:
         made = _with_ray(job, count, workers, address)
     elif workers is None or workers == 1:
-        made = _here(job)
+        made = _in_this_process(job)
     else:
         made = _in_processes(job, count, workers)
     # what was there already is at the bar's beginning: its rate is that of the others
@@ -221,7 +219,7 @@ def run_shards(
     return load(folder, verify=False)  # the workers have read what they did not write
 
 
-def _here(job: Job) -> Iterator[int]:
+def _in_this_process(job: Job) -> Iterator[int]:
     worker, n = Worker(job, expendable=False), len(job.prompts)
     with cpu_threads(job.threads):
         yield from (worker.make((k, n)) for k in range(n))
