@@ -116,7 +116,7 @@ def _classes_of(
     if not settings["labels"] and "classes" not in settings:
         return table
     if difference := table.difference(dataset.classes, names):
-        raise ValueError(f"the masks of {source} and the label maps of {dataset.folder} disagree: {difference}")
+        raise ValueError(f"the masks of {source} are of other classes than {dataset.folder}: {difference}")
     return dataset.classes
 
 

@@ -25,7 +25,7 @@ from tiny_joint import PROMPT, explicit, generate, hooks_of, shared, traced
 import daamlib
 from daamlib.attention.joint.families import family_of
 from daamlib.attention.joint.maps import concept_map, lone_word, open_vocabulary_daam, prompt_daam
-from daamlib.attention.joint.reading import passes_to_keep
+from daamlib.attention.joint.reading import passes_to_read
 from daamlib.attention.joint.stream import Stream
 
 FAMILIES = list(tiny_joint.BUILDERS)
@@ -392,7 +392,7 @@ def test_several_calls_and_nested_traces():
 
 @pytest.mark.parametrize(("count", "kept"), [(1, {0}), (4, {0, 1, 2, 3}), (6, {0, 2, 3, 5}), (28, {3, 10, 17, 24})])
 def test_four_passes_are_kept(count, kept):
-    assert passes_to_keep(count) == kept
+    assert passes_to_read(count) == kept
 
 
 def test_an_aborted_call_leaves_no_record():

@@ -55,12 +55,12 @@ def _tuples(value: Any) -> Any:
     return tuple(value) if all(isinstance(part, int) for part in value) else [_tuples(part) for part in value]
 
 
-def passes_to_keep(count: int) -> set[int]:
+def passes_to_read(count: int) -> set[int]:
     """Return the numbers of the passes to read, of `count`: the middles of four equal parts of the call, or all."""
     return {int((part + 0.5) * count / STORED) for part in range(STORED)} if count > STORED else set(range(count))
 
 
-def keep_arguments(arguments: Mapping[str, Any], row: int, known: Mapping[str, Any]) -> dict[str, Any]:
+def copy_arguments(arguments: Mapping[str, Any], row: int, known: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy of the arguments of one image, a row of a pass, to re-run it; none of a pass with a ControlNet.
 
     A tensor that equals that of an earlier pass (`known`), as the text's does, is shared with it.
@@ -121,7 +121,7 @@ def while_generating(pool: torch.Tensor | None) -> Formulae:
     return formulae
 
 
-def make_again(
+def rerun(
     pipe: Any,
     family: Family,
     calls: Sequence[Mapping[str, Any]],

@@ -19,7 +19,7 @@ from ..text import TokenEmbeddings, check_embeddings
 from .encoding import JointTexts, averages, check_words, encode_words
 from .families import NOT_LINEAR, Family, family_of
 from .maps import Formula, Formulae, JointAttention, Sums, concept_map, lone_word, open_vocabulary_daam
-from .reading import CONCEPTS, PROMPT, WORDS, Calls, make_again, while_generating
+from .reading import CONCEPTS, PROMPT, WORDS, Calls, rerun, while_generating
 from .stream import attentions
 
 
@@ -237,13 +237,13 @@ class JointRecord(ImageRecord):
         return encode_words(texts.pipe, texts.family, words, self.embedded_with)
 
     def _run(self, texts: Sequence[TokenEmbeddings], formulae: Formulae) -> Sums:
-        """Return what `make_again` makes of the blocks that are read."""
+        """Return what `rerun` makes of the blocks that are read."""
         family, values = self._family(), [text.values for text in texts]
 
         def of_selected(image: JointAttention, further: tuple[JointAttention, ...]) -> Mapping[str, Any]:
             return formulae(image, further) if self.selected is None or image.name in self.selected else {}
 
-        return make_again(self.pipe, family, self.calls, values, of_selected, self.computed)
+        return rerun(self.pipe, family, self.calls, values, of_selected, self.computed)
 
     def _of_tokens(self, embeddings: torch.Tensor | TokenEmbeddings, formula: Formula) -> HeatMaps:
         """Return the map that a formula makes of each token of a text."""
