@@ -159,7 +159,7 @@ def test_daam_of_the_prompt_equals_explicit_probabilities(family):
     assert torch.equal(maps["car"], maps.values[same].mean(dim=0)) and at in same
 
 
-@supports("any text", "The model makes the kept passes again, with the text beside them.")
+@supports("any text", "The model runs the stored passes again, with the text in addition.")
 def test_words_read_later_equal_those_read_while_generating(family):
     record, (bare,) = shared_record(family), traced(shared(family))
     assert record.words == tuple(WORDS) and bare.words == ()
@@ -188,7 +188,7 @@ def test_a_concept_map_read_later_equals_the_one_read_while_generating(family):
             bare.concept_map(bad)
 
 
-@supports("lone word", "`record.ldaam(word)` alone: a stream of its own, not linear in the word's embedding.")
+@supports("lone word", "`record.ldaam(word)` alone: a separate text, not linear in the word's embedding.")
 def test_a_lone_word_has_a_stream_of_its_own_and_no_softmax(family):
     record, pipe = shared_record(family), shared(family)
     maps = record.ldaam("tree")

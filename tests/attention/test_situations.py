@@ -272,7 +272,7 @@ def test_videos_are_refused():
 
 
 @pytest.mark.supports(
-    family="Custom Diffusion", feature="refused", note="its attention processors make keys of their own"
+    family="Custom Diffusion", feature="refused", note="its attention processors make other keys"
 )
 def test_keys_of_a_processors_own_are_refused(fresh):
     pipe = fresh("sd1")

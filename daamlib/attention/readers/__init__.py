@@ -26,8 +26,8 @@ UNREAD = {  # classes of denoisers -> why they are not read, where there is more
     "StableAudio3DiTModel": AUDIO,
     "AceStepTransformer1DModel": AUDIO,
     "LongCatAudioDiTTransformer": AUDIO,
-    "Kandinsky3UNet": "a U-Net of a kind of its own; no reader knows it yet",
-    "DreamLiteUNetModel": "a U-Net of a kind of its own; no reader knows it yet",
+    "Kandinsky3UNet": "a U-Net of another kind; no reader knows it yet",
+    "DreamLiteUNetModel": "a U-Net of another kind; no reader knows it yet",
 }
 SPACE_TIME = "its positions are of time, height and width (also where it makes one image), maps are of height and width"
 
