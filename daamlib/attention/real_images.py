@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 
 Factor = torch.Tensor | float
@@ -73,12 +74,11 @@ def pixels_of(image: Any, factor: int) -> torch.Tensor:
     """Return (1, 3, H, W) in [-1, 1] of an image. ValueError for another kind, or sides that are no multiples."""
     from diffusers.image_processor import VaeImageProcessor
 
-    if hasattr(image, "convert"):
-        image = image.convert("RGB")
-    height, width = (image.height, image.width) if hasattr(image, "convert") else _array_size(image)
+    image = np.asarray(image.convert("RGB")) if hasattr(image, "convert") else image
+    height, width = _array_size(image)
     if height % factor or width % factor:
         raise ValueError(f"the image is {height} x {width} px; both must be multiples of {factor} for this model")
-    if not hasattr(image, "convert") and not isinstance(image, torch.Tensor):
+    if not isinstance(image, torch.Tensor):
         image = image[None].astype("float32") / 255
     return VaeImageProcessor(vae_scale_factor=factor).preprocess(image).float()
 

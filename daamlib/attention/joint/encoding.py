@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from ..readers.sites import embedder_of
-from ..readers.words import side_by_side
 from ..text import TokenEmbeddings, Word, require_text
 from .families import Family
 from .maps import TOLERANCE
@@ -67,10 +66,9 @@ class JointTexts:
         if prompts is None:
             return TokenEmbeddings.unnamed(values)
         try:
-            names = self.family.names(self.pipe, prompts, len(values))
+            return TokenEmbeddings(values, *self.family.names(self.pipe, prompts, len(values)))
         except AttributeError as error:
             raise ValueError(f"a prompt's tokens cannot be named, {error}: give trace.loop the text None") from error
-        return TokenEmbeddings(values, *side_by_side([(names, len(values))]))
 
     def encode(self, text: str, options: Mapping[str, Any]) -> TokenEmbeddings:
         """Return the tokens of any text without padding, those of each encoder in turn (SD 3: CLIP's, then T5's).

@@ -12,7 +12,9 @@ import torch
 
 from ...pipeline import denoiser_of, uncompiled
 from ..placement import on_device
+from ..text import TokenEmbeddings
 from ..watch import alone, unwatched
+from .encoding import averages
 from .families import Family
 from .maps import TOLERANCE, Formulae, JointAttention, Sums, concept_map, open_vocabulary_daam, prompt_daam
 from .stream import Stream, check_readable, take_rows
@@ -108,15 +110,16 @@ def check_arguments(family: Family, denoiser: Any, arguments: Mapping[str, Any])
     return grid
 
 
-def while_generating(pool: torch.Tensor | None) -> Formulae:
+def while_generating(words: TokenEmbeddings | None) -> Formulae:
     """Return what is read while generating: DAAM of the prompt, and of extra words, with their concept map."""
+    pool = None if words is None else averages(words)
 
     def formulae(image: JointAttention, texts: tuple[JointAttention, ...]) -> dict[str, torch.Tensor | None]:
-        found: dict[str, torch.Tensor | None] = {PROMPT: prompt_daam(image)}
+        maps: dict[str, torch.Tensor | None] = {PROMPT: prompt_daam(image)}
         if pool is not None:
-            found[WORDS] = open_vocabulary_daam(image, texts[0], pool)
-            found[CONCEPTS] = concept_map(image, texts[0], pool)
-        return found
+            maps[WORDS] = open_vocabulary_daam(image, texts[0], pool)
+            maps[CONCEPTS] = concept_map(image, texts[0], pool)
+        return maps
 
     return formulae
 

@@ -189,7 +189,7 @@ class JointRecord(ImageRecord):
         if numbers == every and len(names) == len(blocks):
             return part
         words = [self._encode_words(self.words)] if self.words else []
-        sums = part._run(words, while_generating(averages(words[0]) if words else None))
+        sums = part._run(words, while_generating(words[0] if words else None))
         return replace(part, maps={name: self._on_grid(values) for name, values in sums.items()})
 
     def probe_map(self, layers: Sequence[str] | None = None) -> LinearMap:

@@ -16,9 +16,9 @@ from ..real_images import add_noise, check_levels, latents_of
 from ..recording import Recorder, break_off
 from ..text import TokenEmbeddings, texts_of_images
 from ..watch import is_running
-from .encoding import EMBEDDED_WITH, JointTexts, averages, check_words, encode_words
+from .encoding import EMBEDDED_WITH, JointTexts, check_words, encode_words
 from .families import NOT_LINEAR, Family
-from .maps import Formulae, Sums
+from .maps import Sums
 from .reading import Calls, check_arguments, copy_arguments, passes_to_read, rerun, while_generating
 from .record import JointRecord, fingerprint_of_joint
 from .stream import Stream, check_readable
@@ -122,7 +122,7 @@ class JointRecorder(Recorder):
             check=self.check_text(self._texts, texts, options),
             calls=[[] for _ in texts],
             timesteps=[],
-            sums=Sums((lambda image, texts: {}) if call.in_loop else _formulae(extra)),
+            sums=Sums((lambda image, texts: {}) if call.in_loop else while_generating(extra)),
         )
 
     @override
@@ -173,7 +173,7 @@ class JointRecorder(Recorder):
             computed = sums.computed(image, len(stored))[chosen]
             if call.in_loop:
                 texts = [] if data.words is None else [data.words.values]
-                sums, row = rerun(self.pipe, self._family, calls, texts, _formulae(data.words), computed), 0
+                sums, row = rerun(self.pipe, self._family, calls, texts, while_generating(data.words), computed), 0
             options = {name: value for name, value in call.options[image].items() if name in EMBEDDED_WITH}
             fields = {"grid": data.grid, "embedded_with": options, "encoder_check": data.check, "words": self._words}
             record = self._record(names, timesteps, calls, sums, row, computed=computed, **fields)
@@ -224,8 +224,3 @@ class JointRecorder(Recorder):
         sums, prompts = rerun(self.pipe, self._family, calls, [], while_generating(None)), {"prompt": prompt}
         names, computed = (self._texts.named(prompts, encoded[0][0]), prompts), sums.computed(0, len(calls))
         return self._record(names, timesteps, calls, sums, 0, grid=grid, words=(), computed=computed)
-
-
-def _formulae(words: TokenEmbeddings | None) -> Formulae:
-    """Return what is read while generating, of the prompt and of extra words."""
-    return while_generating(None if words is None else averages(words))
