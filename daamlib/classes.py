@@ -176,7 +176,7 @@ def _custom(entries: Mapping[Any, Any]) -> ClassList:
 
 
 def _colour(colour: Any, number: int) -> RGB:
-    """Red, green, blue of a given colour; None: that of the id by PASCAL VOC's rule, which spreads its bits."""
+    """Return red, green, blue of a given colour; None: that of the id by PASCAL VOC's rule, which spreads its bits."""
     if colour is None:
         bits = [sum((number >> (3 * place + channel) & 1) << (7 - place) for place in range(3)) for channel in range(3)]
         return bits[0], bits[1], bits[2]

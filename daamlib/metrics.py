@@ -158,7 +158,7 @@ def correlation(one: Array, other: Array) -> float:
 
 
 def _count(maps: torch.Tensor, masks: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
-    """(n, h, w) maps, (n, H, W) masks -> (2, n, T) int64: intersection and union at each of the levels."""
+    """Return (2, n, T) int64, intersection and union at each level, of (n, h, w) maps and (n, H, W) masks."""
     _, height, width = masks.shape
     heat, masks = normalize(upsample(maps, (height, width))).flatten(1), masks.flatten(1)
     last = len(levels) - 1

@@ -17,7 +17,7 @@ SAME_LEVEL, SAME_LEVEL_IN_HALF = 1e-4, 2**-8  # relative differences of one nois
 
 
 class EmptyTraceError(IndexError, ValueError):
-    """No image was generated inside the `with`, or none of that number."""
+    """Error for a trace without an image, or without one of that number."""
 
 
 @dataclass(frozen=True)

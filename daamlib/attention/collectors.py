@@ -13,7 +13,7 @@ from .softmax import summed_probabilities
 
 
 class Queries:
-    """Every pass's queries, on `device`, which any later text can be read with; passes beyond `passes` cost a copy."""
+    """Queries of every pass, on `device`, which any later text can be read with; passes beyond `passes` cost a copy."""
 
     def __init__(self, passes: int, device: torch.device | None = None):
         self._passes, self._device, self._done = passes, device, 0

@@ -170,7 +170,7 @@ class SelfAttentions:
 
 
 def _linear_attention(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """(..., n, d_head) queries and keys, (..., n, m) values -> (..., n, m): the values each position attends to."""
+    """Return (..., n, m) values that each position attends to, of (..., n, d_head) queries and keys and such values."""
     queries, keys = F.relu(queries), F.relu(keys)
     totals = queries @ keys.sum(dim=-2).unsqueeze(-1)
     return queries @ (keys.transpose(-2, -1) @ values) / totals.clamp(min=torch.finfo(totals.dtype).tiny)

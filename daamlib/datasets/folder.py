@@ -57,12 +57,12 @@ TYPES = {
 
 
 def file_name(part: str, index: int) -> str:
-    """The path of a file inside the folder, such as images/00007.png."""
+    """Return the path of a file inside the folder, such as images/00007.png."""
     return f"{part}/{index:05d}.{SUFFIX[part]}"
 
 
 def short_hash(parts: Iterable[Any]) -> str:
-    """16 hexadecimal digits of the SHA-256 of bytes, or of arrays' memory, one after the other."""
+    """Return 16 hexadecimal digits of the SHA-256 of bytes, or of arrays' memory, one after the other."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)
@@ -70,7 +70,7 @@ def short_hash(parts: Iterable[Any]) -> str:
 
 
 def missing(folder: Path, parts: Iterable[str], indices: Iterable[int]) -> list[int]:
-    """The indices of images that lack the file of one of the parts."""
+    """Return the indices of images that lack the file of one of the parts."""
     parts = tuple(parts)
     return [i for i in indices if not all((folder / file_name(part, i)).is_file() for part in parts)]
 
@@ -323,7 +323,7 @@ def begin(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def _merged(there: dict[str, Any], here: dict[str, Any]) -> dict[str, Any]:
-    """`there` with the further images of `here`, if it begins as `there` does, and with its source of label maps."""
+    """Return `there` with the further images of `here`, if it begins as `there` does, and its source of label maps."""
     n, merged = there["images"], dict(there)
     if here["images"] > n and there.get("prompts") == (here["prompts"][:n] if "prompts" in here else None):
         merged |= {name: here[name] for name in ("images", "prompts") if name in here}

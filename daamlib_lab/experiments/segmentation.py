@@ -54,7 +54,7 @@ class Labelled:
         return len(self.images)
 
     def take(self, indices: Sequence[int]) -> "Labelled":
-        """Some of the images, in this order."""
+        """Return some of the images, in this order."""
         return replace(self, images=self.images[list(indices)], targets=self.targets[list(indices)])
 
     def __add__(self, other: "Labelled") -> "Labelled":
@@ -66,7 +66,7 @@ class Labelled:
 
 
 def read(folder: str | Path, *, split: str = "train", side: int | None = None) -> Labelled:
-    """One split of a folder that `export.cityscapes` wrote with its `classes` named, in the order of the files' names.
+    """Return a split of a folder of `export.cityscapes` with named `classes`, in the order of the files' names.
 
     Args:
         folder: With `classes.json`, `leftImg8bit` and `gtFine`.
@@ -268,7 +268,7 @@ def evaluate(model: SegformerForSemanticSegmentation, data: Labelled) -> dict[st
 
 
 def _pixels(images: np.ndarray) -> torch.Tensor:
-    """(B, H, W, 3) uint8 -> (B, 3, H, W) in [-1, 1]."""
+    """Return (B, H, W, 3) uint8 pixels as (B, 3, H, W) in [-1, 1]."""
     return torch.from_numpy(images).movedim(-1, 1).float() / 127.5 - 1
 
 

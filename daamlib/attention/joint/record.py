@@ -267,7 +267,7 @@ class JointRecord(ImageRecord):
         return self._on_grid(sums[WORDS])
 
     def _on_grid(self, maps: torch.Tensor) -> torch.Tensor:
-        """(1, m, h * w) -> (m, H, W) where the record lies."""
+        """Return (1, m, h * w) maps as (m, H, W) where the record lies."""
         return _finite(maps[0].unflatten(1, self.grid).to(self.device))
 
 
