@@ -153,10 +153,7 @@ def denoiser_of(pipe: Any) -> Any:
         denoiser = getattr(pipe, part, None)
         if isinstance(denoiser, torch.nn.Module):
             return _unwrapped(denoiser)
-    raise TypeError(
-        f"expected a diffusers pipeline with a U-Net or a transformer, got {type(pipe).__name__}: DAAM reads the "
-        "attention of its denoiser"
-    )
+    raise TypeError(f"expected a diffusers pipeline with a U-Net or a transformer, got {type(pipe).__name__}")
 
 
 def _unwrapped(module: Any) -> Any:

@@ -40,8 +40,7 @@ class Encoding:
         if kinds.count("conditional") > 1 + perturbed:
             raise ValueError(
                 f"the denoiser was called with the texts of {n} images {kinds.count('conditional')} times in a batch "
-                f"of {len(text)}, as several tiles, views or frames of a prompt are: trace cannot tell which rows are "
-                "the images"
+                f"of {len(text)}, as several tiles, views or frames are: trace cannot tell which rows are the images"
             )
         return {kind: slice(n * kinds.index(kind), n * (kinds.index(kind) + 1)) for kind in kinds}
 

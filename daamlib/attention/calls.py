@@ -133,10 +133,8 @@ class Loop:
         options: Mapping[str, Any] | None = None,
     ):
         if prompt_embeds is not None and (prompt_embeds.ndim != 3 or len(prompt_embeds) != len(prompts)):
-            raise ValueError(
-                f"expected prompt_embeds of shape ({len(prompts)}, token, width), one for each image, got "
-                f"{tuple(prompt_embeds.shape)}"
-            )
+            given = tuple(prompt_embeds.shape)
+            raise ValueError(f"expected prompt_embeds of shape ({len(prompts)}, token, width), got {given}")
         self.prompts, self.options, self.paused, self.used = prompts, options or {}, False, False
         self._rows, self._embeds = rows, prompt_embeds
 

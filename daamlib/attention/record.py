@@ -197,10 +197,7 @@ class AttentionRecord(ImageRecord):
         """
         linear = self._linear_map
         if not isinstance(linear, LinearMap):
-            raise ValueError(
-                "this model normalises its keys, so that its layers do not collapse to one map: keep the record as it "
-                'is, with store="linear"'
-            )
+            raise ValueError('this model normalises its keys: its layers do not collapse, keep store="linear" as it is')
         layers = tuple(replace(layer, queries=None, query_sum=None, maps=()) for layer in self.layers)
         return replace(self, layers=layers, texts={}, kept_map=linear)
 
@@ -306,9 +303,5 @@ def require_same_model(records: Sequence[Any]) -> None:
     """
     first, *others = records
     for number, other in enumerate(others, start=1):
-        difference = first.fingerprint.difference(other.fingerprint)
-        if difference:
-            raise ValueError(
-                f"record {number} and record 0 have {difference}: their tokens cannot be mixed. Use "
-                "records of one model, with the same LoRA"
-            )
+        if difference := first.fingerprint.difference(other.fingerprint):
+            raise ValueError(f"record {number} and record 0 have {difference}: use one model, with the same LoRA")

@@ -70,10 +70,8 @@ class Reading:
         error = attention_error(q, k, v, output, self.site.scale, mask).nan_to_num()  # NaN is an error where it is read
         self.error = error if self.error is None else torch.maximum(self.error, error)
         if first and not output.isfinite().all():
-            raise ValueError(
-                f"{self.site.name} computes NaN or infinite values: the model overflows in {output.dtype}. Load it in "
-                "bfloat16 or float32"
-            )
+            values = f"NaN or infinite values: the model overflows in {output.dtype}"
+            raise ValueError(f"{self.site.name} computes {values}. Load it in bfloat16 or float32")
         if first and error > CLOSE.get(output.dtype, CLOSE_IN_FLOAT32):
             raise ValueError(
                 f"{self.site.name} does not compute softmax(q k) v of its text: its processor {_processor(self.site)} "

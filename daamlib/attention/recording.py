@@ -268,8 +268,7 @@ class Recorder(ModelHooks):
             return
         call.timesteps.append(under_way[0].level)
         try:
-            problem = self.end_pass(call)
-            if problem:
+            if problem := self.end_pass(call):
                 break_off(call, problem, after=2)
         except ValueError:
             self._drop(None)
@@ -368,9 +367,8 @@ def _refuse_rounding(caller: FrameType, arguments: dict, result: tuple[int, int]
     scale = max(height / result[0], width / result[1])
     if int(result[0] * scale) > height or int(result[1] * scale) > width:
         raise ValueError(
-            f"use_resolution_binning: an image of {height} x {width} is cut out of one of {result[0]} x "
-            f"{result[1]}, its maps would not lie where its pixels are. Give height={result[0]}, width={result[1]} "
-            "or use_resolution_binning=False"
+            f"use_resolution_binning: an image of {height} x {width} is cut out of one of {result[0]} x {result[1]}: "
+            f"its maps lie elsewhere. Give height={result[0]}, width={result[1]} or use_resolution_binning=False"
         )
 
 

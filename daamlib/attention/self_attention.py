@@ -66,10 +66,7 @@ class SelfAttention:
         for _ in range(iterations):
             refined = self.propagate(refined)
         if not refined.isfinite().all() and maps.isfinite().all():
-            raise ValueError(
-                "the self-attention holds NaN or infinite values, it overflowed as in float16: generate the image in "
-                "bfloat16 or float32"
-            )
+            raise ValueError("the self-attention holds NaN or infinite values: generate in bfloat16 or float32")
         return upsample(refined.unflatten(1, self.grid), (maps.shape[1], maps.shape[2]))
 
     @property

@@ -300,11 +300,8 @@ def compare(
     differences = [_difference(k, merged.get(k), here.get(k)) for k in {**merged, **here} if k not in ignored]
     if classes is not None and (there["labels"] or "classes" in there):
         differences.append(class_list(there.get("classes")).difference(classes))
-    if any(differences):
-        raise ValueError(
-            f"{folder} was made with other settings ({'; '.join(filter(None, differences))}): use those, or name "
-            "another folder"
-        )
+    if others := "; ".join(filter(None, differences)):
+        raise ValueError(f"{folder} was made with other settings ({others}): use those, or name another folder")
     return merged
 
 
@@ -493,7 +490,5 @@ def _checked_manifest(folder: Path, settings: dict[str, Any], prompts: list[str]
         expected = manifest(settings, prompts or [row["prompt"] for row in csv.DictReader(io.StringIO(text))])
         if text == expected.to_csv(index=False).replace("\r\n", "\n"):
             return expected
-    raise ValueError(
-        f"{folder / MANIFEST} is not the one that follows from {SETTINGS}: was it edited? Remove it and call generate "
-        "or render again as before"
-    )
+    path = folder / MANIFEST
+    raise ValueError(f"{path} does not follow from {SETTINGS}: was it edited? Remove it, and make the dataset again")

@@ -143,10 +143,8 @@ def _require_same_image(source: Path, name: str, image: Image.Image) -> None:
         drawn_on = opened.convert("RGB")
     levels = np.asarray(drawn_on.resize(image.size, Image.Resampling.BOX), float) - np.asarray(image, float)
     if levels.any() if drawn_on.size == image.size else np.abs(levels).mean() > SAME:
-        raise ValueError(
-            f"the mask {name} of {source} was drawn on another image: {path} is not image {name} of this dataset. Take "
-            "the dataset that was annotated"
-        )
+        of_dataset = f"{path} is not image {name} of this dataset"
+        raise ValueError(f"the mask {name} of {source} was drawn on another image: {of_dataset}")
 
 
 def _read(source: Path, coco: Any, numbers: Mapping[str, int], classes: ClassList) -> dict[int, np.ndarray]:
@@ -182,10 +180,7 @@ def _from_coco(coco: dict[str, Any], numbers: Mapping[str, int], classes: ClassL
     unknown = sorted(str(name) for name in names.values() if name not in classes.ids)
     if unknown:
         numbered = {name: number for number, name in names.items()}
-        raise ValueError(
-            f"the categories {unknown} are no {classes.name} labels: rename them, or give the classes of the file, "
-            f"such as classes={numbered}"
-        )
+        raise ValueError(f"{unknown} are no {classes.name} labels: rename them, or give classes={numbered}")
     _require_once("two images have the number", (image["id"] for image in coco["images"]))
     images = {image["id"]: image for image in coco["images"]}
     # of Windows' paths, too
@@ -248,10 +243,8 @@ def _region(segmentation: Any, shape: tuple[int, int], what: str) -> np.ndarray:
             raise ValueError(f"{what} has the polygon {str(points)[:60]}: expected x, y, x, y ... of 3 points or more")
         # pycocotools would cut it off at the border, or write beyond its memory
         if min(points) < -SLACK or max(points[::2]) > shape[1] + SLACK or max(points[1::2]) > shape[0] + SLACK:
-            raise ValueError(
-                f"{what} has a polygon beyond the image, {shape[0]} x {shape[1]} (height x width): was it drawn on "
-                "another size of the image?"
-            )
+            where = f"the image, {shape[0]} x {shape[1]} (height x width)"
+            raise ValueError(f"{what} has a polygon beyond {where}: was it drawn on another size of it?")
     region = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(segmentation, *shape))).astype(bool)
     if not region.any():
         raise ValueError(f"{what} covers no pixel: polygons are in pixels, not in shares of the image")

@@ -299,11 +299,9 @@ def _with_ray(job: Job, count: int, workers: int | None, address: str | None) ->
         room = gpus if on_gpus else cores // job.threads
         size = room if workers is None else workers
         if not 1 <= size <= room:
-            each = "a GPU" if on_gpus else f"{job.threads} CPU cores (--threads)"
-            raise ValueError(
-                f"there is room for {room} workers, asked for {size}: the cluster has {gpus} GPUs and {cores} CPU "
-                f"cores, and each worker takes {each}"
-            )
+            each = f"each takes {'a GPU' if on_gpus else f'{job.threads} CPU cores (--threads)'}"
+            has = f"the cluster has {gpus} GPUs and {cores} CPU cores"
+            raise ValueError(f"there is room for {room} workers, asked for {size}: {has}, {each}")
         takes = {"num_gpus": 1, "num_cpus": 1} if on_gpus else {"num_gpus": 0, "num_cpus": job.threads}
         actor = ray.remote(Worker).options(**takes, max_restarts=-1, max_task_retries=DEATHS - 1)
         place = ray.put(job)

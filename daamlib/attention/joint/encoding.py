@@ -56,9 +56,8 @@ class JointTexts:
         same = (now[rows].to(then) - then).norm(dim=1) <= tolerance * then.norm(dim=1)  # each token: of each encoder
         if len(rows) < given.length or not same.all():
             raise ValueError(
-                "the pipeline's text encoders do not embed this record's prompt as they did (was a LoRA loaded or "
-                "unloaded since, or is it another model?): a new text would not fit the image. Bring the pipeline back "
-                "to what it was"
+                "the pipeline's text encoders do not embed this record's prompt as they did, so a new text would not "
+                "fit the image: was a LoRA loaded or unloaded since? Bring the pipeline back to what it was"
             )
 
     def named(self, prompts: Mapping[str, str] | None, values: torch.Tensor) -> TokenEmbeddings:

@@ -85,8 +85,7 @@ def copy_arguments(arguments: Mapping[str, Any], row: int, known: Mapping[str, A
 def check_arguments(family: Family, denoiser: Any, arguments: Mapping[str, Any]) -> tuple[int, int]:
     """Return the grid of a pass' positions. ValueError for a pass of more than one text and one image."""
     for name in ("joint_attention_kwargs", "attention_kwargs"):
-        further = sorted(set(arguments.get(name) or {}) - {"scale"})
-        if further:
+        if further := sorted(set(arguments.get(name) or {}) - {"scale"}):
             raise ValueError(f"the transformer is called with {name} of {further}, as an IP-Adapter: not supported")
     check_readable(denoiser)
     grid = family.grid(denoiser, arguments)

@@ -274,10 +274,7 @@ class JointRecord(ImageRecord):
 def _finite(maps: torch.Tensor) -> torch.Tensor:
     """Return the maps; ValueError for NaN or infinite values."""
     if not maps.isfinite().all():
-        raise ValueError(
-            "the maps hold NaN or infinite values: the attention overflowed, as in float16. Generate the image in "
-            "bfloat16 or float32"
-        )
+        raise ValueError("the maps hold NaN or infinite values, as float16 overflows: generate in bfloat16 or float32")
     return maps
 
 

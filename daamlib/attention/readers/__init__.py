@@ -51,9 +51,8 @@ def reader_of(pipe: Any, *, middle: bool = False, stream: str | None = None) -> 
         streams = [reader.stream for reader in readers if reader.stream]
         raise ValueError(f"{type(pipe).__name__} has no text stream {stream!r}: {streams or 'it reads one text'}")
     raise TypeError(
-        "expected a diffusers pipeline with a U-Net (Stable Diffusion 1.x, 2.x, XL, AudioLDM2) or with a transformer "
-        f"of PixArt, Sana, SD 3, SD 3.5, Flux.1 or Qwen-Image, got {type(pipe).__name__} with a {kind}, which no "
-        "reader knows"
+        "expected a diffusers pipeline with a U-Net (SD 1.x, 2.x, XL, AudioLDM2) or a transformer of PixArt, Sana, "
+        f"SD 3, SD 3.5, Flux.1 or Qwen-Image, got {type(pipe).__name__} with a {kind}, which no reader knows"
     )
 
 

@@ -73,8 +73,7 @@ class UNetReader(Reader):
         if sample.ndim != 4 or len(text) != len(sample):
             raise ValueError(
                 f"the U-Net was called with latents of shape {tuple(sample.shape)} and a text of shape "
-                f"{tuple(text.shape)}: expected (batch, channel, height, width) and (batch, token, width); videos "
-                "cannot be traced"
+                f"{tuple(text.shape)}: expected (batch, channel, height, width) and (batch, token, width), no videos"
             )
         mask = arguments.get("encoder_attention_mask")
         return Pass(sample, arguments["timestep"], text, None if mask is None else mask > 0)
