@@ -40,8 +40,9 @@ class HeatMaps:
     @classmethod
     def of(cls, values: torch.Tensor, embeddings: torch.Tensor | TokenEmbeddings) -> "HeatMaps":
         """Return (m, H, W) maps with the tokens and words of their embeddings; those of bare tensors are numbered."""
-        named = isinstance(embeddings, TokenEmbeddings)
-        return cls(values, embeddings.tokens, embeddings.words) if named else cls.unnamed(values)
+        if isinstance(embeddings, TokenEmbeddings):
+            return cls(values, embeddings.tokens, embeddings.words)
+        return cls.unnamed(values)
 
     @classmethod
     def of_words(cls, values: torch.Tensor, words: tuple[str, ...]) -> "HeatMaps":
