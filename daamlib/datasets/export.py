@@ -72,7 +72,10 @@ def cityscapes(
     endings = ("gtFine_labelIds.png", "gtFine_labelTrainIds.png")
     _require_same_export(pictures, {stem + "leftImg8bit.png": dataset.path("images", i) for i, stem in stems.items()})
     _require_same_export(maps, {stem + ending: None for stem in stems.values() for ending in endings})
-    _write_classes(folder / CLASSES, names)
+    path, text = folder / CLASSES, json.dumps(names, indent=1) + "\n"
+    if path.is_file() and path.read_text(encoding="utf-8") != text:
+        raise ValueError(f"{path} is of an export with other classes: name another folder, or export with those")
+    files.write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     for i in files.bar(dataset.indices, "Cityscapes"):
         ids = dataset.labels(i)
         files.write_png(maps / (stems[i] + endings[0]), np.where(ids == IGNORED, np.uint8(0), ids))
@@ -300,13 +303,6 @@ def _train_ids(classes: Sequence[str] | None, known_as: ClassList) -> tuple[np.n
         for number, name in enumerate(classes, start=1):
             table[known_as.id(name)] = number
     return table, {str(i): names[i] for i in sorted(names)} | {str(IGNORED): "ignored"}
-
-
-def _write_classes(path: Path, classes: dict[str, str]) -> None:
-    text = json.dumps(classes, indent=1) + "\n"
-    if path.is_file() and path.read_text(encoding="utf-8") != text:
-        raise ValueError(f"{path} is of an export with other classes: name another folder, or export with those")
-    files.write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def _check_names(separators: str, **names: str) -> None:

@@ -109,14 +109,6 @@ def generate(
     return Dataset(generator.folder, manifest.loc[mine])
 
 
-def _check_shard(shard: Any) -> None:
-    if not isinstance(shard, Sequence) or len(shard) != 2:
-        raise TypeError(f"shard is (k, n) with 0 <= k < n, got {shard!r}")
-    k, n = (files.whole_number(f"each number of shard={shard}", number, 0) for number in shard)
-    if not k < n:
-        raise ValueError(f"shard is (k, n) with 0 <= k < n, got {shard}")
-
-
 @dataclass(frozen=True, eq=False)
 class Generator:
     """A pipeline at work on one dataset, whose folder and settings were compared with it once."""
@@ -141,7 +133,11 @@ class Generator:
         **options,
     ) -> "Generator":
         """Compare a dataset with its folder; arguments and errors are those of `generate`, nothing is written yet."""
-        _check_shard(shard)
+        if not isinstance(shard, Sequence) or len(shard) != 2:
+            raise TypeError(f"shard is (k, n) with 0 <= k < n, got {shard!r}")
+        k, n = (files.whole_number(f"each number of shard={shard}", number, 0) for number in shard)
+        if not k < n:
+            raise ValueError(f"shard is (k, n) with 0 <= k < n, got {shard}")
         settings = generation_settings(pipe, prompts, **options)
         drawn = parts = ("images", "records") if settings["keep_steps"] else ("images",)
         given = getattr(labeller, "class_list", None) if classes is None else classes
@@ -163,7 +159,7 @@ class Generator:
         return class_list(self.settings.get("classes"))
 
     @functools.cached_property
-    def _begun(self) -> Path:
+    def _started_folder(self) -> Path:
         """Folder with dataset.json, written with the first image: a call that can draw none leaves nothing."""
         files.begin(self.folder, self.settings)
         return self.folder
@@ -204,7 +200,7 @@ class Generator:
             if "images" in missing:
                 made["images"] = image
             for part, content in made.items():
-                path = self._begun / files.file_name(part, i)
+                path = self._started_folder / files.file_name(part, i)
                 if part == "records":
                     path.parent.mkdir(exist_ok=True)
                     content.save(path)  # whole or not at all, too

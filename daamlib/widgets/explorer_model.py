@@ -116,8 +116,7 @@ class ExplorerModel(traitlets.HasTraits):
         Raises TypeError for an unknown name or a value of another type, ValueError for another bad value.
         """
         known = [part.name for part in fields(ExplorerState)]
-        unknown = sorted(set(values) - set(known))
-        if unknown:
+        if unknown := sorted(set(values) - set(known)):
             raise TypeError(f"the explorer has no {', '.join(unknown)}: expected {', '.join(known)}")
         state = replace(self.state, **values)
         if (state.grids, state.steps) != (self.state.grids, self.state.steps):
