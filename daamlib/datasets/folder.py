@@ -258,12 +258,6 @@ def common_settings(kind: str, n: int, seed: int = 0, size: tuple[int, int] | No
     }
 
 
-def required_parts(settings: dict[str, Any]) -> list[str]:
-    """Parts that every image must have; label maps may come later, unless a labeller's settings are stored."""
-    labels = settings["kind"] == "rendered" or "label_maps" in settings
-    return ["images"] + ["records"] * bool(settings["keep_steps"]) + ["labels"] * labels
-
-
 def compare(
     folder: Path,
     settings: dict[str, Any],
@@ -466,7 +460,10 @@ def read_manifest(folder: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
     Raises FileNotFoundError for a missing file, ValueError where the manifest is not that of the settings.
     """
     settings = read_settings(folder)
-    names = [file_name(part, i) for part in required_parts(settings) for i in range(settings["images"])]
+    # label maps may come later, unless a labeller's settings are stored
+    labels = settings["kind"] == "rendered" or "label_maps" in settings
+    parts = ["images"] + ["records"] * bool(settings["keep_steps"]) + ["labels"] * labels
+    names = [file_name(part, i) for part in parts for i in range(settings["images"])]
     lost = [name for name in names if not (folder / name).is_file()]
     if not (folder / MANIFEST).is_file():
         lost.append(MANIFEST)
