@@ -137,11 +137,9 @@ def coco(
     dataset.require_labels()
     _require_same_export(folder / split, {f"{i:05d}.png": dataset.path("images", i) for i in dataset.indices})
     images, occurring, path = [], set(categories or ()), folder / "annotations" / f"instances_{split}.json"
-    info: dict[str, Any] = {
-        "description": f"label maps of {table.name} classes",
-        "complete": categories is None and min_pixels == 1,
-    }
-    info |= {} if table.stored() is None else {"classes": table.stored()}
+    complete, stored = categories is None and min_pixels == 1, table.stored()
+    info: dict[str, Any] = {"description": f"label maps of {table.name} classes", "complete": complete}
+    info |= {} if stored is None else {"classes": stored}
 
     def save(temporary: Path) -> None:
         """Write one annotation a line, image by image: those of 100,000 images would fill the memory."""
@@ -173,8 +171,7 @@ def hugging_face(dataset: Dataset) -> Any:
 
     Columns: image (RGB) and label (ids, 255 ignored), both decoded to PIL images when they are looked at; index,
     prompt, seed. `info.description` names the classes. It refers to the files of this dataset's folder, which are read
-    once here; `save_to_disk` and `push_to_hub` copy them. Raises ImportError without the package, ValueError as
-    `cityscapes` does.
+    once here; `save_to_disk` and `push_to_hub` copy them. Raises ImportError without the package, or as `cityscapes`.
     """
     with needs("datasets"):
         import datasets  # Hugging Face's: imports of this package's own are relative
