@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from daamlib.cityscapes import BY_NAME, MIN_AREA
-from daamlib.pipeline import cpu_threads, generators
+from daamlib.pipeline import generators
 from daamlib_lab.urban.annotator import annotate, load_annotator
 from daamlib_lab.urban.scenes import HELD_OUT, KINDS, SIZE, WORLDS, render, to_tensor
 
@@ -206,14 +206,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--first-seed", type=int, default=WORDS_SEED, help="theirs; choose a model on other scenes")
     parser.add_argument("--world", choices=WORLDS, default="street", help="of the scenes of the part `street`")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="the parts to measure")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     args = parser.parse_args(argv)
-    with cpu_threads(args.threads):
-        measure(args)
-
-
-def measure(args: argparse.Namespace) -> None:
-    """Measure the parts of `args.only` and write each to `metrics.json` when it is known."""
     out = args.out or args.model
     if "hits" in args.only:  # what would fail late is checked before the first image
         hit_prompts(args.images)
