@@ -27,6 +27,7 @@ from .token import OptimizedToken
 WEIGHT_DECAYS = (0.1, 0.03, 0.01, 0.003)  # of standardised features
 RARE = 0.3  # power of the class shares that the probabilities are divided by: mean IoU weighs rare classes as much
 RANK = 256  # principal components of the features
+EXACT, MORE, POWERS = 2048, 32, 3  # features up to which they are exact; else more directions, and power iterations
 PARTS = 3  # at most so many fits of each weight decay
 ITERATIONS = 60  # of L-BFGS
 MAX_BYTES = 2**32  # of the features
@@ -95,13 +96,25 @@ def _solve(
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[float, ...], float, float]:
     """The classes' keys and biases, the losses, the last gradient's length and the chosen weight decay."""
     unit = features.std(dim=0).clamp(min=torch.finfo(features.dtype).tiny)
-    standardised = features / unit
-    basis = torch.linalg.eigh(standardised.T @ standardised).eigenvectors[:, -RANK:]  # those of the largest variance
-    components = standardised @ basis
+    features /= unit  # it is large, and nobody else's
+    basis = _directions(features)
+    components = features @ basis
     decay = _choose(components, targets, parts, sorted(weight_decays, reverse=True))
     theta, bias, losses, gradient = _fit(components, targets, decay)
     bias = bias - RARE * (targets.sum(dim=0) / targets.sum()).log()
     return (theta @ basis.T) / unit, bias, losses, gradient, decay
+
+
+def _directions(features: torch.Tensor) -> Float[torch.Tensor, "features directions"]:
+    """Directions of the largest variance; of many features by power iterations (Halko et al. 2011, algorithm 4.4)."""
+    width = features.shape[1]
+    if width <= EXACT:
+        return torch.linalg.eigh(features.T @ features).eigenvectors[:, -RANK:]
+    basis = torch.randn(width, RANK + MORE, generator=torch.Generator().manual_seed(0)).to(features)
+    for _ in range(POWERS):
+        basis = torch.linalg.qr(features.T @ (features @ basis)).Q
+    projected = features @ basis
+    return basis @ torch.linalg.eigh(projected.T @ projected).eigenvectors[:, -RANK:]
 
 
 def _features(records: list[AttentionRecord], layers: Sequence[str], max_timestep: int | None) -> torch.Tensor:
