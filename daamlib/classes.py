@@ -79,10 +79,7 @@ class ClassList:
         if strange:
             some = ", ".join(f"{name} {number}" for name, number in list(self.ids.items())[:3])
             some = some if self.name != CITYSCAPES.name else "car 26 or 0 for unlabeled"
-            raise ValueError(
-                f"{what} has the values {strange[:5]}, which are no {self.name} ids: expected those of its list, such "
-                f"as {some}"
-            )
+            raise ValueError(f"{what} has the values {strange[:5]}: expected {self.name} ids, such as {some}")
 
     def stored(self) -> dict[str, list[Any]] | None:
         """Return what a file says of the list, and `class_list` reads; None for Cityscapes, which no file names."""
@@ -160,9 +157,7 @@ def _custom(entries: Mapping[Any, Any]) -> ClassList:
         if not isinstance(number, int | np.integer) or isinstance(number, bool):
             raise TypeError(f"the id of {name!r} must be a whole number, got {number!r}")
         if not 0 <= number < IGNORED or number in ids.values():
-            raise ValueError(
-                f"ids are 0 ... 254, each of one class alone (255 is to be ignored), got {number} of {name!r}"
-            )
+            raise ValueError(f"ids are 0 ... 254, each of one class (255 is to be ignored), got {number} of {name!r}")
         ids[name] = int(number)
         colours[name] = _colour(colour, int(number))
     zero = next((name for name, number in ids.items() if not number), ZERO[0])
@@ -178,7 +173,7 @@ def _custom(entries: Mapping[Any, Any]) -> ClassList:
 
 
 def _colour(colour: Any, number: int) -> RGB:
-    """Red, green, blue of a given colour; None: that of the id by PASCAL VOC's rule, which spreads its bits."""
+    """Return red, green, blue of a given colour; None: that of the id by PASCAL VOC's rule, which spreads its bits."""
     if colour is None:
         bits = [sum((number >> (3 * place + channel) & 1) << (7 - place) for place in range(3)) for channel in range(3)]
         return bits[0], bits[1], bits[2]

@@ -97,8 +97,7 @@ def save_dataclass(path: str | Path, instance: Any, format: str) -> None:
 def load_dataclass(kind: type[T], path: str | Path, format: str) -> T:
     """Read the dataclass `kind` that `save_dataclass` wrote, its tensors on the CPU.
 
-    Fields that the file does not have get their default. Raises as `load_tensors`, and ValueError for other fields or
-    types.
+    Fields that the file does not have get their default. Raises as `load_tensors`, and ValueError for other fields.
     """
     tensors, header = load_tensors(path, format)
     try:

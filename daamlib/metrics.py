@@ -1,4 +1,4 @@
-"""How well heat maps segment: IoU over thresholds, averaged over images or pooled.
+"""Scores of heat maps as segmentations: IoU over thresholds, averaged over images or pooled.
 
     daamlib.metrics.max_miou(record.daam()["car"][None], mask[None])
 
@@ -158,7 +158,7 @@ def correlation(one: Array, other: Array) -> float:
 
 
 def _count(maps: torch.Tensor, masks: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
-    """(n, h, w) maps, (n, H, W) masks -> (2, n, T) int64: intersection and union at each of the levels."""
+    """Return (2, n, T) int64, intersection and union at each level, of (n, h, w) maps and (n, H, W) masks."""
     _, height, width = masks.shape
     heat, masks = normalize(upsample(maps, (height, width))).flatten(1), masks.flatten(1)
     last = len(levels) - 1
@@ -176,9 +176,7 @@ def _count(maps: torch.Tensor, masks: torch.Tensor, levels: torch.Tensor) -> tor
 def _masks(masks: Array, name: str, ndim: int) -> torch.Tensor:
     masks = torch.as_tensor(masks).detach().cpu()
     if masks.dtype != torch.bool:
-        raise ValueError(
-            f"{name} must be boolean, got {masks.dtype}: compare first, as labels == id or map > threshold"
-        )
+        raise ValueError(f"{name} must be boolean, got {masks.dtype}: compare first, as labels == id or map > level")
     if masks.ndim != ndim or masks.numel() == 0:
         shape = "(H, W)" if ndim == 2 else "(n, H, W), one or more"
         raise ValueError(f"expected {name} of shape {shape}, got {tuple(masks.shape)}")
@@ -188,9 +186,7 @@ def _masks(masks: Array, name: str, ndim: int) -> torch.Tensor:
 def _refuse_empty(masks: torch.Tensor) -> None:
     empty = masks.flatten(1).view(torch.uint8).amax(dim=1) == 0  # `any` of booleans takes twice as long
     if empty.any():
-        raise ValueError(
-            f"mask {_numbers(empty)} is empty: IoU is averaged over images that contain the class, leave it out"
-        )
+        raise ValueError(f"mask {_numbers(empty)} is empty: IoU is of images that contain the class, leave it out")
 
 
 def _numbers(which: torch.Tensor) -> str:

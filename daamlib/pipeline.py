@@ -26,6 +26,7 @@ HALVES = {"F16": torch.float16, "BF16": torch.bfloat16}  # by their names in saf
 CHECK, CHECK_TOLERANCE = "check.json", 0.05
 # The words of all versions of transformers and diffusers in their warnings of weights
 MISSING, LEFT_OVER = "newly initialized", ("not used when initializing", "UNEXPECTED")
+LOGGERS = ("transformers.modeling_utils", "diffusers.models.modeling_utils", "transformers.utils.import_utils")
 
 
 def load_pipeline(
@@ -36,8 +37,7 @@ def load_pipeline(
         pipe = daamlib.load_pipeline()  # the bundled model
         pipe = daamlib.load_pipeline(MODEL, device="cpu")
 
-    Only the progress bars of downloads show; `pipe.set_progress_bar_config(disable=False)` brings back that of the
-    steps.
+    Only the progress bars of downloads show; `pipe.set_progress_bar_config(disable=False)` shows that of the steps.
 
     Args:
         model: a folder or a model id of the hub; None for the bundled `urban-tiny`.
@@ -153,10 +153,7 @@ def denoiser_of(pipe: Any) -> Any:
         denoiser = getattr(pipe, part, None)
         if isinstance(denoiser, torch.nn.Module):
             return _unwrapped(denoiser)
-    raise TypeError(
-        f"expected a diffusers pipeline with a U-Net or a transformer, got {type(pipe).__name__}: DAAM reads the "
-        "attention of its denoiser"
-    )
+    raise TypeError(f"expected a diffusers pipeline with a U-Net or a transformer, got {type(pipe).__name__}")
 
 
 def _unwrapped(module: Any) -> Any:
@@ -219,11 +216,7 @@ def loading(source: str | Path, *, exactly: bool = False) -> Iterator[None]:
         return record.levelno >= shown[record.name] and "requires torchvision" not in text
 
     with ExitStack() as stack:
-        for name in (
-            "transformers.modeling_utils",
-            "diffusers.models.modeling_utils",
-            "transformers.utils.import_utils",
-        ):
+        for name in LOGGERS:
             logger = logging.getLogger(name)
             shown[name] = logger.getEffectiveLevel()
             stack.callback(logger.setLevel, logger.level)

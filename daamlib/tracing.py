@@ -58,8 +58,8 @@ def trace(
         store: "queries" keeps what any later text needs: steps * sum over layers of (h*w * channels) numbers an image
             (`trace.bytes_needed`). "linear" keeps only their float32 sums over the steps, enough for LDAAM. "maps"
             keeps those and DAAM of the prompt and of `texts`.
-        texts: with `store="maps"`, what `record.daam` can be asked for besides the prompt.
-        store_device: where it is kept, such as "cpu" to spare a GPU's memory; None: where the pipeline computes.
+        texts: with `store="maps"`, further texts that `record.daam` can be asked for.
+        store_device: place of what is stored, such as "cpu" to spare a GPU's memory; None: where the pipeline computes.
         self_attention: whether to keep what `record.refine` needs, of the largest grid with at most 32 x 32 positions:
             queries and keys of up to eight of the less noisy passes; with "linear" and "maps" their mean attention.
         middle: whether to read the middle block too, which DAAM leaves out.

@@ -44,7 +44,7 @@ DECISIONS = {
         PixArtAlphaPipeline PixArtSigmaPAGPipeline PixArtSigmaPipeline SanaControlNetPipeline SanaPAGPipeline
         SanaPipeline
     """,
-    "a U-Net of a kind of its own; no reader knows it yet": """
+    "a U-Net of another kind; no reader knows it yet": """
         DreamLiteMobilePipeline DreamLitePipeline Kandinsky3Img2ImgPipeline Kandinsky3Pipeline
     """,
     "embeds its text inside its call, without `encode_prompt`": """
@@ -70,7 +70,7 @@ DECISIONS = {
     "its U-Net's attentions normalise their keys: the maps would not be DAAM's": """
         StableDiffusionLatentUpscalePipeline
     """,
-    "its noise levels are of a schedule of its own": """
+    "its noise levels are of another schedule": """
         SanaSprintImg2ImgPipeline SanaSprintPipeline
     """,
     "its positions are of time, height and width (also where it makes one image), maps are of height and width": """

@@ -120,7 +120,7 @@ def draw_sheet(images: Sequence[Image.Image], captions: Sequence[str], *, column
 
 
 def hit_prompts(n: int) -> list[tuple[str, str]]:
-    """`n` pairs (class, prompt), n / 4 for each class, going round the templates. ValueError unless n is 4 k."""
+    """Return `n` pairs (class, prompt), n / 4 for each class, going round the templates. ValueError unless n is 4 k."""
     if n < len(KINDS) or n % len(KINDS):
         raise ValueError(f"the number of images must be a multiple of {len(KINDS)} (the classes), got {n}")
     each = n // len(KINDS)

@@ -190,7 +190,7 @@ def assemble(vae, text_encoder, tokenizer, unet) -> StableDiffusionPipeline:
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
-    """(B, C) int64 token ids, padded to the context C as the pipeline pads; longer captions are cut."""
+    """Return (B, C) int64 token ids, padded to the context C as the pipeline pads; longer captions are cut."""
     batch = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
     return batch.input_ids
 

@@ -179,7 +179,7 @@ def cache_latents(args: argparse.Namespace) -> None:
 
 
 def find_silent(ids: torch.Tensor, end: int, small: torch.Tensor) -> torch.Tensor:
-    """(B, C) bool: the end token of each text, the padding after it, and the tokens that are among `small`."""
+    """Return (B, C) bool: the end token of each text, the padding after it, and the tokens that are among `small`."""
     first = (ids == end).int().argmax(dim=1, keepdim=True)  # padding is the same token
     return (torch.arange(ids.shape[1], device=ids.device) >= first) | torch.isin(ids, small)
 

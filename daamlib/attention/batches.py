@@ -15,7 +15,7 @@ Rows = slice | list[int]
 
 @dataclass(frozen=True, eq=False)
 class Encoding:
-    """What one call of `encode_prompt` took and returned, for n images."""
+    """Arguments and results of one call of `encode_prompt`, for n images."""
 
     positive: torch.Tensor  # (n, token, width), the embeddings of the prompts
     negative: torch.Tensor | None = None  # (n, token, width), those of the negative texts
@@ -30,24 +30,19 @@ class Encoding:
         `perturbed` says that the prompts' rows are repeated for a perturbed pass after them (PAG). None if a row has
         another text; ValueError if the prompts' rows occur more than once.
         """
-        n = len(self.positive)
-        found = [None] if len(text) % n else [self._kind(chunk) for chunk in text.split(n)]
-        kinds = [kind for kind in found if kind is not None]
-        if len(kinds) < len(found):
+        n, known = len(self.positive), {"conditional": self.positive, "unconditional": self.negative}
+        chunks = text.split(n)  # a last one of fewer rows equals none
+        kinds = [next((kind for kind, values in known.items() if _equal(values, chunk)), "other") for chunk in chunks]
+        if "other" in kinds:
             return None
         if self.guided and len(kinds) > 1 and set(kinds) == {"conditional"}:  # both texts are the same
             kinds[0] = "unconditional"
         if kinds.count("conditional") > 1 + perturbed:
             raise ValueError(
                 f"the denoiser was called with the texts of {n} images {kinds.count('conditional')} times in a batch "
-                f"of {len(text)}, as several tiles, views or frames of a prompt are: trace cannot tell which rows are "
-                "the images"
+                f"of {len(text)}, as several tiles, views or frames are: trace cannot tell which rows are the images"
             )
         return {kind: slice(n * kinds.index(kind), n * (kinds.index(kind) + 1)) for kind in kinds}
-
-    def _kind(self, chunk: torch.Tensor) -> str | None:
-        known = {"conditional": self.positive, "unconditional": self.negative}
-        return next((kind for kind, values in known.items() if _equal(values, chunk)), None)
 
     def text_of(self, row: torch.Tensor) -> str | None:
         """Return the prompt or negative text whose (token, width) embeddings these are, None for others."""

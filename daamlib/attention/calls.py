@@ -1,4 +1,4 @@
-"""What a traced call is made of: its records, its passes and their noise levels, and custom loops."""
+"""Parts of a traced call: its records, its passes and their noise levels, and custom loops."""
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ SAME_LEVEL, SAME_LEVEL_IN_HALF = 1e-4, 2**-8  # relative differences of one nois
 
 
 class EmptyTraceError(IndexError, ValueError):
-    """No image was generated inside the `with`, or none of that number."""
+    """Error for a trace without an image, or without one of that number."""
 
 
 @dataclass(frozen=True)
@@ -133,10 +133,8 @@ class Loop:
         options: Mapping[str, Any] | None = None,
     ):
         if prompt_embeds is not None and (prompt_embeds.ndim != 3 or len(prompt_embeds) != len(prompts)):
-            raise ValueError(
-                f"expected prompt_embeds of shape ({len(prompts)}, token, width), one for each image, got "
-                f"{tuple(prompt_embeds.shape)}"
-            )
+            given = tuple(prompt_embeds.shape)
+            raise ValueError(f"expected prompt_embeds of shape ({len(prompts)}, token, width), got {given}")
         self.prompts, self.options, self.paused, self.used = prompts, options or {}, False, False
         self._rows, self._embeds = rows, prompt_embeds
 
@@ -153,21 +151,21 @@ class Loop:
         """Return the images' rows of a pass; None if it is no step of theirs. ValueError if nothing tells."""
         batch, n = len(inputs.sample), len(self.prompts)
         if self._embeds is not None:
-            own = self._embeds
-            alike = [i for i in range(batch - n + 1) if torch.equal(inputs.text[i : i + n], own.to(inputs.text))]
-            if own.shape[1:] == inputs.text.shape[1:] and len(alike) == 1:
+            texts = self._embeds.to(inputs.text)
+            alike = [i for i in range(batch - n + 1) if torch.equal(inputs.text[i : i + n], texts)]
+            if len(alike) == 1:
                 return slice(alike[0], alike[0] + n)
             if len(alike) > 1:
                 raise ValueError(f"the loop's prompt_embeds are the text of {len(alike)} places in a batch of {batch}")
             return None
         if self._rows is not None:
             try:
-                found = torch.arange(batch)[self._rows].flatten().tolist()
+                rows = torch.arange(batch)[self._rows].flatten().tolist()
             except (IndexError, TypeError) as error:
                 raise ValueError(f"rows={self._rows!r} do not fit a pass of {batch} rows: {error}") from error
-            if len(set(found)) != n:
-                raise ValueError(f"rows={self._rows!r} are {len(set(found))} of the pass' {batch} rows, for {n} images")
-            return found
+            if len(set(rows)) != n:
+                raise ValueError(f"rows={self._rows!r} are {len(set(rows))} of the pass' {batch} rows, for {n} images")
+            return rows
         if batch == n and branch == "conditional":
             return slice(0, n)
         if batch == 2 * n:
@@ -260,10 +258,8 @@ class LoopPlan:
         if before is not None and level == inputs.level:
             if torch.equal(before, latents):
                 return "a noise level twice with the same latents"
-            planned = getattr(self._scheduler, "num_inference_steps", None) and list(
-                map(float, self._scheduler.timesteps)
-            )
-            if (planned or []).count(level) == 1:  # Heun's and others plan a level twice
+            planned = self._scheduler.timesteps if getattr(self._scheduler, "num_inference_steps", None) else ()
+            if [float(each) for each in planned].count(level) == 1:  # Heun's and others plan a level twice
                 return "a noise level twice that the scheduler planned once"
         elif inputs.level == self._first:
             return "its first noise level again"

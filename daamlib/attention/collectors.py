@@ -1,4 +1,4 @@
-"""What is stored of one site while a pipeline call runs: its queries, their sum, or the maps of known texts.
+"""Collectors of one site while a pipeline call runs: of its queries, their sum, or the maps of known texts.
 
 A collector takes every pass by `add` and returns what it stored of one image as fields of a `Layer` by `of_image`.
 """
@@ -13,7 +13,7 @@ from .softmax import summed_probabilities
 
 
 class Queries:
-    """Every pass's queries, on `device`, which any later text can be read with; passes beyond `passes` cost a copy."""
+    """Queries of every pass, on `device`, which any later text can be read with; passes beyond `passes` cost a copy."""
 
     def __init__(self, passes: int, device: torch.device | None = None):
         self._passes, self._device, self._done = passes, device, 0

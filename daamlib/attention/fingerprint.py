@@ -1,4 +1,4 @@
-"""The one answer to "is this the same model?": a few numbers for each cross-attention's key weights.
+"""Fingerprints, which answer "is this the same model?": a few numbers for each cross-attention's key weights.
 
 They are products of its key weights W_k with fixed random vectors, u_j^T W_k p_j, which change with a rotation, a
 fine-tune or a LoRA; the norms of the weights hardly do.
@@ -23,7 +23,7 @@ def random_signs(width: int, seed: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What a model's cross-attention keys make of random vectors."""
+    """Numbers that a model's cross-attention keys make of random vectors."""
 
     layers: Mapping[str, tuple[float, ...]]  # `PROBES` numbers for each layer, by its name
 

@@ -174,9 +174,7 @@ class ImageRecord(abc.ABC):
         """Return the record with a pipeline; ValueError for another model's."""
         record: Any = self
         if pipe is not None:  # the record may hold some of the model's layers alone
-            difference = record.fingerprint.difference(self.fingerprint_of(pipe).of_layers(record.fingerprint.layers))
-            if difference:
-                raise ValueError(
-                    f"{name} and the pipeline have {difference}: give the model that made it, with its LoRA"
-                )
+            made_by = record.fingerprint
+            if other := made_by.difference(self.fingerprint_of(pipe).of_layers(made_by.layers)):
+                raise ValueError(f"{name} and the pipeline have {other}: give the model that made it, with its LoRA")
         return replace(record, pipe=pipe)

@@ -13,7 +13,7 @@ from .precision import without_autocast
 
 @dataclass(frozen=True, eq=False)
 class KeyProjection:
-    """What makes keys of text embeddings in one layer: k(c) = n(W c + b), where n is the identity or an RMS norm.
+    """Map from text embeddings to the keys of one layer: k(c) = n(W c + b), where n is the identity or an RMS norm.
 
     With r(c) = (mean((W c + b)^2) + eps)^-1/2, one number a token, the norm is n(W c + b) = r(c) g (W c + b).
     """
@@ -49,8 +49,7 @@ class KeyProjection:
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
         """The weight, and the bias and norm that there are, by name."""
-        found = {name: getattr(self, name) for name in ("weight", "bias", "norm")}
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
+        return {name: part for name in ("weight", "bias", "norm") if (part := getattr(self, name)) is not None}
 
     def to(self, device: torch.device) -> "KeyProjection":
         """Return the same on `device`."""
@@ -71,26 +70,18 @@ class KeyProjection:
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """What is stored of one cross-attention layer (thesis: i) of one image.
+    """Tensors of one cross-attention layer (thesis: i) of one image: h * w positions, heads * d_head channels."""
 
-    Attributes:
-        name: its module path in the denoiser.
-        grid: (h, w) of its positions.
-        heads: their number.
-        scale: d_head ** -0.5, the factor of the scores.
-        to_k: what made keys of the text while generating (LoRA included).
-        queries: (step, h*w, heads * d_head) in the pipeline's dtype, of `store="queries"`.
-        query_sum: (h*w, heads * d_head) float32, their sum over the steps, of `store="linear"` and "maps".
-        maps: (m, h, w) float32 each, of `store="maps"`: DAAM of the prompt and of the record's texts, padding included.
-    """
-
-    name: str
-    grid: tuple[int, int]
-    heads: int
-    scale: float
-    to_k: KeyProjection
+    name: str  #: its module path in the denoiser
+    grid: tuple[int, int]  #: (h, w) of its positions
+    heads: int  #: their number
+    scale: float  #: d_head ** -0.5, the factor of the scores
+    to_k: KeyProjection  #: made the text's keys while generating (LoRA included)
+    #: in the pipeline's dtype, of `store="queries"`
     queries: Float[torch.Tensor, "steps positions channels"] | None = None
+    #: float32, the sum of the queries over the steps, of `store="linear"` and "maps"
     query_sum: Float[torch.Tensor, "positions channels"] | None = None
+    #: (m, h, w) float32 each, of `store="maps"`: DAAM of the prompt and of the record's texts, padding included
     maps: tuple[torch.Tensor, ...] = ()
 
     def keys(self, embeddings: torch.Tensor) -> torch.Tensor:
@@ -126,10 +117,6 @@ class Layer:
         """Bytes of what is stored of the image; the key weights are shared by the records of a trace."""
         return bytes_of(self.queries, self.query_sum, self.maps)
 
-    def to(self, device: torch.device) -> "Layer":
-        """Return the layer with its tensors on `device`."""
-        return on_device(self, device)
-
     def select(self, steps: Sequence[int] | None, heads: Sequence[int] | None) -> "Layer":
         """Return the layer with only some steps and heads (by number), and without maps, which are sums over both."""
         layer = self
@@ -151,19 +138,16 @@ class Layer:
         """ValueError if the tensors do not fit each other; `steps` is None where the queries are not stored."""
         weight = self.key_weight
         if weight.ndim != 2 or weight.shape[1] != d_text or self.heads < 1 or len(weight) % self.heads:
-            raise ValueError(
-                f"the keys of {self.name} have shape {tuple(weight.shape)}, not {self.heads} heads of width {d_text}"
-            )
+            shape, heads = tuple(weight.shape), self.heads
+            raise ValueError(f"the keys of {self.name} have shape {shape}, not {heads} heads of width {d_text}")
         if any(tensor.shape[:1] != weight.shape[:1] for tensor in self.to_k.tensors.values()):
             raise ValueError(f"the bias or norm of the keys of {self.name} does not fit their {len(weight)} channels")
         if steps is None:
             return
         stored = self.query_sum if self.queries is None else self.queries
-        expected: tuple[int, ...] = (math.prod(self.grid), len(weight))
-        if self.queries is not None:
-            expected = (steps, *expected)
-        if stored is None or tuple(stored.shape) != expected:
-            got = None if stored is None else tuple(stored.shape)
+        expected = (() if self.queries is None else (steps,)) + (math.prod(self.grid), len(weight))
+        got = None if stored is None else tuple(stored.shape)
+        if got != expected:
             raise ValueError(f"the queries of {self.name} have shape {got}, expected {expected}")
         if any(maps.ndim != 3 or tuple(maps.shape[1:]) != self.grid for maps in self.maps):
             raise ValueError(f"the maps of {self.name} are not of its grid {self.grid}")

@@ -52,9 +52,8 @@ def overlay(image: Any, heat: Any, *, opacity: float = 0.65, colour_map: str = "
     if values.ndim != 2 or not values.isfinite().all():
         raise ValueError(f"expected an (h, w) map of finite numbers, such as maps['car'], got {tuple(values.shape)}")
     if colour_map not in COLOUR_MAPS or not 0 <= opacity <= 1:
-        raise ValueError(
-            f"expected a colour map of {', '.join(COLOUR_MAPS)} and an opacity in [0, 1], got {colour_map!r}, {opacity}"
-        )
+        known = ", ".join(COLOUR_MAPS)
+        raise ValueError(f"expected a colour map of {known}, opacity in [0, 1], got {colour_map!r}, {opacity}")
     require_ratio("the image", pixels.shape[:2], (values.shape[0], values.shape[1]))
     scaled = normalize(upsample(values[None], pixels.shape[:2]))[0].numpy()
     colours = np.frombuffer(bytes.fromhex(COLOUR_MAPS[colour_map]), np.uint8).reshape(-1, 3)
@@ -77,9 +76,8 @@ def label_picture(
     """
     labels, table = np.asarray(labels), class_list(classes)
     if labels.ndim != 2 or labels.dtype != np.uint8 or not 0 <= opacity <= 1:
-        raise ValueError(
-            f"expected an (h, w) uint8 label map and an opacity in [0, 1], got {labels.shape} {labels.dtype}, {opacity}"
-        )
+        got = f"{labels.shape} {labels.dtype}, {opacity}"
+        raise ValueError(f"expected an (h, w) uint8 label map and an opacity in [0, 1], got {got}")
     table.check(labels, "the label map")
     if image is None:
         return Image.fromarray(table.palette[labels])

@@ -1,9 +1,10 @@
-"""What recorders share to read a real image: its size, its latents, their noise."""
+"""Helpers of the recorders to read a real image: its size, its latents, their noise."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 
 Factor = torch.Tensor | float
@@ -73,12 +74,11 @@ def pixels_of(image: Any, factor: int) -> torch.Tensor:
     """Return (1, 3, H, W) in [-1, 1] of an image. ValueError for another kind, or sides that are no multiples."""
     from diffusers.image_processor import VaeImageProcessor
 
-    if hasattr(image, "convert"):
-        image = image.convert("RGB")
-    height, width = (image.height, image.width) if hasattr(image, "convert") else _array_size(image)
+    image = np.asarray(image.convert("RGB")) if hasattr(image, "convert") else image
+    height, width = _array_size(image)
     if height % factor or width % factor:
         raise ValueError(f"the image is {height} x {width} px; both must be multiples of {factor} for this model")
-    if not hasattr(image, "convert") and not isinstance(image, torch.Tensor):
+    if not isinstance(image, torch.Tensor):
         image = image[None].astype("float32") / 255
     return VaeImageProcessor(vae_scale_factor=factor).preprocess(image).float()
 
@@ -90,6 +90,4 @@ def _array_size(image: Any) -> tuple[int, int]:
             return shape[1], shape[2]
     elif len(shape) == 3 and shape[2] == 3 and kind == "uint8":
         return shape[0], shape[1]
-    raise ValueError(
-        f"expected a PIL image, an (H, W, 3) uint8 array or a (3, H, W) float tensor, got shape {shape} of {kind}"
-    )
+    raise ValueError(f"expected a PIL image, an (H, W, 3) uint8 array or a (3, H, W) float tensor, got {shape} {kind}")

@@ -56,12 +56,12 @@ class AttentionRecord(ImageRecord):
 
     @property
     def device(self) -> torch.device:
-        """Where the record's tensors lie, and its maps are computed."""
+        """Device of the record's tensors, where its maps are computed."""
         return self.layers[0].to_k.weight.device
 
     @functools.cached_property
     def fingerprint(self) -> Fingerprint:
-        """What tells the model that made the record from others, by the key weights it was made with."""
+        """Fingerprint of the model that made the record, by the key weights it was made with."""
         return Fingerprint.of_keys({layer.name: layer.project for layer in self.layers}, self.d_text)
 
     def fingerprint_of(self, pipe: Any) -> Fingerprint:
@@ -197,10 +197,7 @@ class AttentionRecord(ImageRecord):
         """
         linear = self._linear_map
         if not isinstance(linear, LinearMap):
-            raise ValueError(
-                "this model normalises its keys, so that its layers do not collapse to one map: keep the record as it "
-                'is, with store="linear"'
-            )
+            raise ValueError('this model normalises its keys: its layers do not collapse, keep store="linear" as it is')
         layers = tuple(replace(layer, queries=None, query_sum=None, maps=()) for layer in self.layers)
         return replace(self, layers=layers, texts={}, kept_map=linear)
 
@@ -236,9 +233,7 @@ class AttentionRecord(ImageRecord):
         ValueError if nothing is left, if the record is `collapsed`, or holds no steps but their sum.
         """
         if self.kept_map is not None:
-            raise ValueError(
-                "this record was collapsed to one map: its layers, steps and heads cannot be taken apart. Select before"
-            )
+            raise ValueError("this record was collapsed to one map: select layers, steps and heads before collapsed()")
         chosen = [layer for layer in self.layers if layers is None or layers(layer)]
         if not chosen or (steps is not None and not len(steps)) or (heads is not None and not len(heads)):
             names = [f"{layer.name} {layer.grid}" for layer in self.layers]
@@ -308,9 +303,5 @@ def require_same_model(records: Sequence[Any]) -> None:
     """
     first, *others = records
     for number, other in enumerate(others, start=1):
-        difference = first.fingerprint.difference(other.fingerprint)
-        if difference:
-            raise ValueError(
-                f"record {number} and record 0 have {difference}: their tokens cannot be mixed. Use "
-                "records of one model, with the same LoRA"
-            )
+        if difference := first.fingerprint.difference(other.fingerprint):
+            raise ValueError(f"record {number} and record 0 have {difference}: use one model, with the same LoRA")

@@ -39,7 +39,7 @@ PROBED = 4  # positions of a pass whose attention is compared with what the laye
 
 @dataclass(eq=False)
 class Reading:
-    """What is collected of one cross-attention in a call."""
+    """Values that are collected of one cross-attention in a call."""
 
     site: Site
     keys: KeyProjection
@@ -61,9 +61,7 @@ class Reading:
             return
         self.made = keys.clone()
         if _differ(keys.flatten(0, 1), self.keys(text.flatten(0, 1).to(self.keys.weight))):
-            raise ValueError(
-                f"{self.site.name} makes other keys than its `to_k` does of the text: its maps are not DAAM's"
-            )
+            raise ValueError(f"{self.site.name} makes other keys than its `to_k` of the text: its maps are not DAAM's")
 
     def see_output(self, output: Tensor, mask: Tensor | None, *, first: bool) -> None:
         """Compare the output at some positions with softmax(q k) v: ValueError in the first pass, else at the end."""
@@ -72,10 +70,8 @@ class Reading:
         error = attention_error(q, k, v, output, self.site.scale, mask).nan_to_num()  # NaN is an error where it is read
         self.error = error if self.error is None else torch.maximum(self.error, error)
         if first and not output.isfinite().all():
-            raise ValueError(
-                f"{self.site.name} computes NaN or infinite values: the model overflows in {output.dtype}. Load it in "
-                "bfloat16 or float32"
-            )
+            values = f"NaN or infinite values: the model overflows in {output.dtype}"
+            raise ValueError(f"{self.site.name} computes {values}. Load it in bfloat16 or float32")
         if first and error > CLOSE.get(output.dtype, CLOSE_IN_FLOAT32):
             raise ValueError(
                 f"{self.site.name} does not compute softmax(q k) v of its text: its processor {_processor(self.site)} "
@@ -85,7 +81,7 @@ class Reading:
 
 @dataclass(eq=False)
 class CallData:
-    """What is collected of one call."""
+    """Values that are collected of one call."""
 
     embeddings: list[TokenEmbeddings]  # the text of each image, as the attentions receive it
     text: Tensor  # (image, token, d_text), the same with the tokens that a mask leaves out
@@ -221,7 +217,7 @@ class AttentionRecorder(Recorder):
             raise ValueError(
                 f"the keys of {site.name} are made of {tuple(received.shape[1:])} values that are not the text of the "
                 f"pass, {tuple(data.text.shape[1:])}: its processor {_processor(site)} reads a part of it, or image "
-                "rows beside it as the first IP-Adapter does. Its maps are not DAAM's"
+                "rows after it as the first IP-Adapter does. Its maps are not DAAM's"
             )
 
     def _after_keys(self, call: Call, data: CallData, site: Site, output: Tensor) -> None:
@@ -333,7 +329,7 @@ class AttentionRecorder(Recorder):
 
     @property
     def sides(self) -> int:
-        """What the sides of a real image must be multiples of."""
+        """Number that the sides of a real image must be multiples of."""
         return self._reader.image_factor
 
     def read_image(self, pixels: Tensor, prompt: str, timesteps: Sequence[int], seed: int) -> AttentionRecord:

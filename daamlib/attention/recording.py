@@ -215,10 +215,8 @@ class Recorder(ModelHooks):
             latents = inputs.sample[rows][:, : self._channels]
             problem = None if call.plan is None else call.plan.problem(inputs, latents)
         if problem:
-            where = f"noise level {inputs.level:g}, pass {len(call.timesteps) + 1}"
-            break_off(
-                call, f"the denoiser was called at {problem} under the images' text ({where}): {NO_STEP}", after=2
-            )
+            where = f"under the images' text (noise level {inputs.level:g}, pass {len(call.timesteps) + 1})"
+            break_off(call, f"the denoiser was called at {problem} {where}: {NO_STEP}", after=2)
             return None
         if call.data is None:
             call.data = self.open_call(call, inputs, rows)
@@ -230,20 +228,18 @@ class Recorder(ModelHooks):
         text, known = self._latest
         if text is not None and text[0] is inputs.text and text[1] == _version(inputs.text):
             return known  # comparing tensors makes a GPU's host wait
-        perturbed = bool(getattr(self.pipe, "do_perturbed_attention_guidance", False))
+        branch, perturbed = self.options.branch, bool(getattr(self.pipe, "do_perturbed_attention_guidance", False))
         try:
             if not self.encodings:
                 raise ValueError(
                     f"{type(self.pipe).__name__} does not embed its prompts by `encode_prompt`: trace cannot tell "
                     "which rows of its batches are the images' prompts"
                 )
-            rows, encoding = rows_of_images(
-                inputs, self.encodings, self.options.branch, self._channels, perturbed=perturbed
-            )
+            rows, encoding = rows_of_images(inputs, self.encodings, branch, self._channels, perturbed=perturbed)
         except ValueError as error:
             break_off(self.call, str(error))
             return None, None
-        if self.options.branch == "unconditional" and encoding.negative is None and not encoding.guided:
+        if branch == "unconditional" and encoding.negative is None and not encoding.guided:
             raise ValueError(
                 'branch="unconditional" needs classifier-free guidance, which is off in this call or pass '
                 f'({len(inputs.sample)} latents): give guidance_scale > 1, or trace branch="conditional"'
@@ -272,8 +268,7 @@ class Recorder(ModelHooks):
             return
         call.timesteps.append(under_way[0].level)
         try:
-            problem = self.end_pass(call)
-            if problem:
+            if problem := self.end_pass(call):
                 break_off(call, problem, after=2)
         except ValueError:
             self._drop(None)
@@ -372,9 +367,8 @@ def _refuse_rounding(caller: FrameType, arguments: dict, result: tuple[int, int]
     scale = max(height / result[0], width / result[1])
     if int(result[0] * scale) > height or int(result[1] * scale) > width:
         raise ValueError(
-            f"use_resolution_binning: an image of {height} x {width} is cut out of one of {result[0]} x "
-            f"{result[1]}, its maps would not lie where its pixels are. Give height={result[0]}, width={result[1]} "
-            "or use_resolution_binning=False"
+            f"use_resolution_binning: an image of {height} x {width} is cut out of one of {result[0]} x {result[1]}: "
+            f"its maps lie elsewhere. Give height={result[0]}, width={result[1]} or use_resolution_binning=False"
         )
 
 

@@ -52,10 +52,8 @@ class SelfAttention:
         # as wide as the queries: the fast kernels of PyTorch take no others
         values = F.pad(maps.T, (0, max(0, width - len(maps)))).expand(1, self.heads, -1, -1)  # (1, head, n, m or more)
         means = []
-        for queries, keys in zip(self.queries, self.keys, strict=True):
-            q, k = (
-                part.to(maps.dtype).unflatten(1, (self.heads, -1)).transpose(0, 1)[None] for part in (queries, keys)
-            )
+        for pair in zip(self.queries, self.keys, strict=True):
+            q, k = (part.to(maps.dtype).unflatten(1, (self.heads, -1)).transpose(0, 1)[None] for part in pair)
             if self.linear:
                 means.append(_linear_attention(q, k, values).mean(dim=1)[0])
             else:
@@ -68,10 +66,7 @@ class SelfAttention:
         for _ in range(iterations):
             refined = self.propagate(refined)
         if not refined.isfinite().all() and maps.isfinite().all():
-            raise ValueError(
-                "the self-attention holds NaN or infinite values, it overflowed as in float16: generate the image in "
-                "bfloat16 or float32"
-            )
+            raise ValueError("the self-attention holds NaN or infinite values: generate in bfloat16 or float32")
         return upsample(refined.unflatten(1, self.grid), (maps.shape[1], maps.shape[2]))
 
     @property
@@ -91,25 +86,25 @@ class SelfAttentionCollector:
         self, heads: int, scale: float, *, mean: bool, linear: bool = False, device: torch.device | None = None
     ):
         self._heads, self._scale, self._mean, self._linear, self._device = heads, scale, mean, linear, device
-        self._stored: list[Any] = []  # of each pass (image, n, n), or (2, image, n, heads * d_head)
+        self.stored: list[Any] = []  # of each pass (image, n, n), or (2, image, n, heads * d_head)
         self._late, self._stride = 0, 1
 
     def add(self, queries: torch.Tensor, keys: torch.Tensor, *, late: bool) -> None:
         """Take one pass: both (image, n, heads * d_head); late: of the less noisy half."""
         if late and not self._late:
-            self._stored = []
+            self.stored = []
         self._late += late
         if not late and self._late:
             return
         if not late:
-            self._stored = [self._of_pass(queries, keys)]
+            self.stored = [self._of_pass(queries, keys)]
         elif self._mean:
-            before = self._stored[0] * ((self._late - 1) / self._late) if self._stored else 0.0
-            self._stored = [before + self._of_pass(queries, keys) / self._late]
+            before = self.stored[0] * ((self._late - 1) / self._late) if self.stored else 0.0
+            self.stored = [before + self._of_pass(queries, keys) / self._late]
         elif (self._late - 1) % self._stride == 0:
-            self._stored.append(self._of_pass(queries, keys))
-            if len(self._stored) > STORED_PASSES:
-                self._stored, self._stride = self._stored[::2], 2 * self._stride
+            self.stored.append(self._of_pass(queries, keys))
+            if len(self.stored) > STORED_PASSES:
+                self.stored, self._stride = self.stored[::2], 2 * self._stride
 
     @without_autocast
     def _of_pass(self, queries: torch.Tensor, keys: torch.Tensor) -> Any:
@@ -125,14 +120,9 @@ class SelfAttentionCollector:
                 total += torch.softmax((q.float() @ k.float().transpose(1, 2)) * self._scale, dim=-1)
         return (total / self._heads).to(device)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return sum(each.nbytes for each in self._stored)
-
     def of_image(self, image: int) -> torch.Tensor:
         """Return (1, n, n) of the image, or its (pass, 2, n, heads * d_head) queries and keys."""
-        return self._stored[0][image, None] if self._mean else torch.stack([each[:, image] for each in self._stored])
+        return self.stored[0][image, None] if self._mean else torch.stack([each[:, image] for each in self.stored])
 
 
 class SelfAttentions:
@@ -163,7 +153,7 @@ class SelfAttentions:
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(collector.nbytes for collector in self.collectors.values())
+        return bytes_of([collector.stored for collector in self.collectors.values()])
 
     def of_image(self, image: int, grid: Callable[[int], tuple[int, int]]) -> SelfAttention | None:
         """Return the self-attention of an image, None if nothing was read; `grid` is that of a number of positions."""
@@ -177,7 +167,7 @@ class SelfAttentions:
 
 
 def _linear_attention(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """(..., n, d_head) queries and keys, (..., n, m) values -> (..., n, m): the values each position attends to."""
+    """Return (..., n, m) values that each position attends to, of (..., n, d_head) queries and keys and such values."""
     queries, keys = F.relu(queries), F.relu(keys)
     totals = queries @ keys.sum(dim=-2).unsqueeze(-1)
     return queries @ (keys.transpose(-2, -1) @ values) / totals.clamp(min=torch.finfo(totals.dtype).tiny)

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from .precision import without_autocast
 
 MAX_BYTES = 2**26  # of attention probabilities held at a time
-IN_CACHE = 2**21  # bytes of attention probabilities that a CPU works on at a time; found by trial
+IN_CACHE = 2**21  # bytes of attention probabilities that a CPU works on at a time; chosen by trial
 QUERIES_IN_CACHE = 3 * 2**20  # bytes of queries, likewise
 SAFE_POWER = 64  # of two: sums of such powers and their reciprocals stay far inside the range of float32
 

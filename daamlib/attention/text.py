@@ -68,7 +68,7 @@ class TokenEmbeddings:
 
     @property
     def rows(self) -> list[int]:
-        """The rows that are not padding."""
+        """Numbers of the rows that are not padding."""
         return [row for row, token in enumerate(self.tokens) if token != PAD]
 
     @property
@@ -84,9 +84,9 @@ class TokenEmbeddings:
         """Return the same on `device`."""
         return TokenEmbeddings(self.values.to(device), self.tokens, self.words)
 
-    def take(self, kept: torch.Tensor) -> "TokenEmbeddings":
+    def take(self, mask: torch.Tensor) -> "TokenEmbeddings":
         """Return the rows that a (m,) mask keeps; a word that loses a row is no word any more."""
-        rows = [row for row, takes_part in enumerate(kept.tolist()) if takes_part]
+        rows = mask.nonzero().flatten().tolist()
         place = {row: number for number, row in enumerate(rows)}
         whole = [word for word in self.words if all(row in place for row in range(word.start, word.stop))]
         words = tuple(Word(word.text, place[word.start], place[word.stop - 1] + 1) for word in whole)
@@ -211,6 +211,4 @@ def texts_of_images(texts: str | Sequence[str | None] | None, images: int) -> tu
 def options_of_images(options: Mapping[str, Any], images: int) -> list[dict[str, Any]]:
     """Return the arguments of `encode_prompt` of each image by itself: of a list of texts, as `prompt_2`, its text."""
     texts = {name: texts_of_images(value, images) for name, value in options.items() if name.startswith("prompt")}
-    return [
-        {name: texts[name][image] if name in texts else options[name] for name in options} for image in range(images)
-    ]
+    return [{**options, **{name: of_image[image] for name, of_image in texts.items()}} for image in range(images)]

@@ -38,8 +38,8 @@ def watch(pipe: Any, method: str, after: After) -> Iterator[None]:
 
 def unwatched(pipe: Any, method: str) -> Callable:
     """Return the method itself, for a call that no trace is to see."""
-    found = getattr(pipe, method)
-    return getattr(found, "original", found)
+    watched = getattr(pipe, method)
+    return getattr(watched, "original", watched)
 
 
 def _wrap(pipe: Any, method: str, original: Callable) -> list[After]:

@@ -21,8 +21,6 @@ with needs("datasets"):
     import pandas as pd
 
 IRREGULAR = {"person": "people"}  # plurals that no rule makes
-
-
 Transform = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
@@ -65,7 +63,7 @@ class Dataset(torch.utils.data.Dataset):
         return pixels.contiguous() / 255, torch.from_numpy(np.ascontiguousarray(labels)).long()
 
     def _transformed(self, transform: Transform, *pair: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What the transform returns. Raises ValueError unless it is an image and its label map, of one size."""
+        """Return what the transform makes. Raises ValueError unless it is an image and its label map, of one size."""
         result: Any = transform(*pair)
         parts = [np.asarray(part) for part in result] if isinstance(result, Sequence) else []
         if [part.ndim for part in parts] == [3, 2] and parts[0].shape == (*parts[1].shape, 3):
@@ -144,11 +142,9 @@ class Dataset(torch.utils.data.Dataset):
         """
         if not self.indices:
             raise ValueError(f"there is no image: none of {self.folder} is selected")
-        without = files.missing(self.folder, ["labels"], self.indices)
-        if without:
-            raise ValueError(
-                f"{len(without)} images of {self.folder} have no label map, such as {without[0]}: {_HOW_TO_LABEL}"
-            )
+        if without := files.missing(self.folder, ["labels"], self.indices):
+            some = f"{len(without)} images of {self.folder}, such as {without[0]},"
+            raise ValueError(f"{some} have no label map: {_HOW_TO_LABEL}")
         files.verify(self.folder, self.settings, self.indices)
 
     def with_class(self, name: str, min_area: float = MIN_AREA, *, in_prompt: bool = True) -> list[int]:
@@ -157,8 +153,7 @@ class Dataset(torch.utils.data.Dataset):
             dataset.with_class("car", min_area=0.1)
 
         Images without a label map are left out and, with `in_prompt`, generated images whose prompt does not name the
-        class (`names`). Raises ValueError if no image has a label map, for a bad share, or a name that is none of
-        `classes`.
+        class (`names`). Raises ValueError if no image has a label map, for a bad share, or a name not in `classes`.
         """
         number, labelled = self.classes.id(name), self.labelled
         if not 0 < min_area <= 1:

@@ -4,12 +4,11 @@
     export.coco(dataset, "out")
     export.overlays(dataset, "out")  # for a quick look
     export.detections(dataset.labels(0))  # the arguments of supervision.Detections
-    export.hugging_face(dataset)  # a datasets.Dataset, which has a push_to_hub of its own
+    export.hugging_face(dataset)  # a datasets.Dataset, which has a push_to_hub
 
-All images of the dataset need a label map; `classes` are names of its own classes (`Dataset.classes`). Every file is
-written whole or not at all. Calling an export again finishes it, or writes its files anew, as after
-`datasets.import_masks`. Files of another dataset in its folders are a ValueError, and so is a damaged image or label
-map.
+All images of the dataset need a label map; `classes` are names of `Dataset.classes`. Every file is written whole or not
+at all. Calling an export again finishes it, or writes its files anew, as after `datasets.import_masks`. Files of
+another dataset in its folders are a ValueError, and so is a damaged image or label map.
 """
 
 import filecmp
@@ -73,7 +72,10 @@ def cityscapes(
     endings = ("gtFine_labelIds.png", "gtFine_labelTrainIds.png")
     _require_same_export(pictures, {stem + "leftImg8bit.png": dataset.path("images", i) for i, stem in stems.items()})
     _require_same_export(maps, {stem + ending: None for stem in stems.values() for ending in endings})
-    _write_classes(folder / CLASSES, names)
+    path, text = folder / CLASSES, json.dumps(names, indent=1) + "\n"
+    if path.is_file() and path.read_text(encoding="utf-8") != text:
+        raise ValueError(f"{path} is of an export with other classes: name another folder, or export with those")
+    files.write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     for i in files.bar(dataset.indices, "Cityscapes"):
         ids = dataset.labels(i)
         files.write_png(maps / (stems[i] + endings[0]), np.where(ids == IGNORED, np.uint8(0), ids))
@@ -106,11 +108,9 @@ def coco(
     dataset.require_labels()
     _require_same_export(folder / split, {f"{i:05d}.png": dataset.path("images", i) for i in dataset.indices})
     images, occurring, path = [], set(categories or ()), folder / "annotations" / f"instances_{split}.json"
-    info: dict[str, Any] = {
-        "description": f"label maps of {table.name} classes",
-        "complete": categories is None and min_pixels == 1,
-    }
-    info |= {} if table.stored() is None else {"classes": table.stored()}
+    complete, stored = categories is None and min_pixels == 1, table.stored()
+    info: dict[str, Any] = {"description": f"label maps of {table.name} classes", "complete": complete}
+    info |= {} if stored is None else {"classes": stored}
 
     def save(temporary: Path) -> None:
         """Write one annotation a line, image by image: those of 100,000 images would fill the memory."""
@@ -142,8 +142,7 @@ def hugging_face(dataset: Dataset) -> Any:
 
     Columns: image (RGB) and label (ids, 255 ignored), both decoded to PIL images when they are looked at; index,
     prompt, seed. `info.description` names the classes. It refers to the files of this dataset's folder, which are read
-    once here; `save_to_disk` and `push_to_hub` copy them. Raises ImportError without the package, ValueError as
-    `cityscapes` does.
+    once here; `save_to_disk` and `push_to_hub` copy them. Raises ImportError without the package, or as `cityscapes`.
     """
     with needs("datasets"):
         import datasets  # Hugging Face's: imports of this package's own are relative
@@ -304,13 +303,6 @@ def _train_ids(classes: Sequence[str] | None, known_as: ClassList) -> tuple[np.n
         for number, name in enumerate(classes, start=1):
             table[known_as.id(name)] = number
     return table, {str(i): names[i] for i in sorted(names)} | {str(IGNORED): "ignored"}
-
-
-def _write_classes(path: Path, classes: dict[str, str]) -> None:
-    text = json.dumps(classes, indent=1) + "\n"
-    if path.is_file() and path.read_text(encoding="utf-8") != text:
-        raise ValueError(f"{path} is of an export with other classes: name another folder, or export with those")
-    files.write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def _check_names(separators: str, **names: str) -> None:

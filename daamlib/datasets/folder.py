@@ -38,7 +38,7 @@ with needs("datasets"):
 FORMAT = "daamlib-dataset-1"
 SETTINGS, MANIFEST = "dataset.json", "manifest.csv"
 SUFFIX = {"images": "png", "labels": "png", "records": "safetensors"}
-# what changes how an image is rounded, besides what was asked for
+# settings that change only how an image is rounded
 ROUNDING = ("batch_size", "device", "threads", "versions")
 COLUMNS = ("model", "weights", "scheduler", "steps", "guidance")  # of the manifest, as in the settings
 MOST_IMAGES = 10**7  # of a folder; more is a mistake
@@ -57,12 +57,12 @@ TYPES = {
 
 
 def file_name(part: str, index: int) -> str:
-    """The path of a file inside the folder, such as images/00007.png."""
+    """Return the path of a file inside the folder, such as images/00007.png."""
     return f"{part}/{index:05d}.{SUFFIX[part]}"
 
 
 def short_hash(parts: Iterable[Any]) -> str:
-    """16 hexadecimal digits of the SHA-256 of bytes, or of arrays' memory, one after the other."""
+    """Return 16 hexadecimal digits of the SHA-256 of bytes, or of arrays' memory, one after the other."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)
@@ -70,7 +70,7 @@ def short_hash(parts: Iterable[Any]) -> str:
 
 
 def missing(folder: Path, parts: Iterable[str], indices: Iterable[int]) -> list[int]:
-    """The indices of images that lack the file of one of the parts."""
+    """Return the indices of images that lack the file of one of the parts."""
     parts = tuple(parts)
     return [i for i in indices if not all((folder / file_name(part, i)).is_file() for part in parts)]
 
@@ -130,7 +130,7 @@ def opened(path: Path, formats: tuple[str, ...] = ("PNG",)) -> Iterator[Image.Im
 
 
 def _has_end(path: Path) -> bool:
-    """Whether a PNG has its last bytes; Pillow does not notice where a few are missing."""
+    """Return whether a PNG has its last bytes; Pillow does not notice where a few are missing."""
     with path.open("rb") as file:
         file.seek(-min(path.stat().st_size, 1024), os.SEEK_END)
         return PNG_END in file.read()
@@ -258,12 +258,6 @@ def common_settings(kind: str, n: int, seed: int = 0, size: tuple[int, int] | No
     }
 
 
-def required_parts(settings: dict[str, Any]) -> list[str]:
-    """Parts that every image must have; label maps may come later, unless a labeller's settings are stored."""
-    labels = settings["kind"] == "rendered" or "label_maps" in settings
-    return ["images"] + ["records"] * bool(settings["keep_steps"]) + ["labels"] * labels
-
-
 def compare(
     folder: Path,
     settings: dict[str, Any],
@@ -300,11 +294,8 @@ def compare(
     differences = [_difference(k, merged.get(k), here.get(k)) for k in {**merged, **here} if k not in ignored]
     if classes is not None and (there["labels"] or "classes" in there):
         differences.append(class_list(there.get("classes")).difference(classes))
-    if any(differences):
-        raise ValueError(
-            f"{folder} was made with other settings ({'; '.join(filter(None, differences))}): use those, or name "
-            "another folder"
-        )
+    if others := "; ".join(filter(None, differences)):
+        raise ValueError(f"{folder} was made with other settings ({others}): use those, or name another folder")
     return merged
 
 
@@ -323,7 +314,7 @@ def begin(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def _merged(there: dict[str, Any], here: dict[str, Any]) -> dict[str, Any]:
-    """`there` with the further images of `here`, if it begins as `there` does, and with its source of label maps."""
+    """Return `there` with the further images of `here`, if it begins as `there` does, and its source of label maps."""
     n, merged = there["images"], dict(there)
     if here["images"] > n and there.get("prompts") == (here["prompts"][:n] if "prompts" in here else None):
         merged |= {name: here[name] for name in ("images", "prompts") if name in here}
@@ -469,7 +460,10 @@ def read_manifest(folder: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
     Raises FileNotFoundError for a missing file, ValueError where the manifest is not that of the settings.
     """
     settings = read_settings(folder)
-    names = [file_name(part, i) for part in required_parts(settings) for i in range(settings["images"])]
+    # label maps may come later, unless a labeller's settings are stored
+    labels = settings["kind"] == "rendered" or "label_maps" in settings
+    parts = ["images"] + ["records"] * bool(settings["keep_steps"]) + ["labels"] * labels
+    names = [file_name(part, i) for part in parts for i in range(settings["images"])]
     lost = [name for name in names if not (folder / name).is_file()]
     if not (folder / MANIFEST).is_file():
         lost.append(MANIFEST)
@@ -493,7 +487,5 @@ def _checked_manifest(folder: Path, settings: dict[str, Any], prompts: list[str]
         expected = manifest(settings, prompts or [row["prompt"] for row in csv.DictReader(io.StringIO(text))])
         if text == expected.to_csv(index=False).replace("\r\n", "\n"):
             return expected
-    raise ValueError(
-        f"{folder / MANIFEST} is not the one that follows from {SETTINGS}: was it edited? Remove it and call generate "
-        "or render again as before"
-    )
+    path = folder / MANIFEST
+    raise ValueError(f"{path} does not follow from {SETTINGS}: was it edited? Remove it, and make the dataset again")

@@ -1,4 +1,4 @@
-"""The one generator of datasets: images, and with a labeller their label maps, whole or not at all."""
+"""Generator of datasets: images, and with a labeller their label maps, whole or not at all."""
 
 import functools
 import inspect
@@ -21,7 +21,6 @@ from ..attention.calls import Store
 from ..attention.joint.families import family_of
 from ..attention.layers import Layer
 from ..attention.record import AttentionRecord
-from ..attention.self_attention import SelfAttention
 from ..classes import Classes, ClassList, class_list
 from ..pipeline import DENOISERS, denoiser_of, generators
 from ..tracing import trace
@@ -110,14 +109,6 @@ def generate(
     return Dataset(generator.folder, manifest.loc[mine])
 
 
-def _check_shard(shard: Any) -> None:
-    if not isinstance(shard, Sequence) or len(shard) != 2:
-        raise TypeError(f"shard is (k, n) with 0 <= k < n, got {shard!r}")
-    k, n = (files.whole_number(f"each number of shard={shard}", number, 0) for number in shard)
-    if not k < n:
-        raise ValueError(f"shard is (k, n) with 0 <= k < n, got {shard}")
-
-
 @dataclass(frozen=True, eq=False)
 class Generator:
     """A pipeline at work on one dataset, whose folder and settings were compared with it once."""
@@ -142,7 +133,11 @@ class Generator:
         **options,
     ) -> "Generator":
         """Compare a dataset with its folder; arguments and errors are those of `generate`, nothing is written yet."""
-        _check_shard(shard)
+        if not isinstance(shard, Sequence) or len(shard) != 2:
+            raise TypeError(f"shard is (k, n) with 0 <= k < n, got {shard!r}")
+        k, n = (files.whole_number(f"each number of shard={shard}", number, 0) for number in shard)
+        if not k < n:
+            raise ValueError(f"shard is (k, n) with 0 <= k < n, got {shard}")
         settings = generation_settings(pipe, prompts, **options)
         drawn = parts = ("images", "records") if settings["keep_steps"] else ("images",)
         given = getattr(labeller, "class_list", None) if classes is None else classes
@@ -164,7 +159,7 @@ class Generator:
         return class_list(self.settings.get("classes"))
 
     @functools.cached_property
-    def _begun(self) -> Path:
+    def _started_folder(self) -> Path:
         """Folder with dataset.json, written with the first image: a call that can draw none leaves nothing."""
         files.begin(self.folder, self.settings)
         return self.folder
@@ -205,7 +200,7 @@ class Generator:
             if "images" in missing:
                 made["images"] = image
             for part, content in made.items():
-                path = self._begun / files.file_name(part, i)
+                path = self._started_folder / files.file_name(part, i)
                 if part == "records":
                     path.parent.mkdir(exist_ok=True)
                     content.save(path)  # whole or not at all, too
@@ -263,9 +258,7 @@ def draw(
     images = [np.array(image.convert("RGB")) for image in made.images]
     shape = images[0].shape[:2]
     if height is not None and shape != (height, width):
-        raise ValueError(
-            f"{type(pipe).__name__} made an image of {shape} pixels for size={(height, width)}: ask for that"
-        )
+        raise ValueError(f"{type(pipe).__name__} made {shape} pixels for size={(height, width)}: ask for that size")
     return images, [None] * len(images) if traced is None else list(traced)
 
 
@@ -286,16 +279,11 @@ def _thinned(record: AttentionRecord, settings: dict[str, Any]) -> AttentionReco
     passes, steps = len(record.timesteps), settings["keep_steps"]  # some schedulers make more passes than steps
     record = record.select(steps=[int((j + 0.5) * passes / steps) for j in range(steps)])
     attention = record.self_attention if settings.get("self_attention") else None
-    averaged = None if attention is None else _averaged(attention)
-    return replace(record, layers=tuple(_halved(layer) for layer in record.layers), self_attention=averaged)
-
-
-def _averaged(attention: SelfAttention) -> SelfAttention:
-    """Return the mean over all steps and layers in float16, in place of their queries and keys."""
-    assert attention.queries is not None  # a record with `keep_steps` holds queries, and so does its self-attention
-    positions = torch.eye(attention.queries.shape[1], device=attention.queries.device)
-    mean = attention.propagate(positions).T.contiguous()
-    return replace(attention, queries=None, keys=None, mean=mean.half())
+    if attention is not None and attention.queries is not None:  # in their place the mean over all steps and layers
+        positions = torch.eye(attention.queries.shape[1], device=attention.queries.device)
+        mean = attention.propagate(positions).T.contiguous()
+        attention = replace(attention, queries=None, keys=None, mean=mean.half())
+    return replace(record, layers=tuple(map(_halved, record.layers)), self_attention=attention)
 
 
 def _halved(layer: Layer) -> Layer:

@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from typing_extensions import override
 
 from ..attention.readers import fingerprint_of
 from ..attention.record import AttentionRecord
@@ -95,7 +96,7 @@ class _RecordLabeller(ABC):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All that a label map depends on besides the image, in JSON's own types."""
+        """Values that a label map depends on, apart from the image, in JSON's own types."""
         return {name: getattr(self, name) for name in ("named_only", "iterations", "edge_aware")}
 
     def __call__(self, image: np.ndarray, record: AttentionRecord | None, prompt: str) -> np.ndarray:
@@ -159,8 +160,8 @@ class TokenLabeller(_RecordLabeller):
         super().__post_init__()
 
     @functools.cached_property
+    @override
     def class_list(self) -> ClassList:
-        """The classes of its label maps."""
         return ids_of(self.tokens) if self.ids is None else class_list(self.ids)
 
     def _reads(self) -> tuple[tuple[str, ...], Any, dict[str, Any]]:
@@ -174,8 +175,8 @@ class TokenLabeller(_RecordLabeller):
         return "linear" if all(sums) else "queries"
 
     @property
+    @override
     def settings(self) -> dict[str, Any]:
-        """All that a label map depends on besides the image, in JSON's own types."""
         plain = [dict(t) if isinstance(t, Mapping) else float(t) for t in (self.threshold, self.ignore_from)]
         tokens = [{"words": list(t.words), "method": t.method, "sha256": _hash(t)} for t in self.tokens]
         margin = {"margin": float(self.margin)} if self.margin else {}  # folders that were begun without it go on
@@ -221,8 +222,8 @@ class WordLabeller(_RecordLabeller):
         return (text_of(self.words),)
 
     @property
+    @override
     def settings(self) -> dict[str, Any]:
-        """All that a label map depends on besides the image, in JSON's own types."""
         return {"words": dict(self.words), "margin": float(self.margin), **super().settings}
 
     def _reads(self) -> tuple[tuple[str, ...], Any, dict[str, Any]]:

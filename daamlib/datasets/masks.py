@@ -77,7 +77,7 @@ def check_masks(source: str | Path, n: int, *, classes: Classes | None = None) -
 
 
 def _opened(source: Path) -> tuple[Path, Any]:
-    """Return the folder of masks (the annotator's is inside of its own) and None, or the JSON file and its content."""
+    """Return the folder of masks (in the annotator's folder: labels) and None, or the JSON file and its content."""
     if source.is_dir():
         return (source / "labels" if (source / PROGRESS).is_file() else source), None
     if not source.is_file():
@@ -115,11 +115,8 @@ def _classes_of(
     table, names = noted
     if not settings["labels"] and "classes" not in settings:
         return table
-    difference = table.difference(dataset.classes, names)
-    if difference:
-        raise ValueError(
-            f"the masks of {source} are of other classes than the label maps of {dataset.folder}: {difference}"
-        )
+    if difference := table.difference(dataset.classes, names):
+        raise ValueError(f"the masks of {source} are of other classes than {dataset.folder}: {difference}")
     return dataset.classes
 
 
@@ -146,10 +143,8 @@ def _require_same_image(source: Path, name: str, image: Image.Image) -> None:
         drawn_on = opened.convert("RGB")
     levels = np.asarray(drawn_on.resize(image.size, Image.Resampling.BOX), float) - np.asarray(image, float)
     if levels.any() if drawn_on.size == image.size else np.abs(levels).mean() > SAME:
-        raise ValueError(
-            f"the mask {name} of {source} was drawn on another image: {path} is not image {name} of this dataset. Take "
-            "the dataset that was annotated"
-        )
+        of_dataset = f"{path} is not image {name} of this dataset"
+        raise ValueError(f"the mask {name} of {source} was drawn on another image: {of_dataset}")
 
 
 def _read(source: Path, coco: Any, numbers: Mapping[str, int], classes: ClassList) -> dict[int, np.ndarray]:
@@ -157,7 +152,10 @@ def _read(source: Path, coco: Any, numbers: Mapping[str, int], classes: ClassLis
     if not numbers:
         raise ValueError(f"there is no image that the masks of {source} could be of")
     if source.is_dir():
-        return _from_folder(source, numbers, classes)
+        paths = sorted(path for path in source.iterdir() if not path.name.startswith("."))
+        if not paths:
+            raise ValueError(f"there are no masks in {source}")
+        return {_number(path.name, numbers): files.read_labels(path, classes) for path in paths}
     try:
         return _from_coco(coco, numbers, classes)
     except (LookupError, TypeError, AttributeError) as error:
@@ -172,13 +170,6 @@ def _number(name: str, numbers: Mapping[str, int]) -> int:
     return numbers[name]
 
 
-def _from_folder(folder: Path, numbers: Mapping[str, int], classes: ClassList) -> dict[int, np.ndarray]:
-    paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    if not paths:
-        raise ValueError(f"there are no masks in {folder}")
-    return {_number(path.name, numbers): files.read_labels(path, classes) for path in paths}
-
-
 def _from_coco(coco: dict[str, Any], numbers: Mapping[str, int], classes: ClassList) -> dict[int, np.ndarray]:
     """Paint annotations in the order of the file, later ones over earlier ones, on 0 (unlabeled).
 
@@ -189,10 +180,7 @@ def _from_coco(coco: dict[str, Any], numbers: Mapping[str, int], classes: ClassL
     unknown = sorted(str(name) for name in names.values() if name not in classes.ids)
     if unknown:
         numbered = {name: number for number, name in names.items()}
-        raise ValueError(
-            f"the categories {unknown} are no {classes.name} labels: rename them, or give the classes of the file, "
-            f"such as classes={numbered}"
-        )
+        raise ValueError(f"{unknown} are no {classes.name} labels: rename them, or give classes={numbered}")
     _require_once("two images have the number", (image["id"] for image in coco["images"]))
     images = {image["id"]: image for image in coco["images"]}
     # of Windows' paths, too
@@ -240,9 +228,7 @@ def _region(segmentation: Any, shape: tuple[int, int], what: str) -> np.ndarray:
         counts, size = segmentation["counts"], segmentation["size"]
         whole = tuple(size) == shape
         if whole and not isinstance(counts, str):
-            whole = (
-                all(isinstance(count, int) and count >= 0 for count in counts) and sum(counts) == shape[0] * shape[1]
-            )
+            whole = all(isinstance(each, int) and each >= 0 for each in counts) and sum(counts) == shape[0] * shape[1]
             segmentation = coco_mask.frPyObjects(segmentation, *shape) if whole else None
         region = coco_mask.decode(segmentation) if whole else None
         # pycocotools leaves the rest of the memory as it was where compressed run lengths are too few
@@ -252,19 +238,14 @@ def _region(segmentation: Any, shape: tuple[int, int], what: str) -> np.ndarray:
     if not segmentation:
         raise ValueError(f"{what} has no mask: a box alone is none")
     for points in segmentation:
-        if not isinstance(points, list) or len(points) < 6 or len(points) % 2 or not all(map(_is_number, points)):
+        numbers = isinstance(points, list) and all(isinstance(x, int | float) and math.isfinite(x) for x in points)
+        if not numbers or len(points) < 6 or len(points) % 2:
             raise ValueError(f"{what} has the polygon {str(points)[:60]}: expected x, y, x, y ... of 3 points or more")
         # pycocotools would cut it off at the border, or write beyond its memory
         if min(points) < -SLACK or max(points[::2]) > shape[1] + SLACK or max(points[1::2]) > shape[0] + SLACK:
-            raise ValueError(
-                f"{what} has a polygon beyond the image, {shape[0]} x {shape[1]} (height x width): was it drawn on "
-                "another size of the image?"
-            )
+            where = f"the image, {shape[0]} x {shape[1]} (height x width)"
+            raise ValueError(f"{what} has a polygon beyond {where}: was it drawn on another size of it?")
     region = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(segmentation, *shape))).astype(bool)
     if not region.any():
         raise ValueError(f"{what} covers no pixel: polygons are in pixels, not in shares of the image")
     return region
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)

@@ -1,7 +1,7 @@
 """Datasets of any size: shards that are made in this process, in several of this machine, or with Ray.
 
 Every worker loads the model once and makes shards as `generate(..., shard=(k, n))` does, so any number of workers or
-machines gives the same files. A worker that dies is replaced and its shard made again; no finished image is.
+machines gives the same files. A worker that dies is replaced, and what is missing of its shard is made.
 """
 
 import logging
@@ -51,8 +51,7 @@ class Job:
         job = Job("dataset", ["a car"] * 8, tokens=["car-token.safetensors"], steps=2)
         dataset = run_shards(job)
 
-    Paths are made absolute. `python -m daamlib.generate` has an option for each attribute, with these lines as its
-    help.
+    Paths are made absolute. `python -m daamlib.generate` has an option for each attribute, with these lines as help.
 
     Attributes:
         folder: of the dataset; with Ray on several machines on a shared file system.
@@ -111,8 +110,7 @@ class Job:
         }
         if self.model is not None and Path(self.model).is_dir():
             absolute["model"] = str(Path(self.model).resolve())
-        for name, value in absolute.items():
-            object.__setattr__(self, name, value)  # the dataclass is frozen
+        vars(self).update(absolute)  # the dataclass is frozen
         self.labeller()
 
     def labeller(self) -> TokenLabeller | None:
@@ -209,7 +207,7 @@ def run_shards(
     if ray:
         made = _with_ray(job, count, workers, address)
     elif workers is None or workers == 1:
-        made = _here(job)
+        made = _in_this_process(job)
     else:
         made = _in_processes(job, count, workers)
     # what was there already is at the bar's beginning: its rate is that of the others
@@ -221,7 +219,7 @@ def run_shards(
     return load(folder, verify=False)  # the workers have read what they did not write
 
 
-def _here(job: Job) -> Iterator[int]:
+def _in_this_process(job: Job) -> Iterator[int]:
     worker, n = Worker(job, expendable=False), len(job.prompts)
     with cpu_threads(job.threads):
         yield from (worker.make((k, n)) for k in range(n))
@@ -301,11 +299,9 @@ def _with_ray(job: Job, count: int, workers: int | None, address: str | None) ->
         room = gpus if on_gpus else cores // job.threads
         size = room if workers is None else workers
         if not 1 <= size <= room:
-            each = "a GPU" if on_gpus else f"{job.threads} CPU cores (--threads)"
-            raise ValueError(
-                f"there is room for {room} workers, asked for {size}: the cluster has {gpus} GPUs and {cores} CPU "
-                f"cores, and each worker takes {each}"
-            )
+            each = f"each takes {'a GPU' if on_gpus else f'{job.threads} CPU cores (--threads)'}"
+            has = f"the cluster has {gpus} GPUs and {cores} CPU cores"
+            raise ValueError(f"there is room for {room} workers, asked for {size}: {has}, {each}")
         takes = {"num_gpus": 1, "num_cpus": 1} if on_gpus else {"num_gpus": 0, "num_cpus": job.threads}
         actor = ray.remote(Worker).options(**takes, max_restarts=-1, max_task_retries=DEATHS - 1)
         place = ray.put(job)

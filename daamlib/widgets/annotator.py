@@ -87,11 +87,7 @@ class Annotator(anywidget.AnyWidget):
 
 
 def annotate(
-    images: Sequence | Dataset,
-    classes: Classes,
-    folder: str | Path,
-    *,
-    proposals: Sequence[np.ndarray] | None = None,
+    images: Sequence | Dataset, classes: Classes, folder: str | Path, *, proposals: Sequence[np.ndarray] | None = None
 ) -> Annotator:
     """Draw masks of some images by hand: the last line of a notebook's cell.
 

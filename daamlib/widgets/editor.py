@@ -79,7 +79,7 @@ def grow(image: np.ndarray, seeds: np.ndarray) -> np.ndarray:
 
 
 def _points(points: ArrayLike, least: int, shape: tuple[int, int]) -> np.ndarray:
-    """(2, n): y and x of the points, in scikit-image's coordinates, where a pixel's centre is a whole number."""
+    """Return (2, n): y and x of the points in scikit-image's coordinates, whole numbers at the pixels' centres."""
     try:
         array = np.asarray(points, float)
     except (TypeError, ValueError) as error:
@@ -126,7 +126,7 @@ class LabelEditor:
 
     @property
     def can_undo(self) -> int:
-        """How many steps can be taken back."""
+        """Number of steps that can be taken back."""
         return len(self._steps) - 1
 
     def brush(self, points: ArrayLike, radius: float, value: int) -> None:

@@ -25,31 +25,19 @@ METHODS = {"ldaam": "LDAAM", "ov-daam": "OV-DAAM", "daam": "DAAM", "token": "opt
 class ExplorerState:
     """All that can be chosen, in plain values.
 
-    Attributes:
-        word: shown in the map.
-        text: in which the word is read (LDAAM, OV-DAAM), "" for the word alone; DAAM reads the prompt.
-        method: one of `METHODS`.
-        steps: (first, last), both included, numbered from 0 as in `record.select`.
-        grids: (h, w) of the layers that take part.
-        threshold: of the map scaled to its own [0, 1].
-        opacity: of the map over the image, in [0, 1].
-        colour_map: one of `COLOUR_MAPS`.
-        token_path: of the method "token".
-        refined: whether the map is propagated along the image's self-attention.
-
     Raises TypeError for a word, text or path that is no string, ValueError for what no record could be read with.
     """
 
-    word: str
-    text: str
-    method: str
-    steps: tuple[int, int]
-    grids: tuple[tuple[int, int], ...]
-    threshold: float = 0.5
-    opacity: float = 0.65
-    colour_map: str = "magma"
-    token_path: str = ""
-    refined: bool = False
+    word: str  #: shown in the map
+    text: str  #: in which the word is read (LDAAM, OV-DAAM), "" for the word alone; DAAM reads the prompt
+    method: str  #: one of `METHODS`
+    steps: tuple[int, int]  #: (first, last), both included, numbered from 0 as in `record.select`
+    grids: tuple[tuple[int, int], ...]  #: (h, w) of the layers that take part
+    threshold: float = 0.5  #: of the map scaled to its own [0, 1]
+    opacity: float = 0.65  #: of the map over the image, in [0, 1]
+    colour_map: str = "magma"  #: one of `COLOUR_MAPS`
+    token_path: str = ""  #: of the method "token"
+    refined: bool = False  #: whether the map is propagated along the image's self-attention
 
     def __post_init__(self) -> None:
         for name in ("word", "text", "token_path"):
@@ -70,23 +58,14 @@ class ExplorerState:
 
 @dataclass(frozen=True, eq=False)
 class ExplorerResult:
-    """Arrays of one image under a state; all None but the message where it cannot be read.
+    """Arrays of one image under a state; all None but the message where it cannot be read."""
 
-    Attributes:
-        heat: (H, W) float32, the map at the image's size, scaled to its own [0, 1].
-        mask: (H, W) bool, heat > threshold.
-        iou: of the mask; like the curve None without a true mask.
-        thresholds: (101,) in [0, 1].
-        curve: (101,), the IoU at each threshold.
-        message: what was wrong, "" if nothing.
-    """
-
-    heat: np.ndarray | None = None
-    mask: np.ndarray | None = None
-    iou: float | None = None
-    thresholds: np.ndarray | None = None
-    curve: np.ndarray | None = None
-    message: str = ""
+    heat: np.ndarray | None = None  #: (H, W) float32, the map at the image's size, scaled to its own [0, 1]
+    mask: np.ndarray | None = None  #: (H, W) bool, heat > threshold
+    iou: float | None = None  #: of the mask; like the curve None without a true mask
+    thresholds: np.ndarray | None = None  #: (101,) in [0, 1]
+    curve: np.ndarray | None = None  #: (101,), the IoU at each threshold
+    message: str = ""  #: what was wrong, "" if nothing
 
 
 class ExplorerModel(traitlets.HasTraits):
@@ -137,8 +116,7 @@ class ExplorerModel(traitlets.HasTraits):
         Raises TypeError for an unknown name or a value of another type, ValueError for another bad value.
         """
         known = [part.name for part in fields(ExplorerState)]
-        unknown = sorted(set(values) - set(known))
-        if unknown:
+        if unknown := sorted(set(values) - set(known)):
             raise TypeError(f"the explorer has no {', '.join(unknown)}: expected {', '.join(known)}")
         state = replace(self.state, **values)
         if (state.grids, state.steps) != (self.state.grids, self.state.steps):
@@ -206,9 +184,7 @@ class ExplorerModel(traitlets.HasTraits):
         if state.method == "daam":
             maps = selected.daam()
             if maps.words and not occurrences(word, maps.words):
-                raise ValueError(
-                    f"{word!r} is not in the prompt, which DAAM reads: choose OV-DAAM or LDAAM for any word"
-                )
+                raise ValueError(f"{word!r} is not in the prompt, which DAAM reads: choose OV-DAAM or LDAAM")
             return maps[word]
         read = selected.ldaam if state.method == "ldaam" else selected.daam
         return read(state.text if state.text.strip() else word)[word]

@@ -17,7 +17,7 @@ CAPTION = "line-height:1.4;padding-top:2px"
 
 
 def cut_out(image: np.ndarray, mask: np.ndarray, true_mask: np.ndarray | None = None) -> np.ndarray:
-    """(H, W, 3) uint8: the image inside the mask, nearly black outside, and the outline of the true mask."""
+    """Return (H, W, 3) uint8: the image inside the mask, nearly black outside, and the outline of the true mask."""
     pixels = np.where(mask[..., None], image, image // 6)
     if true_mask is not None:
         pixels[find_boundaries(true_mask, mode="inner")] = OUTLINE
@@ -25,7 +25,7 @@ def cut_out(image: np.ndarray, mask: np.ndarray, true_mask: np.ndarray | None = 
 
 
 def png(picture: Image.Image | np.ndarray) -> bytes:
-    """PNG of a picture, or of (H, W, 3) uint8 pixels, compressed for speed."""
+    """Return a picture, or (H, W, 3) uint8 pixels, as a PNG that is compressed for speed."""
     buffer = io.BytesIO()
     picture = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
     picture.save(buffer, format="PNG", compress_level=1)
@@ -33,7 +33,7 @@ def png(picture: Image.Image | np.ndarray) -> bytes:
 
 
 def figure(picture: Image.Image | np.ndarray, alt: str, caption: str) -> str:
-    """A picture with its text and caption as HTML."""
+    """Return a picture with its text and caption as HTML."""
     data = base64.b64encode(png(picture)).decode("ascii")
     return (
         f'<figure style="margin:0;width:{WIDTH}px"><img alt="{html.escape(alt)}" '

@@ -1,4 +1,4 @@
-"""What labels are worth: a small segmentation network trained on a Cityscapes-style folder, tested on another.
+"""Worth of labels: a small segmentation network trained on a Cityscapes-style folder, tested on another.
 
     export.cityscapes(dataset, "out", split="train", classes=("car", "person"))
     export.cityscapes(test_set, "out", split="val", classes=("car", "person"))
@@ -54,7 +54,7 @@ class Labelled:
         return len(self.images)
 
     def take(self, indices: Sequence[int]) -> "Labelled":
-        """Some of the images, in this order."""
+        """Return some of the images, in this order."""
         return replace(self, images=self.images[list(indices)], targets=self.targets[list(indices)])
 
     def __add__(self, other: "Labelled") -> "Labelled":
@@ -66,7 +66,7 @@ class Labelled:
 
 
 def read(folder: str | Path, *, split: str = "train", side: int | None = None) -> Labelled:
-    """One split of a folder that `export.cityscapes` wrote with its `classes` named, in the order of the files' names.
+    """Return a split of a folder of `export.cityscapes` with named `classes`, in the order of the files' names.
 
     Args:
         folder: With `classes.json`, `leftImg8bit` and `gtFine`.
@@ -161,7 +161,7 @@ def train(
     """A `new_network` trained for `steps` batches of `data`, ready to `evaluate`.
 
     Each image comes once, in an order of `seed`, before any comes again, see `augment`. AdamW; a one-cycle schedule,
-    its peak found by trial on rendered scenes; on a CPU one thread, so the same arguments give the same weights.
+    its peak chosen by trial on rendered scenes; on a CPU one thread, so the same arguments give the same weights.
 
     Args:
         data: Images of 32 px or more.
@@ -227,40 +227,40 @@ def predict(model: SegformerForSemanticSegmentation, images: np.ndarray, *, batc
     """
     if model.training:
         raise ValueError("the network is in training mode: call model.eval() first")
-    found = np.empty(images.shape[:3], np.uint8)
+    predicted = np.empty(images.shape[:3], np.uint8)
     with cpu_threads(1):
         for start in range(0, len(images), batch):
             logits = model(_pixels(images[start : start + batch]).to(model.device)).logits
             logits = F.interpolate(logits, images.shape[1:3], mode="bilinear", align_corners=False)
-            found[start : start + batch] = logits.argmax(dim=1).cpu().numpy()
-    return found
+            predicted[start : start + batch] = logits.argmax(dim=1).cpu().numpy()
+    return predicted
 
 
-def ious(found: np.ndarray, data: Labelled) -> dict[str, float]:
-    """The IoU of every class, over the pixels of all images but those of 255.
+def ious(predicted: np.ndarray, data: Labelled) -> dict[str, float]:
+    """Return the IoU of every class, over the pixels of all images but those of 255.
 
     Args:
-        found: (n, H, W) uint8, the number of a class at each pixel.
+        predicted: (n, H, W) uint8, the number of a class at each pixel.
         data: The images with their true labels.
 
     Returns:
         Percent by class, and their mean as "mean".
 
     Raises:
-        ValueError: `found` is of another shape, or the data lack a class, whose IoU would mean nothing.
+        ValueError: `predicted` is of another shape, or the data lack a class, whose IoU would mean nothing.
     """
-    if found.shape != data.targets.shape:
-        raise ValueError(f"expected what was found in images of {data.targets.shape}, got {found.shape}")
+    if predicted.shape != data.targets.shape:
+        raise ValueError(f"expected predictions of images of {data.targets.shape}, got {predicted.shape}")
     absent = [name for i, name in enumerate(data.classes) if not (data.targets == i).any()]
     if absent:
         raise ValueError(f"no image shows {', '.join(absent)}: test on more images")
     metric = MulticlassJaccardIndex(num_classes=len(data.classes), average=None, ignore_index=IGNORED)
-    values = 100 * metric(torch.from_numpy(found), torch.from_numpy(data.targets).long())
+    values = 100 * metric(torch.from_numpy(predicted), torch.from_numpy(data.targets).long())
     return dict(zip(data.classes, values.tolist(), strict=True)) | {"mean": float(values.mean())}
 
 
 def evaluate(model: SegformerForSemanticSegmentation, data: Labelled) -> dict[str, float]:
-    """The `ious` of what the model finds. Raises ValueError too if the data have other classes than the model."""
+    """Return the `ious` of the model's predictions. Raises ValueError too if the data have other classes."""
     names = tuple(name for _, name in sorted(model.config.id2label.items()))  # type: ignore[union-attr]
     if names != data.classes:
         raise ValueError(f"the network was trained on the classes {names}, these images are labelled by {data.classes}")
@@ -268,7 +268,7 @@ def evaluate(model: SegformerForSemanticSegmentation, data: Labelled) -> dict[st
 
 
 def _pixels(images: np.ndarray) -> torch.Tensor:
-    """(B, H, W, 3) uint8 -> (B, 3, H, W) in [-1, 1]."""
+    """Return (B, H, W, 3) uint8 pixels as (B, 3, H, W) in [-1, 1]."""
     return torch.from_numpy(images).movedim(-1, 1).float() / 127.5 - 1
 
 

@@ -55,13 +55,13 @@ class Example:
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """What `compare` found.
+    """Results of `compare`.
 
     Attributes:
         results: COLUMNS and `split` (train | test); percent, low and high bound the 95 % interval over images.
         curves: split, method, optimised, refined, train_images, class, threshold, miou (percent).
         tokens: (method, k, class) -> the token of k training images.
-        refined_tokens: Likewise of the refined rows: LDAAM's read the layers and steps that `choose_settings` found in
+        refined_tokens: Likewise of the refined rows: LDAAM's read the layers and steps that `choose_settings` chose in
             the training images, DAAM's are the same as above.
         test_images: class -> the numbers of its test examples, the same for every method.
         test_counts: (method, k, refined, class) -> what was counted on them; k is 0 for the plain method.
@@ -202,7 +202,7 @@ def refined_map(
 
 
 def _among_street_words(record: AttentionRecord, name: str) -> torch.Tensor:
-    """(H, W): DAAM of the word of class `name` in one text of all `STREET_WORDS`, or of these and a class beside."""
+    """Return (H, W) DAAM of the word of class `name` in one text of all `STREET_WORDS`, and of another class."""
     if name not in STREET_WORDS:
         return record.daam(text_of(STREET_WORDS | {name: name}))[name]
     if record not in _STREET_MAPS:
@@ -392,11 +392,11 @@ def thesis_values() -> pd.DataFrame:
 
 
 def with_thesis(results: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """{ground truth: `Comparison.results`} -> one table with the column `ground_truth` and the thesis' numbers.
+    """Return {ground truth: `Comparison.results`} as one table, with `ground_truth` and the thesis' numbers as columns.
 
-    thesis: of Tables 4.2 and 4.3, beside the plain rows and those of the largest number of training images.
-    thesis_samples: of the table by number of training images. The thesis refined nothing: beside refined rows there
-    are none.
+    thesis: of Tables 4.2 and 4.3, in the plain rows and those of the largest number of training images.
+    thesis_samples: of the table by number of training images. The thesis refined nothing: in refined rows there are
+    none.
     """
     table = pd.concat([frame.assign(ground_truth=name) for name, frame in results.items()], ignore_index=True)
     return _beside_thesis(table)[["ground_truth", "split", *COLUMNS, "thesis", "thesis_samples"]]
@@ -427,7 +427,7 @@ def claims(results: pd.DataFrame) -> pd.DataFrame:
     here, few, many = _test_miou(results), *(pick(k for k in results.train_images if k) for pick in (min, max))
     of_thesis = thesis_values()
     tables = of_thesis[of_thesis.table == "4.2"]
-    beside = _test_miou(tables.assign(train_images=many * tables.optimised))  # beside our largest number
+    beside = _test_miou(tables.assign(train_images=many * tables.optimised))  # compared with our largest number
     samples = _test_miou(of_thesis[of_thesis.table == "samples"])
     rows = []
     for table, by_number, one, most in ((beside, samples, 1, 5), (here, here, few, many)):
@@ -460,12 +460,12 @@ def claims(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def _only(name: str, names: Sequence[str]) -> bool | None:
-    """Whether a name is the only one; None where it is one of several."""
+    """Return whether a name is the only one; None where it is one of several."""
     return None if name in names and len(names) > 1 else name in names
 
 
 def _test_miou(table: pd.DataFrame) -> pd.Series:
-    """(method, train_images, class) -> maximum mIoU on the test images."""
+    """Return the maximum mIoU on the test images by (method, train_images, class)."""
     table = table[(table.split == "test") & (table.metric == "max_miou")]
     return table.set_index(["method", "train_images", "class"]).value.sort_index()
 

@@ -56,7 +56,7 @@ def read_metrics(output_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{dotted name: value} of the leaves of nested dicts; `prefix` is what all names begin with."""
+    """Return {dotted name: value} of the leaves of nested dicts; `prefix` begins all names."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
         found |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}

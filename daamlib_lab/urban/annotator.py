@@ -173,7 +173,7 @@ def annotate(
 
 
 def _logits(model, pixels: torch.Tensor, scale: float) -> torch.Tensor:
-    """(B, 3, H, W) -> (B, C, H, W) logits of the pixels enlarged by `scale`."""
+    """Return (B, C, H, W) logits of (B, 3, H, W) pixels enlarged by `scale`."""
     size = [round(side * scale) for side in pixels.shape[-2:]]
     logits = model(F.interpolate(pixels, size, mode="bilinear", align_corners=False)).logits
     return F.interpolate(logits.float(), pixels.shape[-2:], mode="bilinear", align_corners=False)

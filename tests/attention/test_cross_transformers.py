@@ -566,7 +566,7 @@ def test_what_is_needed_is_known_after_the_first_step(family, device):
         pytest.param(
             "guidance",
             marks=pytest.mark.supports(
-                family="Sana Sprint", feature="refused", note="its noise levels are of a schedule of its own"
+                family="Sana Sprint", feature="refused", note="its noise levels are of another schedule"
             ),
         ),
         "fused",

@@ -25,7 +25,7 @@ from tiny_joint import PROMPT, explicit, generate, hooks_of, shared, traced
 import daamlib
 from daamlib.attention.joint.families import family_of
 from daamlib.attention.joint.maps import concept_map, lone_word, open_vocabulary_daam, prompt_daam
-from daamlib.attention.joint.reading import passes_to_keep
+from daamlib.attention.joint.reading import passes_to_read
 from daamlib.attention.joint.stream import Stream
 
 FAMILIES = list(tiny_joint.BUILDERS)
@@ -159,7 +159,7 @@ def test_daam_of_the_prompt_equals_explicit_probabilities(family):
     assert torch.equal(maps["car"], maps.values[same].mean(dim=0)) and at in same
 
 
-@supports("any text", "The model makes the kept passes again, with the text beside them.")
+@supports("any text", "The model runs the stored passes again, with the text in addition.")
 def test_words_read_later_equal_those_read_while_generating(family):
     record, (bare,) = shared_record(family), traced(shared(family))
     assert record.words == tuple(WORDS) and bare.words == ()
@@ -188,7 +188,7 @@ def test_a_concept_map_read_later_equals_the_one_read_while_generating(family):
             bare.concept_map(bad)
 
 
-@supports("lone word", "`record.ldaam(word)` alone: a stream of its own, not linear in the word's embedding.")
+@supports("lone word", "`record.ldaam(word)` alone: a separate text, not linear in the word's embedding.")
 def test_a_lone_word_has_a_stream_of_its_own_and_no_softmax(family):
     record, pipe = shared_record(family), shared(family)
     maps = record.ldaam("tree")
@@ -392,7 +392,7 @@ def test_several_calls_and_nested_traces():
 
 @pytest.mark.parametrize(("count", "kept"), [(1, {0}), (4, {0, 1, 2, 3}), (6, {0, 2, 3, 5}), (28, {3, 10, 17, 24})])
 def test_four_passes_are_kept(count, kept):
-    assert passes_to_keep(count) == kept
+    assert passes_to_read(count) == kept
 
 
 def test_an_aborted_call_leaves_no_record():

@@ -271,9 +271,7 @@ def test_videos_are_refused():
         pass
 
 
-@pytest.mark.supports(
-    family="Custom Diffusion", feature="refused", note="its attention processors make keys of their own"
-)
+@pytest.mark.supports(family="Custom Diffusion", feature="refused", note="its attention processors make other keys")
 def test_keys_of_a_processors_own_are_refused(fresh):
     pipe = fresh("sd1")
     attention = pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from ..readers.sites import embedder_of
-from ..readers.words import side_by_side
 from ..text import TokenEmbeddings, Word, require_text
 from .families import Family
 from .maps import TOLERANCE
@@ -57,9 +56,8 @@ class JointTexts:
         same = (now[rows].to(then) - then).norm(dim=1) <= tolerance * then.norm(dim=1)  # each token: of each encoder
         if len(rows) < given.length or not same.all():
             raise ValueError(
-                "the pipeline's text encoders do not embed this record's prompt as they did (was a LoRA loaded or "
-                "unloaded since, or is it another model?): a new text would not fit the image. Bring the pipeline back "
-                "to what it was"
+                "the pipeline's text encoders do not embed this record's prompt as they did, so a new text would not "
+                "fit the image: was a LoRA loaded or unloaded since? Bring the pipeline back to what it was"
             )
 
     def named(self, prompts: Mapping[str, str] | None, values: torch.Tensor) -> TokenEmbeddings:
@@ -67,12 +65,9 @@ class JointTexts:
         if prompts is None:
             return TokenEmbeddings.unnamed(values)
         try:
-            names = self.family.names(self.pipe, prompts, len(values))
+            return TokenEmbeddings(values, *self.family.names(self.pipe, prompts, len(values)))
         except AttributeError as error:
-            raise ValueError(
-                f"the tokens of a prompt cannot be named, {error}: give trace.loop the text None in the prompt's place"
-            ) from error
-        return TokenEmbeddings(values, *side_by_side([(names, len(values))]))
+            raise ValueError(f"a prompt's tokens cannot be named, {error}: give trace.loop the text None") from error
 
     def encode(self, text: str, options: Mapping[str, Any]) -> TokenEmbeddings:
         """Return the tokens of any text without padding, those of each encoder in turn (SD 3: CLIP's, then T5's).
@@ -81,10 +76,10 @@ class JointTexts:
         """
         require_text(text)
         values = self.embed(text, options)
-        found = self.named({"prompt": text}, values).without_padding()
-        if len(found.words) < len(self.family.names(self.pipe, {"prompt": text}, MANY)[1]):
+        named = self.named({"prompt": text}, values).without_padding()
+        if len(named.words) < len(self.family.names(self.pipe, {"prompt": text}, MANY)[1]):
             raise ValueError(f"the text is longer than the text encoder reads, {len(values)} rows: shorten {text!r}")
-        return found
+        return named
 
 
 def encode_words(pipe: Any, family: Family, words: Sequence[str], options: Mapping[str, Any]) -> TokenEmbeddings:

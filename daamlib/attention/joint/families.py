@@ -1,4 +1,4 @@
-"""What is particular to each family of joint models: one description each."""
+"""Descriptions of the families of joint models, one each."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +19,7 @@ NOT_LINEAR = (  # why there is no linear map, and what there is
 
 @dataclass(frozen=True)
 class Family:
-    """How one family of joint models is read."""
+    """Description of how one family of joint models is read."""
 
     name: str
     denoiser: str  # the name of the class of `pipe.transformer`
@@ -52,13 +52,13 @@ def family_of(pipe: Any) -> Family | None:
 
 
 def _packed(latents: torch.Tensor) -> torch.Tensor:
-    """(1, channel, h, w) -> (1, h/2 * w/2, 4 * channel): squares of 2 x 2, a position each."""
+    """Return (1, channel, h, w) latents as (1, h/2 * w/2, 4 * channel): squares of 2 x 2, a position each."""
     squares = latents.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # (1, c, h/2, 2, w/2, 2)
     return squares.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 def _default_guidance(pipe: Any, latents: torch.Tensor) -> torch.Tensor | None:
-    """The guidance scale that the pipeline would embed by itself, for a model with guidance embedded."""
+    """Return the guidance scale that the pipeline would embed by itself, for a model with guidance embedded."""
     if not denoiser_of(pipe).config.guidance_embeds:
         return None
     scale = inspect.signature(pipe.__call__).parameters["guidance_scale"].default

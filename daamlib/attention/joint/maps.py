@@ -24,7 +24,7 @@ CHECKED = 4  # positions at which the attention's output is compared with its fo
 
 @dataclass(frozen=True, eq=False)
 class JointAttention:
-    """What one joint attention computes of the image and a text in one pass."""
+    """Tensors of one joint attention of the image and a text in one pass."""
 
     name: str  # its module path in the denoiser
     scale: float  # s
@@ -41,11 +41,11 @@ class JointAttention:
         parts = [part.transpose(1, 2).flatten(2) for part in (self.queries, self.image_keys, self.text_keys)]
         parts += [self.image_vectors, self.image_vectors[:, :0] if self.text_vectors is None else self.text_vectors]
         dtype = torch.promote_types(self.queries.dtype, torch.float32)
-        found = []
+        products = []
         for part in parts:
             rows, columns = (random_signs(size, seed=3).to(part.device, dtype) for size in part.shape[1:])
-            found.append(((rows @ part.to(dtype)) * columns).sum(dim=2))
-        return torch.stack(found, dim=1)
+            products.append(((rows @ part.to(dtype)) * columns).sum(dim=2))
+        return torch.stack(products, dim=1)
 
     @without_autocast
     def require_softmax(self) -> None:
@@ -133,7 +133,7 @@ def concept_map(
 
 
 def _scores(image: JointAttention, text: JointAttention, pool: torch.Tensor) -> torch.Tensor:
-    """(n, h, k, p): s q . k."""
+    """Return s q . k, (n, h, k, p)."""
     dtype = torch.promote_types(image.queries.dtype, torch.float32)
     keys = pool.to(text.text_keys.device, dtype) @ text.text_keys.to(dtype) * image.scale
     return keys @ image.queries.to(dtype).transpose(2, 3)

@@ -12,7 +12,9 @@ import torch
 
 from ...pipeline import denoiser_of, uncompiled
 from ..placement import on_device
+from ..text import TokenEmbeddings
 from ..watch import alone, unwatched
+from .encoding import averages
 from .families import Family
 from .maps import TOLERANCE, Formulae, JointAttention, Sums, concept_map, open_vocabulary_daam, prompt_daam
 from .stream import Stream, check_readable, take_rows
@@ -55,12 +57,12 @@ def _tuples(value: Any) -> Any:
     return tuple(value) if all(isinstance(part, int) for part in value) else [_tuples(part) for part in value]
 
 
-def passes_to_keep(count: int) -> set[int]:
+def passes_to_read(count: int) -> set[int]:
     """Return the numbers of the passes to read, of `count`: the middles of four equal parts of the call, or all."""
     return {int((part + 0.5) * count / STORED) for part in range(STORED)} if count > STORED else set(range(count))
 
 
-def keep_arguments(arguments: Mapping[str, Any], row: int, known: Mapping[str, Any]) -> dict[str, Any]:
+def copy_arguments(arguments: Mapping[str, Any], row: int, known: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy of the arguments of one image, a row of a pass, to re-run it; none of a pass with a ControlNet.
 
     A tensor that equals that of an earlier pass (`known`), as the text's does, is shared with it.
@@ -83,8 +85,7 @@ def keep_arguments(arguments: Mapping[str, Any], row: int, known: Mapping[str, A
 def check_arguments(family: Family, denoiser: Any, arguments: Mapping[str, Any]) -> tuple[int, int]:
     """Return the grid of a pass' positions. ValueError for a pass of more than one text and one image."""
     for name in ("joint_attention_kwargs", "attention_kwargs"):
-        further = sorted(set(arguments.get(name) or {}) - {"scale"})
-        if further:
+        if further := sorted(set(arguments.get(name) or {}) - {"scale"}):
             raise ValueError(f"the transformer is called with {name} of {further}, as an IP-Adapter: not supported")
     check_readable(denoiser)
     grid = family.grid(denoiser, arguments)
@@ -108,20 +109,21 @@ def check_arguments(family: Family, denoiser: Any, arguments: Mapping[str, Any])
     return grid
 
 
-def while_generating(pool: torch.Tensor | None) -> Formulae:
+def while_generating(words: TokenEmbeddings | None) -> Formulae:
     """Return what is read while generating: DAAM of the prompt, and of extra words, with their concept map."""
+    pool = None if words is None else averages(words)
 
     def formulae(image: JointAttention, texts: tuple[JointAttention, ...]) -> dict[str, torch.Tensor | None]:
-        found: dict[str, torch.Tensor | None] = {PROMPT: prompt_daam(image)}
+        maps: dict[str, torch.Tensor | None] = {PROMPT: prompt_daam(image)}
         if pool is not None:
-            found[WORDS] = open_vocabulary_daam(image, texts[0], pool)
-            found[CONCEPTS] = concept_map(image, texts[0], pool)
-        return found
+            maps[WORDS] = open_vocabulary_daam(image, texts[0], pool)
+            maps[CONCEPTS] = concept_map(image, texts[0], pool)
+        return maps
 
     return formulae
 
 
-def make_again(
+def rerun(
     pipe: Any,
     family: Family,
     calls: Sequence[Mapping[str, Any]],

@@ -19,7 +19,7 @@ from ..text import TokenEmbeddings, check_embeddings
 from .encoding import JointTexts, averages, check_words, encode_words
 from .families import NOT_LINEAR, Family, family_of
 from .maps import Formula, Formulae, JointAttention, Sums, concept_map, lone_word, open_vocabulary_daam
-from .reading import CONCEPTS, PROMPT, WORDS, Calls, make_again, while_generating
+from .reading import CONCEPTS, PROMPT, WORDS, Calls, rerun, while_generating
 from .stream import attentions
 
 
@@ -59,15 +59,16 @@ class JointRecord(ImageRecord):
 
     @property
     def layers(self) -> tuple[Block, ...]:
-        """The joint attention of each block that is read. ValueError for a record without a pipeline."""
-        family = self._family()
-        found = _attentions(denoiser_of(self.pipe), family)
-        blocks = (Block(name, self.grid, module.heads) for name, module in found.items())
+        """The first joint attention of each block that is read. ValueError for a record without a pipeline."""
+        family, denoiser = self._family(), denoiser_of(self.pipe)
+        names = {module: name.replace("_orig_mod.", "") for name, module in denoiser.named_modules()}
+        first = [attentions(block)[0] for part in family.blocks for block in getattr(denoiser, part)]
+        blocks = (Block(names[module], self.grid, module.heads) for module in first)
         return tuple(block for block in blocks if self.selected is None or block.name in self.selected)
 
     @property
     def device(self) -> torch.device:
-        """Where the record's tensors lie; passes are re-run where the pipeline computes."""
+        """Device of the record's tensors; passes are re-run where the pipeline computes."""
         return self.maps[PROMPT].device
 
     @property
@@ -188,7 +189,7 @@ class JointRecord(ImageRecord):
         if numbers == every and len(names) == len(blocks):
             return part
         words = [self._encode_words(self.words)] if self.words else []
-        sums = part._run(words, while_generating(averages(words[0]) if words else None))
+        sums = part._run(words, while_generating(words[0] if words else None))
         return replace(part, maps={name: self._on_grid(values) for name, values in sums.items()})
 
     def probe_map(self, layers: Sequence[str] | None = None) -> LinearMap:
@@ -236,13 +237,13 @@ class JointRecord(ImageRecord):
         return encode_words(texts.pipe, texts.family, words, self.embedded_with)
 
     def _run(self, texts: Sequence[TokenEmbeddings], formulae: Formulae) -> Sums:
-        """Return what `make_again` makes of the blocks that are read."""
+        """Return what `rerun` makes of the blocks that are read."""
         family, values = self._family(), [text.values for text in texts]
 
         def of_selected(image: JointAttention, further: tuple[JointAttention, ...]) -> Mapping[str, Any]:
             return formulae(image, further) if self.selected is None or image.name in self.selected else {}
 
-        return make_again(self.pipe, family, self.calls, values, of_selected, self.computed)
+        return rerun(self.pipe, family, self.calls, values, of_selected, self.computed)
 
     def _of_tokens(self, embeddings: torch.Tensor | TokenEmbeddings, formula: Formula) -> HeatMaps:
         """Return the map that a formula makes of each token of a text."""
@@ -266,37 +267,27 @@ class JointRecord(ImageRecord):
         return self._on_grid(sums[WORDS])
 
     def _on_grid(self, maps: torch.Tensor) -> torch.Tensor:
-        """(1, m, h * w) -> (m, H, W) where the record lies."""
+        """Return (1, m, h * w) maps as (m, H, W) where the record lies."""
         return _finite(maps[0].unflatten(1, self.grid).to(self.device))
 
 
 def _finite(maps: torch.Tensor) -> torch.Tensor:
-    """The maps; ValueError for NaN or infinite values."""
+    """Return the maps; ValueError for NaN or infinite values."""
     if not maps.isfinite().all():
-        raise ValueError(
-            "the maps hold NaN or infinite values: the attention overflowed, as in float16. Generate the image in "
-            "bfloat16 or float32"
-        )
+        raise ValueError("the maps hold NaN or infinite values, as float16 overflows: generate in bfloat16 or float32")
     return maps
 
 
 def chosen_layers(record: JointRecord, layers: Sequence[str] | None) -> list[str]:
-    """The attentions of these names, in the order of the blocks; ValueError for an unknown one."""
+    """Return the names of these attentions, in the order of the blocks; ValueError for an unknown one."""
     known = record.layer_names()
     if layers is not None and (not len(layers) or set(layers) - set(known)):
         raise ValueError(f"the layers are {known}, got {list(layers)}")
     return [name for name in known if layers is None or name in layers]
 
 
-def _attentions(denoiser: Any, family: Family) -> dict[str, Any]:
-    """The joint attention of each block, the first in it, by name."""
-    names = {module: name.replace("_orig_mod.", "") for name, module in denoiser.named_modules()}
-    first = [attentions(block)[0] for part in family.blocks for block in getattr(denoiser, part)]
-    return {names[module]: module for module in first}
-
-
 def fingerprint_of_joint(pipe: Any) -> Fingerprint:
-    """The fingerprint of a pipeline as it is now, by all its linear layers. ValueError if it is no such pipeline.
+    """Return the fingerprint of a pipeline as it is now, by all its linear layers. ValueError for another kind.
 
     Whatever changes the state of image or text changes what a text reads; so all layers count, not the keys' alone.
     """
@@ -314,7 +305,7 @@ def fingerprint_of_joint(pipe: Any) -> Fingerprint:
 
 
 def _linear_layers(module: torch.nn.Module, name: str = "") -> Iterator[tuple[str, Any]]:
-    """The linear layers of a module by name, each with the LoRA in it."""
+    """Yield the linear layers of a module by name, each with the LoRA in it."""
     for part, child in module.named_children():
         path = f"{name}.{part}" if name else part
         if hasattr(child, "in_features") and hasattr(child, "out_features"):

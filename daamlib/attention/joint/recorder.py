@@ -16,10 +16,10 @@ from ..real_images import add_noise, check_levels, latents_of
 from ..recording import Recorder, break_off
 from ..text import TokenEmbeddings, texts_of_images
 from ..watch import is_running
-from .encoding import EMBEDDED_WITH, JointTexts, averages, check_words, encode_words
+from .encoding import EMBEDDED_WITH, JointTexts, check_words, encode_words
 from .families import NOT_LINEAR, Family
-from .maps import Formulae, Sums
-from .reading import Calls, check_arguments, keep_arguments, make_again, passes_to_keep, while_generating
+from .maps import Sums
+from .reading import Calls, check_arguments, copy_arguments, passes_to_read, rerun, while_generating
 from .record import JointRecord, fingerprint_of_joint
 from .stream import Stream, check_readable
 
@@ -30,7 +30,7 @@ FURTHER = ("prompt_2", "prompt_3")  # arguments of `encode_prompt` that name a p
 
 @dataclass(eq=False)
 class CallData:
-    """What is stored of one call."""
+    """Values that are stored of one call."""
 
     grid: tuple[int, int]  # (h, w) of the image's positions
     words: TokenEmbeddings | None  # extra texts that are read while generating
@@ -122,7 +122,7 @@ class JointRecorder(Recorder):
             check=self.check_text(self._texts, texts, options),
             calls=[[] for _ in texts],
             timesteps=[],
-            sums=Sums((lambda image, texts: {}) if call.in_loop else _formulae(extra)),
+            sums=Sums((lambda image, texts: {}) if call.in_loop else while_generating(extra)),
         )
 
     @override
@@ -132,12 +132,12 @@ class JointRecorder(Recorder):
             break_off(call, problem)
             return
         planned = call.planned or len(self.pipe.scheduler.timesteps)
-        if not in_loop and len(call.timesteps) not in passes_to_keep(planned):
+        if not in_loop and len(call.timesteps) not in passes_to_read(planned):
             return
         data.timesteps.append(inputs.level)
         numbers = range(len(inputs.sample))[rows] if isinstance(rows, slice) else rows
         for stored, row in zip(data.calls, numbers, strict=True):
-            stored.append(keep_arguments(inputs.arguments, row, stored[-1] if stored else {}))
+            stored.append(copy_arguments(inputs.arguments, row, stored[-1] if stored else {}))
         # how many passes a loop makes is not known: of each is stored what it computed, and some are re-run for maps
         texts = [] if data.words is None or in_loop else [data.words.values]
         self._stream.begin(inputs.arguments, rows, texts, data.sums.read, strict=not call.timesteps)
@@ -165,7 +165,7 @@ class JointRecorder(Recorder):
         if not data.timesteps:
             raise ValueError("it ended before the first pass that is read")
         numbers = range(len(data.timesteps))
-        chosen = sorted(passes_to_keep(len(numbers))) if call.in_loop else list(numbers)
+        chosen = sorted(passes_to_read(len(numbers))) if call.in_loop else list(numbers)
         timesteps = [data.timesteps[number] for number in chosen]
         records = []
         for image, (names, stored) in enumerate(zip(data.prompts, data.calls, strict=True)):
@@ -173,7 +173,7 @@ class JointRecorder(Recorder):
             computed = sums.computed(image, len(stored))[chosen]
             if call.in_loop:
                 texts = [] if data.words is None else [data.words.values]
-                sums, row = make_again(self.pipe, self._family, calls, texts, _formulae(data.words), computed), 0
+                sums, row = rerun(self.pipe, self._family, calls, texts, while_generating(data.words), computed), 0
             options = {name: value for name, value in call.options[image].items() if name in EMBEDDED_WITH}
             fields = {"grid": data.grid, "embedded_with": options, "encoder_check": data.check, "words": self._words}
             record = self._record(names, timesteps, calls, sums, row, computed=computed, **fields)
@@ -202,7 +202,7 @@ class JointRecorder(Recorder):
 
     @property
     def sides(self) -> int:
-        """What the sides of a real image must be multiples of."""
+        """Number that the sides of a real image must be multiples of."""
         return self._family.sides(self.pipe)
 
     def read_image(self, pixels: torch.Tensor, prompt: str, timesteps: Sequence[int], seed: int) -> JointRecord:
@@ -219,13 +219,8 @@ class JointRecorder(Recorder):
         calls: list[dict[str, Any]] = []
         for noisy, level in zip(add_noise(latents, [(1 - s, s) for s in levels], seed), levels, strict=True):
             arguments = self._family.arguments(self.pipe, noisy.to(self.denoiser.dtype), level, encoded)
-            calls.append(keep_arguments(arguments, 0, calls[-1] if calls else {}))
+            calls.append(copy_arguments(arguments, 0, calls[-1] if calls else {}))
         grid = check_arguments(self._family, self.denoiser, calls[0])
-        sums, prompts = make_again(self.pipe, self._family, calls, [], while_generating(None)), {"prompt": prompt}
+        sums, prompts = rerun(self.pipe, self._family, calls, [], while_generating(None)), {"prompt": prompt}
         names, computed = (self._texts.named(prompts, encoded[0][0]), prompts), sums.computed(0, len(calls))
         return self._record(names, timesteps, calls, sums, 0, grid=grid, words=(), computed=computed)
-
-
-def _formulae(words: TokenEmbeddings | None) -> Formulae:
-    """Return what is read while generating, of the prompt and of extra words."""
-    return while_generating(None if words is None else averages(words))

@@ -35,7 +35,7 @@ BATCHED = (  # arguments of a pass or a block with a row for each image
 
 
 class Pass(NamedTuple):
-    """What is read of a pass; see `Stream.begin`."""
+    """A pass that is read; see `Stream.begin`."""
 
     arguments: Mapping[str, Any]
     rows: Rows
@@ -214,8 +214,12 @@ class Stream:
             # rows after the images' are perturbed copies of them: what splits the batch must be given the whole of it
             whole = self._whole_batch or range(batch)[inputs.rows].stop != batch
             own, rows = (kwargs, inputs.rows) if whole else (take_rows(kwargs, inputs.rows), slice(None))
-            if self._states is None:
-                self._states = self._first_states(inputs, kwargs["encoder_hidden_states"][inputs.rows])
+            if self._states is None:  # before the first block; an off-loaded denoiser is there when it is called
+                like = kwargs["encoder_hidden_states"][inputs.rows]
+                lengths = map(len, inputs.texts)
+                self._tables = [self._family.rotary(self._denoiser, inputs.arguments, length) for length in lengths]
+                states = [self._family.embed(self._denoiser, text[None].to(like)) for text in inputs.texts]
+                self._states = [state.expand(len(like), -1, -1) for state in states]
             texts = [self._call_again(block, own, number, rows) for number in range(len(inputs.texts))]
         self._read += 1
         inputs.read(found, tuple(texts))
@@ -227,14 +231,6 @@ class Stream:
                 "was it skipped by a cache, or were its layers replaced inside the `with`, as a LoRA does?"
             )
         return self._found.pop()
-
-    # -- the second call -----------------------------------------------------------------------------------------
-
-    def _first_states(self, inputs: Pass, like: torch.Tensor) -> list[torch.Tensor | None]:
-        """Return the texts' states before the first block; an off-loaded denoiser is there when it is called."""
-        self._tables = [self._family.rotary(self._denoiser, inputs.arguments, len(text)) for text in inputs.texts]
-        states = [self._family.embed(self._denoiser, text[None].to(like)) for text in inputs.texts]
-        return [state.expand(len(like), -1, -1) for state in states]
 
     def _call_again(self, block: Any, kwargs: Mapping[str, Any], number: int, rows: slice) -> JointAttention:
         """Call the block again with a text in the prompt's place, and store its next state; `rows` are the images'."""
@@ -256,14 +252,12 @@ class Stream:
 
 def take_rows(arguments: Mapping[str, Any], rows: slice) -> dict[str, Any]:
     """Return arguments of a pass or a block with only some rows of its batch; the very tensors if those are all."""
-    batch = len(arguments["hidden_states"])
-    found = dict(arguments)
-    if range(batch)[rows] != range(batch):
-        for name in BATCHED:
-            value = found.get(name)
-            if isinstance(value, torch.Tensor) and value.ndim and len(value) == batch:
-                found[name] = value[rows]
-    return found
+    batch, part = len(arguments["hidden_states"]), dict(arguments)
+    for name in BATCHED if range(batch)[rows] != range(batch) else ():
+        value = part.get(name)
+        if isinstance(value, torch.Tensor) and value.ndim and len(value) == batch:
+            part[name] = value[rows]
+    return part
 
 
 def attentions(block: torch.nn.Module) -> list[Any]:

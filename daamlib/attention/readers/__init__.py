@@ -26,8 +26,8 @@ UNREAD = {  # classes of denoisers -> why they are not read, where there is more
     "StableAudio3DiTModel": AUDIO,
     "AceStepTransformer1DModel": AUDIO,
     "LongCatAudioDiTTransformer": AUDIO,
-    "Kandinsky3UNet": "a U-Net of a kind of its own; no reader knows it yet",
-    "DreamLiteUNetModel": "a U-Net of a kind of its own; no reader knows it yet",
+    "Kandinsky3UNet": "a U-Net of another kind; no reader knows it yet",
+    "DreamLiteUNetModel": "a U-Net of another kind; no reader knows it yet",
 }
 SPACE_TIME = "its positions are of time, height and width (also where it makes one image), maps are of height and width"
 
@@ -51,9 +51,8 @@ def reader_of(pipe: Any, *, middle: bool = False, stream: str | None = None) -> 
         streams = [reader.stream for reader in readers if reader.stream]
         raise ValueError(f"{type(pipe).__name__} has no text stream {stream!r}: {streams or 'it reads one text'}")
     raise TypeError(
-        "expected a diffusers pipeline with a U-Net (Stable Diffusion 1.x, 2.x, XL, AudioLDM2) or with a transformer "
-        f"of PixArt, Sana, SD 3, SD 3.5, Flux.1 or Qwen-Image, got {type(pipe).__name__} with a {kind}, which no "
-        "reader knows"
+        "expected a diffusers pipeline with a U-Net (SD 1.x, 2.x, XL, AudioLDM2) or a transformer of PixArt, Sana, "
+        f"SD 3, SD 3.5, Flux.1 or Qwen-Image, got {type(pipe).__name__} with a {kind}, which no reader knows"
     )
 
 

@@ -74,9 +74,8 @@ class T5Reader(UNetReader):
         values, tokenizer = text if mask is None else text[mask > 0], self.pipe.tokenizer_2
         if prompt is None:
             return TokenEmbeddings.unnamed(values)
-        return TokenEmbeddings(
-            values, *read_pieces(tokenizer, token_ids(tokenizer, prompt, tokenizer.model_max_length))
-        )
+        ids = token_ids(tokenizer, prompt, tokenizer.model_max_length)
+        return TokenEmbeddings(values, *read_pieces(tokenizer, ids))
 
     @override
     def count(self, text: str, options: EmbedOptions) -> tuple[int, int]:

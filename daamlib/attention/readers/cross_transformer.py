@@ -63,15 +63,15 @@ class CrossTransformerReader(Reader):
                 stack.callback(module.to_k.register_forward_pre_hook(hook).remove)
             self.denoiser.forward(**arguments)
             expected = self.project(text)
-        for name, found in received.items():
-            if found.shape[1] == PROBE_TOKENS and not torch.allclose(found, expected.to(found), rtol=1e-2, atol=1e-2):
+        for name, each in received.items():
+            if each.shape[1] == PROBE_TOKENS and not torch.allclose(each, expected.to(each), rtol=1e-2, atol=1e-2):
                 raise ValueError(f"the text changes on its way to {name}: its attention is not read exactly")
         return received
 
     @functools.cached_property
     @override
     def sites(self) -> tuple[Site, ...]:
-        names = [name for name, found in self._received.items() if found.shape[1] == PROBE_TOKENS]
+        names = [name for name, received in self._received.items() if received.shape[1] == PROBE_TOKENS]
         if not names:
             raise ValueError(
                 f"no text reaches an attention's `to_k` in the {type(self.denoiser).__name__} of this pipeline: only "
@@ -88,7 +88,7 @@ class CrossTransformerReader(Reader):
     @functools.cached_property
     @override
     def self_sites(self) -> tuple[Site, ...]:
-        names = [name for name, found in self._received.items() if found.shape[1] == PROBE_POSITIONS]
+        names = [name for name, received in self._received.items() if received.shape[1] == PROBE_POSITIONS]
         late = names[len(names) // 2 :]
         return tuple(self._site(name) for name in late[:: -(-len(late) // SELF_LAYERS)])
 
@@ -124,9 +124,7 @@ class CrossTransformerReader(Reader):
     def grid(self, latent: tuple[int, int], positions: int) -> tuple[int, int]:
         h, w = (side // self.denoiser.config.patch_size for side in latent)
         if h * w != positions:
-            raise ValueError(
-                f"{positions} positions are not the {h} x {w} patches of a {latent[0]} x {latent[1]} latent"
-            )
+            raise ValueError(f"{positions} positions are not the {h} x {w} patches of latents of {latent}")
         return h, w
 
     @property

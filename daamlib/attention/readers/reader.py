@@ -117,8 +117,8 @@ class Reader(abc.ABC):
                 f"shorten it by {count - context} tokens: {text!r}"
             )
         embedded, mask = self.encode_prompt(text, options)
-        found = self.named(text, embedded[0], None if mask is None else mask[0], options)
-        return found if padding else found.without_padding()
+        named = self.named(text, embedded[0], None if mask is None else mask[0], options)
+        return named if padding else named.without_padding()
 
     def embed(self, prompt: str, options: EmbedOptions) -> Tensor:
         """Return the (m, d_text) embeddings of a prompt by `encode_prompt` with these options."""

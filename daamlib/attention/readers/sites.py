@@ -14,7 +14,7 @@ from ..watch import unwatched
 
 EMBED = ("encode_prompt", "_encode_prompt")  # methods that embed prompts; an older pipeline has the second alone
 HARMLESS = ("offload", "casting", "autocast", "tracker")  # hooks of diffusers that leave what a layer computes as it is
-PROBE = 256.0  # a power of two: a bias beside weights so much larger costs them no digits in half precision
+PROBE = 256.0  # a power of two: next to weights so much larger a bias costs no digits in half precision
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,9 +86,7 @@ def embedder_of(pipe: Any) -> Callable[..., Any]:
     """Return the pipeline's method that embeds prompts, past a trace that watches it. ValueError if it has none."""
     name = next((name for name in EMBED if hasattr(pipe, name)), None)
     if name is None or "prompt" not in inspect.signature(getattr(pipe, name)).parameters:  # LEDITS++'s embeds edits
-        raise ValueError(
-            f"{type(pipe).__name__} has no `encode_prompt` of a prompt: give embeddings to daam_from or ldaam_from"
-        )
+        raise ValueError(f"{type(pipe).__name__} has no `encode_prompt(prompt)`: use daam_from or ldaam_from")
     return unwatched(pipe, name)
 
 

@@ -38,7 +38,17 @@ class UNetReader(Reader):
     @functools.cached_property
     @override
     def self_sites(self) -> tuple[Site, ...]:
-        return tuple(_self_sites(self.denoiser))
+        sites = []
+        for name, module in self.denoiser.named_modules():
+            if name.startswith(UP) and hasattr(module, "transformer_blocks"):
+                # the last `attn1` of each transformer in the up blocks, where objects differ most
+                last = len(module.transformer_blocks) - 1
+                attention = module.transformer_blocks[last].attn1
+                if attention is not None and not attention.is_cross_attention:
+                    name = f"{name}.transformer_blocks.{last}.attn1".replace("_orig_mod.", "")
+                    width, scale = attention.to_k.in_features, float(attention.scale)
+                    sites.append(Site(name, attention, attention.to_q, attention.heads, scale, width))
+        return tuple(sites)
 
     @property
     @override
@@ -63,8 +73,7 @@ class UNetReader(Reader):
         if sample.ndim != 4 or len(text) != len(sample):
             raise ValueError(
                 f"the U-Net was called with latents of shape {tuple(sample.shape)} and a text of shape "
-                f"{tuple(text.shape)}: expected (batch, channel, height, width) and (batch, token, width); videos "
-                "cannot be traced"
+                f"{tuple(text.shape)}: expected (batch, channel, height, width) and (batch, token, width), no videos"
             )
         mask = arguments.get("encoder_attention_mask")
         return Pass(sample, arguments["timestep"], text, None if mask is None else mask > 0)
@@ -82,12 +91,12 @@ class UNetReader(Reader):
         config, latents = self.denoiser.config, self.pipe.vae.config.latent_channels
         if config.in_channels != latents:
             raise ValueError(
-                f"this U-Net takes {config.in_channels} channels, the VAE makes {latents}: it is given an image beside "
+                f"this U-Net takes {config.in_channels} channels, the VAE makes {latents}: it is given an image after "
                 "the noisy one, as for inpainting, depth or editing. A real image is read by a text-to-image model"
             )
         if getattr(config, "encoder_hid_dim_type", None) not in (None, "text_proj"):
             raise ValueError(
-                f"this U-Net is given images beside the text ({config.encoder_hid_dim_type}, an IP-Adapter's "
+                f"this U-Net is given images next to the text ({config.encoder_hid_dim_type}, an IP-Adapter's "
                 "image_embeds): call pipe.unload_ip_adapter() before a real image is read"
             )
 
@@ -124,12 +133,12 @@ class UNetReader(Reader):
     def named(self, prompt: str | None, text: Tensor, mask: Tensor | None, options: EmbedOptions) -> TokenEmbeddings:
         values, context = self.project(text[None])[0], None if prompt is None else self._context(options)
         if prompt is None or len(values) != context:  # a pipeline may make other rows, as of a text in several parts
-            found = TokenEmbeddings.unnamed(values)
+            text_rows = TokenEmbeddings.unnamed(values)
         else:
             tokenizer = self._tokenizer[0]
             names = read_names(tokenizer, token_ids(tokenizer, self._converted(prompt), context))
-            found = TokenEmbeddings.padded(values, *names, left=tokenizer.padding_side == "left")
-        return found if mask is None else found.take(mask.bool())
+            text_rows = TokenEmbeddings.padded(values, *names, left=tokenizer.padding_side == "left")
+        return text_rows if mask is None else text_rows.take(mask.bool())
 
     def _context(self, options: EmbedOptions) -> int:
         """Return the number of rows that a text is padded to."""
@@ -147,7 +156,7 @@ class UNetReader(Reader):
 
     @property
     def _tokenizer(self) -> tuple[Any, int]:
-        """The one whose tokens are shown, and its context length: the first of SDXL's two, its refiner's only one."""
+        """Tokenizer whose tokens are shown, and its context length: the first of SDXL's two, its refiner's only one."""
         second = self.pipe.tokenizer is None
         tokenizer = self.pipe.tokenizer_2 if second else self.pipe.tokenizer
         config = getattr(self.pipe.text_encoder_2 if second else self.pipe.text_encoder, "config", None)
@@ -161,7 +170,7 @@ class UNetReader(Reader):
 
 
 def cross_attentions(unet: Any, *, middle: bool) -> Iterator[Site]:
-    """The cross-attentions of a U-Net. ValueError if there is none that DAAM can read."""
+    """Yield the cross-attentions of a U-Net. ValueError if there is none that DAAM can read."""
     if getattr(unet.config, "class_embed_type", None) == "simple_projection":
         raise ValueError(
             "this U-Net is given its text as one CLAP vector, as AudioLDM's and MusicLDM's are: there are no text "
@@ -192,15 +201,3 @@ def cross_attentions(unet: Any, *, middle: bool) -> Iterator[Site]:
         if hasattr(module.processor, "to_k_custom_diffusion"):
             raise ValueError(f"the processor of {name} has keys of its own (Custom Diffusion): its maps are not DAAM's")
         yield Site(name, module, module.to_q, module.heads, float(module.scale), module.cross_attention_dim)
-
-
-def _self_sites(unet: torch.nn.Module) -> Iterator[Site]:
-    """The last self-attention (`attn1`) of each transformer in the up blocks, where objects differ most."""
-    for name, module in unet.named_modules():
-        if name.startswith(UP) and hasattr(module, "transformer_blocks"):
-            last = len(module.transformer_blocks) - 1
-            attention = module.transformer_blocks[last].attn1
-            if attention is not None and not attention.is_cross_attention:
-                name = f"{name}.transformer_blocks.{last}.attn1".replace("_orig_mod.", "")
-                width = attention.to_k.in_features
-                yield Site(name, attention, attention.to_q, attention.heads, float(attention.scale), width)
