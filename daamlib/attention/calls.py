@@ -1,6 +1,7 @@
 """Parts of a traced call: its records, its passes and their noise levels, and custom loops."""
 
 import functools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ class Options:
     middle: bool = False
     stream: str | None = None
     words: tuple[str, ...] = ()
+    max_bytes: float | None = 0.5
 
 
 class Trace(Sequence[Any]):
@@ -279,4 +281,5 @@ class Call:
     in_loop: bool  # whether it is a custom loop
     data: Any = None  # what the recorder collects
     timesteps: list[float] = field(default_factory=list)  # of the passes made
+    limit: float = math.inf  # bytes that its records may take
     broken: str | None = None  # why it will leave no record

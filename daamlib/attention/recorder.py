@@ -25,12 +25,11 @@ from .readers.sites import Site, refuse_caches
 from .real_images import add_noise, check_levels, latents_of, noise_levels
 from .record import AttentionRecord
 from .recording import Recorder, break_off
-from .self_attention import LARGEST, LATE, SelfAttentions
+from .self_attention import LARGEST, LATE, STORED_PASSES, SelfAttentions
 from .softmax import attention_error
 from .text import TokenEmbeddings, texts_of_images
 from .watch import alone, see_input, see_output, unwatched
 
-MOST_PASSES = 128  # that room is made for at once
 CLOSE = {torch.float16: 0.03, torch.bfloat16: 0.1}  # relative differences that rounding explains
 CLOSE_IN_FLOAT32 = 1e-3
 UNMOVED = {torch.float16: 2**-9, torch.bfloat16: 2**-6}  # of one text's keys in batches of other sizes: two roundings
@@ -253,7 +252,7 @@ class AttentionRecorder(Recorder):
     def _collector(self, call: Call, site: Site, queries: Tensor, to_k: KeyProjection) -> Collector:
         device, data = self.options.device, call.data
         if self.options.store == "queries":
-            return Queries(min(call.planned or 4, MOST_PASSES), device)
+            return Queries(call.planned or 1, device)
         if self.options.store == "linear":
             return QuerySum(device)
         layer = Layer(site.name, self._reader.grid(data.latent, queries.shape[1]), site.heads, site.scale, to_k)
@@ -281,7 +280,10 @@ class AttentionRecorder(Recorder):
                 f"self_attention=True needs a self-attention with at most {LARGEST} positions, of which this model has "
                 f"none that can be read at latents of {data.latent}"
             )
-        self.trace.bytes_needed = data.nbytes
+        more = 0
+        if first and self.options.store == "queries":  # of the self-attention's further passes
+            more = data.self_attention.nbytes * (min(call.planned or 1, STORED_PASSES) - 1)
+        self.trace.bytes_needed = data.nbytes + more
         return None
 
     def _after_self_queries(self, call: Call, data: CallData, site: Site, output: Tensor) -> None:
