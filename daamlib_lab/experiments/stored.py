@@ -259,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         floors[truth] = {w: [100 * images.mask(i, w).mean() for i in images.with_class(w)] for w in CLASSES}
         if len(done[truth]) == options.draws:
             continue
-        examples = load_examples(images, pipe, timesteps=TIMESTEPS if truth == "rendered" else None)
+        examples = load_examples(images, pipe, timesteps=TIMESTEPS if truth == "rendered" else None, in_memory=True)
         for draw in range(len(done[truth]), options.draws):
             done[truth].append(one_draw(examples, draw, losses=draw < options.losses))
             path.write_bytes(pickle.dumps(done[truth]))
