@@ -79,7 +79,7 @@ class ClassList:
         if strange:
             some = ", ".join(f"{name} {number}" for name, number in list(self.ids.items())[:3])
             some = some if self.name != CITYSCAPES.name else "car 26 or 0 for unlabeled"
-            raise ValueError(f"{what} has the values {strange[:5]}: expected {self.name} ids, such as {some}")
+            raise ValueError(f"{what} has the values {strange[:5]}, no {self.name} ids: expected such as {some}")
 
     def stored(self) -> dict[str, list[Any]] | None:
         """Return what a file says of the list, and `class_list` reads; None for Cityscapes, which no file names."""

@@ -153,7 +153,8 @@ def denoiser_of(pipe: Any) -> Any:
         denoiser = getattr(pipe, part, None)
         if isinstance(denoiser, torch.nn.Module):
             return _unwrapped(denoiser)
-    raise TypeError(f"expected a diffusers pipeline with a U-Net or a transformer, got {type(pipe).__name__}")
+    kind = type(pipe).__name__
+    raise TypeError(f"expected a diffusers pipeline with a U-Net or a transformer, got {kind}: DAAM reads these alone")
 
 
 def _unwrapped(module: Any) -> Any:

@@ -488,4 +488,4 @@ def _checked_manifest(folder: Path, settings: dict[str, Any], prompts: list[str]
         if text == expected.to_csv(index=False).replace("\r\n", "\n"):
             return expected
     path = folder / MANIFEST
-    raise ValueError(f"{path} does not follow from {SETTINGS}: was it edited? Remove it, and make the dataset again")
+    raise ValueError(f"{path} is not the one that follows from {SETTINGS}: remove it, and make the dataset again")

@@ -86,7 +86,7 @@ def embedder_of(pipe: Any) -> Callable[..., Any]:
     """Return the pipeline's method that embeds prompts, past a trace that watches it. ValueError if it has none."""
     name = next((name for name in EMBED if hasattr(pipe, name)), None)
     if name is None or "prompt" not in inspect.signature(getattr(pipe, name)).parameters:  # LEDITS++'s embeds edits
-        raise ValueError(f"{type(pipe).__name__} has no `encode_prompt(prompt)`: use daam_from or ldaam_from")
+        raise ValueError(f"{type(pipe).__name__} has no `encode_prompt` of a prompt: use daam_from or ldaam_from")
     return unwatched(pipe, name)
 
 
