@@ -9,7 +9,7 @@ curves, as in the thesis (its Table 4.3 shows it), so its maximum has one thresh
 import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -57,10 +57,6 @@ class Example:
     def record(self) -> AttentionRecord:
         """The image's attention."""
         return self.source() if callable(self.source) else self.source
-
-    def loaded(self) -> "Example":
-        """Return the example with its record in memory."""
-        return Example(self.record, self.masks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,9 +119,9 @@ def load_examples(
         return trace_image(pipe, dataset.image(i), prompt=dataset.manifest.prompt[i], **options)
 
     for i in tqdm(sorted(set().union(*shown.values())), desc="attention", disable="CI" in os.environ):
-        example = Example(partial(read, i), {name: dataset.mask(i, name) for name in classes if i in shown[name]})
-        loaded = example.loaded() if in_memory or not examples else None  # the first shows whether there are records
-        examples.append(loaded if in_memory and loaded else example)
+        masks = {name: dataset.mask(i, name) for name in classes if i in shown[name]}
+        record = read(i) if in_memory or not examples else None  # the first shows whether there are records
+        examples.append(Example(record if in_memory and record else partial(read, i), masks))
     return examples
 
 
@@ -256,7 +252,7 @@ def compare(
     runs = [(method, k) for method in ("DAAM", "LDAAM") for k in (0, *train_images)]  # 0: plain
     maps, images, tokens, refined_tokens = {}, {}, {}, {}
     for name in tqdm(classes, desc="fit", disable="CI" in os.environ):
-        loaded = [example.loaded() for example in splits[name][0]]
+        loaded = [replace(example, source=example.record) for example in splits[name][0]]
         for method, k in runs:
             (train, test), key = splits[name], (method, k, name)
             if k:
@@ -287,7 +283,7 @@ def _count_each(examples: Sequence[Example], maps: Mapping[Any, tuple]) -> dict[
     rows: dict[Any, dict[int, metrics.ThresholdCounts]] = {key: {} for key in maps}
     for number, example in enumerate(tqdm(examples, desc="evaluate", disable="CI" in os.environ)):
         if keys := [key for key in maps if number in maps[key][0]]:
-            loaded = example.loaded()
+            loaded = replace(example, source=example.record)
             for key in keys:
                 _, name, method, token, iterations = maps[key]
                 rows[key][number] = count([loaded], name, method, token, iterations=iterations)
