@@ -625,9 +625,7 @@ def test_a_call_that_would_take_too_much_is_refused_in_its_first_step(sd1_pipe):
     with daamlib.trace(sd1_pipe) as trace:
         generate(sd1_pipe, ["a car", "a tree"], num_inference_steps=4)
     needed = trace.bytes_needed
-    message = (
-        r'2 images of 4 steps, take .* GiB of max_bytes: give store="maps" or "linear".*half.*store_device'
-    )
+    message = r'2 images of 4 steps, take .* GiB of max_bytes: give store="maps" or "linear".*half.*store_device'
     with pytest.raises(ValueError, match=message), daamlib.trace(sd1_pipe, max_bytes=needed - 1) as trace:
         generate(sd1_pipe, ["a car", "a tree"], num_inference_steps=4, **note)
     assert steps == [] and len(trace) == trace.bytes_needed == 0
