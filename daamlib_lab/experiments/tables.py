@@ -110,7 +110,7 @@ def load_examples(
         ValueError: There are no records to read.
     """
     shown = {name: set(dataset.with_class(name)) for name in classes}
-    examples = []
+    examples: list[Example] = []
 
     def read(i: int) -> AttentionRecord:
         if timesteps is None:
