@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -34,6 +34,13 @@ class Options:
     stream: str | None = None
     words: tuple[str, ...] = ()
     max_bytes: float | None = 0.5
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("branch", self.branch, Branch), ("store", self.store, Store)):
+            if value not in get_args(known):
+                raise ValueError(f"{name} must be one of {get_args(known)}, got {value!r}")
+        if self.max_bytes is not None and not self.max_bytes > 0:
+            raise ValueError(f"max_bytes must be positive, or None, got {self.max_bytes!r}")
 
 
 class Trace(Sequence[Any]):

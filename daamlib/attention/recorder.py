@@ -25,7 +25,7 @@ from .readers.sites import Site, refuse_caches
 from .real_images import add_noise, check_levels, latents_of, noise_levels
 from .record import AttentionRecord
 from .recording import Recorder, break_off
-from .self_attention import LARGEST, LATE, STORED_PASSES, SelfAttentions
+from .self_attention import LARGEST, LATE, SelfAttentions
 from .softmax import attention_error
 from .text import TokenEmbeddings, texts_of_images
 from .watch import alone, see_input, see_output, unwatched
@@ -280,10 +280,7 @@ class AttentionRecorder(Recorder):
                 f"self_attention=True needs a self-attention with at most {LARGEST} positions, of which this model has "
                 f"none that can be read at latents of {data.latent}"
             )
-        more = 0
-        if first and self.options.store == "queries":  # of the self-attention's further passes
-            more = data.self_attention.nbytes * (min(call.planned or 1, STORED_PASSES) - 1)
-        self.trace.bytes_needed = data.nbytes + more
+        self.trace.bytes_needed = data.nbytes + (data.self_attention.expected(call.planned or 1) if first else 0)
         return None
 
     def _after_self_queries(self, call: Call, data: CallData, site: Site, output: Tensor) -> None:

@@ -99,7 +99,7 @@ def _solve(
     """The classes' keys and biases, the losses, the last gradient's length and the chosen weight decay."""
     unit = features.std(dim=0).clamp(min=torch.finfo(features.dtype).tiny)
     features /= unit  # it is large, and nobody else's
-    basis = _directions(features)
+    basis = principal_directions(features)
     components = features @ basis
     decay = _choose(components, targets, parts, sorted(weight_decays, reverse=True))
     theta, bias, losses, gradient = _fit(components, targets, decay)
@@ -107,7 +107,7 @@ def _solve(
     return (theta @ basis.T) / unit, bias, losses, gradient, decay
 
 
-def _directions(features: torch.Tensor) -> Float[torch.Tensor, "features directions"]:
+def principal_directions(features: torch.Tensor) -> Float[torch.Tensor, "features directions"]:
     """Directions of the largest variance; of many features and some pixels, by power iterations (Halko et al. 2011)."""
     width = features.shape[1]
     if width <= EXACT:

@@ -145,7 +145,7 @@ def _step(objective: Objective, features: torch.Tensor, theta: torch.Tensor, gra
     of_some = _factored(torch.stack([(some * w) @ some.T for w in stride * weights[:, ::stride]]), decay)
     if stride == 1:
         return of_some(gradient)
-    return _conjugate_gradients(lambda v: (weights * (v @ features)) @ features.T + decay * v, gradient, of_some)
+    return conjugate_gradients(lambda v: (weights * (v @ features)) @ features.T + decay * v, gradient, of_some)
 
 
 def _softmax_hessian(features: torch.Tensor, p: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -181,7 +181,7 @@ def _factored(hessian: torch.Tensor, decay: torch.Tensor) -> Vectors:
     return solve
 
 
-def _conjugate_gradients(product: Vectors, right: torch.Tensor, precondition: Vectors) -> torch.Tensor:
+def conjugate_gradients(product: Vectors, right: torch.Tensor, precondition: Vectors) -> torch.Tensor:
     """H^-1 g of H v = `product`(v), as near as the next step of Newton's method needs."""
     solution, residual, direction = torch.zeros_like(right), right, precondition(right)
     length = first = (residual * direction).sum()

@@ -276,7 +276,7 @@ def compare(
 
 
 def _count_each(examples: Sequence[Example], maps: Mapping[Any, tuple]) -> dict[Any, metrics.ThresholdCounts]:
-    """Of each key the counts of the examples of some numbers, with a class, method, token and iterations of `count`.
+    """Counts by key; `maps` gives for each the numbers of its examples, a class, method, token and iterations.
 
     The images come one after another, each once for all keys: one record is in memory at a time.
     """

@@ -165,10 +165,10 @@ def test_the_directions_of_many_features_are_those_of_the_largest_variance(monke
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(400, 90, generator=generator) * torch.logspace(0, -3, 90)
     monkeypatch.setattr(classes, "RANK", 20)
-    exact = classes._directions(features)
+    exact = classes.principal_directions(features)
     monkeypatch.setattr(classes, "EXACT", 0)
     monkeypatch.setattr(classes, "SAMPLES", 400)  # all pixels, of which there are few
-    found = classes._directions(features)
+    found = classes.principal_directions(features)
     assert found.shape == exact.shape == (90, 20)
     assert_close(found @ found.T, exact @ exact.T, 1e-3)  # the space that they span
-    assert torch.equal(found, classes._directions(features))
+    assert torch.equal(found, classes.principal_directions(features))

@@ -148,9 +148,9 @@ def test_steps_by_conjugate_gradients_end_at_the_same_minimum(records, weight_de
     objective = token_objective(records, masks, word=("car", "tree"), weight_decay=weight_decay)
     exact = objective(*newton(objective, 100)[:2])
     seen = []
-    by_gradients = solvers._conjugate_gradients
+    by_gradients = solvers.conjugate_gradients
     monkeypatch.setattr(solvers, "EXACT", 0)
-    monkeypatch.setattr(solvers, "_conjugate_gradients", lambda *of: seen.append(1) or by_gradients(*of))
+    monkeypatch.setattr(solvers, "conjugate_gradients", lambda *of: seen.append(1) or by_gradients(*of))
     x, bias, _, losses = newton(objective, 100)
     assert len(seen) == len(losses) < 60
     assert objective(x, bias).item() == pytest.approx(exact.item(), rel=1e-9)
