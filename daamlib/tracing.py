@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
@@ -36,6 +36,7 @@ def trace(
     middle: bool = False,
     stream: str | None = None,
     words: Sequence[str] = (),
+    max_bytes: float | None = 0.5,
 ) -> Iterator[Trace]:
     """Collect the cross-attention of every image that `pipe` generates inside the `with`.
 
@@ -66,23 +67,22 @@ def trace(
         stream: the text of AudioLDM2 to read: "t5" (the default), the words of the prompt, or "gpt2", vectors of the
             whole prompt, which are read by position.
         words: of a joint model, two or more texts that are read while it generates, and compete with each other.
+        max_bytes: of one call's records, after its first step, but of joint models: bytes, or up to 1 a share of what
+            is free; None: no limit.
 
     Yields:
         The records, growing while images are generated.
 
     Raises:
         TypeError: the pipeline is of no family that can be read.
-        ValueError: its denoiser has no cross-attention, an option is unknown, or a pass cannot be read.
+        ValueError: its denoiser has no cross-attention, an option is unknown, or a pass cannot be read or stored.
     """
-    for name, value, known in (("branch", branch, Branch), ("store", store, Store)):
-        if value not in get_args(known):
-            raise ValueError(f"{name} must be one of {get_args(known)}, got {value!r}")
     if isinstance(texts, str) or (texts and store != "maps"):
         raise ValueError(f'texts is a list of strings and needs store="maps", got {texts!r} with store={store!r}')
     if isinstance(words, str):
         raise TypeError(f"words must be a list of strings, got {words!r}")
     device = None if store_device is None else torch.device(store_device)
-    options = Options(branch, store, tuple(texts), device, self_attention, middle, stream, tuple(words))
+    options = Options(branch, store, tuple(texts), device, self_attention, middle, stream, tuple(words), max_bytes)
     with recorder_of(pipe, options).attached() as tracer:
         yield tracer
 

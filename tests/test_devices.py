@@ -302,7 +302,7 @@ def test_the_route_of_notebook_06(gpu, tmp_path):
     few = {"DAAM": {"iterations": 2}, "LDAAM": {"iterations": 2}}
     comparisons = [
         experiments.compare(of, classes=("car", "person"), train_images=(1, 2), resamples=5, options=few)
-        for of in (examples, traced, [examples[0], *(replace(e, record=e.record.to("cpu")) for e in examples[1:])])
+        for of in (examples, traced, [examples[0], *(replace(e, source=e.record.to("cpu")) for e in examples[1:])])
     ]
     test = [c.results[c.results.metric == "max_miou"].value for c in comparisons]
     assert np.isfinite(test).all()

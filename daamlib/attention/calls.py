@@ -1,10 +1,11 @@
 """Parts of a traced call: its records, its passes and their noise levels, and custom loops."""
 
 import functools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -32,6 +33,14 @@ class Options:
     middle: bool = False
     stream: str | None = None
     words: tuple[str, ...] = ()
+    max_bytes: float | None = 0.5
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("branch", self.branch, Branch), ("store", self.store, Store)):
+            if value not in get_args(known):
+                raise ValueError(f"{name} must be one of {get_args(known)}, got {value!r}")
+        if self.max_bytes is not None and not self.max_bytes > 0:
+            raise ValueError(f"max_bytes must be positive, or None, got {self.max_bytes!r}")
 
 
 class Trace(Sequence[Any]):
@@ -279,4 +288,5 @@ class Call:
     in_loop: bool  # whether it is a custom loop
     data: Any = None  # what the recorder collects
     timesteps: list[float] = field(default_factory=list)  # of the passes made
+    limit: float = math.inf  # bytes that its records may take
     broken: str | None = None  # why it will leave no record

@@ -11,9 +11,14 @@ import torch
 from .placement import bytes_of
 from .softmax import summed_probabilities
 
+MOST_PASSES = 128  # that room is made for at once
+
 
 class Queries:
-    """Queries of every pass, on `device`, which any later text can be read with; passes beyond `passes` cost a copy."""
+    """Queries of every pass, on `device`, which any later text can be read with.
+
+    Room for all `passes` is made at the second, so that the first can be refused; later passes cost a copy.
+    """
 
     def __init__(self, passes: int, device: torch.device | None = None):
         self._passes, self._device, self._done = passes, device, 0
@@ -22,10 +27,10 @@ class Queries:
     def add(self, queries: torch.Tensor) -> None:
         """Take one pass: (image, h*w, heads * d_head)."""
         if not self._buffers:
-            room = (self._passes, *queries.shape[1:])
-            self._buffers = [queries.new_empty(room, device=self._device) for _ in queries]
+            self._buffers = [queries.new_empty((1, *queries.shape[1:]), device=self._device) for _ in queries]
         if self._done == len(self._buffers[0]):
-            self._buffers = [torch.cat([buffer, torch.empty_like(buffer)]) for buffer in self._buffers]
+            more = max(self._done, min(self._passes, MOST_PASSES) - self._done)
+            self._buffers = [torch.cat([each, each.new_empty((more, *each.shape[1:]))]) for each in self._buffers]
         for buffer, of_image in zip(self._buffers, queries, strict=True):
             buffer[self._done] = of_image
         self._done += 1
@@ -39,7 +44,7 @@ class Queries:
     @property
     def nbytes(self) -> int:
         """Bytes of the steps made and expected."""
-        return sum(buffer.nbytes for buffer in self._buffers)
+        return max(self._done, self._passes) * sum(buffer[0].nbytes for buffer in self._buffers)
 
 
 class QuerySum:

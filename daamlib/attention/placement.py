@@ -1,7 +1,9 @@
-"""Values that hold tensors, however deep: on which device, and how many bytes."""
+"""Values that hold tensors, however deep: on which device, how many bytes, and how many are free there."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +29,18 @@ def on_device(value: Any, device: str | torch.device, known: dict[int, torch.Ten
 def bytes_of(*values: Any) -> int:
     """Return the bytes of all tensors in these values; a tensor that occurs several times counts once."""
     return sum({id(tensor): tensor.nbytes for tensor in _tensors(values)}.values())
+
+
+def free_bytes(device: torch.device) -> float:
+    """Return the bytes that can still be allocated on a device, infinity where the system does not say."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    table = Path("/proc/meminfo")  # of Linux
+    if device.type != "cpu" or not table.exists():
+        return math.inf
+    lines = dict(line.split(":", 1) for line in table.read_text().splitlines())
+    return 1024 * int(lines["MemAvailable"].split()[0])
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

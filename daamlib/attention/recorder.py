@@ -30,7 +30,6 @@ from .softmax import attention_error
 from .text import TokenEmbeddings, texts_of_images
 from .watch import alone, see_input, see_output, unwatched
 
-MOST_PASSES = 128  # that room is made for at once
 CLOSE = {torch.float16: 0.03, torch.bfloat16: 0.1}  # relative differences that rounding explains
 CLOSE_IN_FLOAT32 = 1e-3
 UNMOVED = {torch.float16: 2**-9, torch.bfloat16: 2**-6}  # of one text's keys in batches of other sizes: two roundings
@@ -253,7 +252,7 @@ class AttentionRecorder(Recorder):
     def _collector(self, call: Call, site: Site, queries: Tensor, to_k: KeyProjection) -> Collector:
         device, data = self.options.device, call.data
         if self.options.store == "queries":
-            return Queries(min(call.planned or 4, MOST_PASSES), device)
+            return Queries(call.planned or 1, device)
         if self.options.store == "linear":
             return QuerySum(device)
         layer = Layer(site.name, self._reader.grid(data.latent, queries.shape[1]), site.heads, site.scale, to_k)
@@ -281,7 +280,7 @@ class AttentionRecorder(Recorder):
                 f"self_attention=True needs a self-attention with at most {LARGEST} positions, of which this model has "
                 f"none that can be read at latents of {data.latent}"
             )
-        self.trace.bytes_needed = data.nbytes
+        self.trace.bytes_needed = data.nbytes + (data.self_attention.expected(call.planned or 1) if first else 0)
         return None
 
     def _after_self_queries(self, call: Call, data: CallData, site: Site, output: Tensor) -> None:

@@ -11,6 +11,7 @@ the call ends without a record, with a warning that says why.
 import abc
 import inspect
 import logging
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -22,6 +23,7 @@ import torch
 from ..pipeline import denoiser_of, uncompiled
 from .batches import Encoding, Rows, rows_of_images
 from .calls import Call, Loop, LoopPlan, Options, Pass, Plan, Trace
+from .placement import free_bytes
 from .readers.sites import EMBED
 from .readers.words import check_text
 from .text import options_of_images
@@ -220,6 +222,7 @@ class Recorder(ModelHooks):
             return None
         if call.data is None:
             call.data = self.open_call(call, inputs, rows)
+            call.limit = _limit(self.options, inputs.sample.device)
         self.begin_pass(call, inputs, rows)
         return inputs, rows
 
@@ -268,7 +271,7 @@ class Recorder(ModelHooks):
             return
         call.timesteps.append(under_way[0].level)
         try:
-            if problem := self.end_pass(call):
+            if problem := self.end_pass(call) or _too_large(call, self.trace.bytes_needed):
                 break_off(call, problem, after=2)
         except ValueError:
             self._drop(None)
@@ -337,6 +340,24 @@ def _begin_call(recorder: Recorder, images: int, encoding: Encoding | None, insi
     number = getattr(pipe, "num_timesteps", None) or (0 if timesteps is None else len(timesteps))
     plan = Plan(timesteps) if inside else None if who_is_alone() is recorder else LoopPlan(scheduler)
     return Call(prompts, options_of_images(options, images), plan, number if inside else None, in_loop=not inside)
+
+
+def _limit(options: Options, device: torch.device) -> float:
+    """Return the bytes that a call's records may take, by `max_bytes`: a share of what is free, or a number."""
+    most = math.inf if options.max_bytes is None else options.max_bytes
+    return most if most > 1 else most * free_bytes(options.device or device)
+
+
+def _too_large(call: Call, needed: int) -> str | None:
+    """Return what to do if the records of a call take more bytes than they may."""
+    if needed <= call.limit:
+        return None
+    size, steps = f"{needed / 2**30:.3g} GiB", max(call.planned or 0, len(call.timesteps))
+    return (
+        f"the records of this call, {len(call.prompts)} images of {steps} steps, take {size}, more than the "
+        f'{call.limit / 2**30:.3g} GiB of max_bytes: give store="maps" or "linear", a pipeline in half precision, '
+        'fewer images or steps in a call, store_device="cpu" to spare a GPU, or a larger max_bytes (None: no limit)'
+    )
 
 
 def break_off(call: Call | None, problem: str, after: int = 1) -> None:

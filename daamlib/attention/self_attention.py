@@ -155,6 +155,10 @@ class SelfAttentions:
         """Bytes held."""
         return bytes_of([collector.stored for collector in self.collectors.values()])
 
+    def expected(self, passes: int) -> int:
+        """Return the bytes that come on top after the first of so many passes."""
+        return 0 if self._mean else self.nbytes * (min(passes, STORED_PASSES) - 1)
+
     def of_image(self, image: int, grid: Callable[[int], tuple[int, int]]) -> SelfAttention | None:
         """Return the self-attention of an image, None if nothing was read; `grid` is that of a number of positions."""
         largest = self._largest

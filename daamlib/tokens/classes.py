@@ -8,6 +8,7 @@ with a ridge. Targets are the shares of the classes in each cell of the maps, so
 chosen by leaving out images. The benchmark `street` among the tests measures the result.
 """
 
+import math
 import time
 from collections.abc import Iterable, Sequence
 
@@ -27,6 +28,8 @@ from .token import OptimizedToken
 WEIGHT_DECAYS = (0.1, 0.03, 0.01, 0.003)  # of standardised features
 RARE = 0.3  # power of the class shares that the probabilities are divided by: mean IoU weighs rare classes as much
 RANK = 256  # principal components of the features
+EXACT = 2048  # features up to which the components are exact
+MORE, POWERS, SAMPLES = 32, 3, 2  # else: more directions, power iterations, pixels a feature
 PARTS = 3  # at most so many fits of each weight decay
 ITERATIONS = 60  # of L-BFGS
 MAX_BYTES = 2**32  # of the features
@@ -95,13 +98,26 @@ def _solve(
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[float, ...], float, float]:
     """The classes' keys and biases, the losses, the last gradient's length and the chosen weight decay."""
     unit = features.std(dim=0).clamp(min=torch.finfo(features.dtype).tiny)
-    standardised = features / unit
-    basis = torch.linalg.eigh(standardised.T @ standardised).eigenvectors[:, -RANK:]  # those of the largest variance
-    components = standardised @ basis
+    features /= unit  # it is large, and nobody else's
+    basis = principal_directions(features)
+    components = features @ basis
     decay = _choose(components, targets, parts, sorted(weight_decays, reverse=True))
     theta, bias, losses, gradient = _fit(components, targets, decay)
     bias = bias - RARE * (targets.sum(dim=0) / targets.sum()).log()
     return (theta @ basis.T) / unit, bias, losses, gradient, decay
+
+
+def principal_directions(features: torch.Tensor) -> Float[torch.Tensor, "features directions"]:
+    """Directions of the largest variance; of many features and some pixels, by power iterations (Halko et al. 2011)."""
+    width = features.shape[1]
+    if width <= EXACT:
+        return torch.linalg.eigh(features.T @ features).eigenvectors[:, -RANK:]
+    features = features[:: max(1, len(features) // (SAMPLES * width))]
+    basis = torch.randn(width, RANK + MORE, generator=torch.Generator().manual_seed(0)).to(features)
+    for _ in range(POWERS):
+        basis = torch.linalg.qr(features.T @ (features @ basis)).Q
+    projected = features @ basis
+    return basis @ torch.linalg.eigh(projected.T @ projected).eigenvectors[:, -RANK:]
 
 
 def _features(records: list[AttentionRecord], layers: Sequence[str], max_timestep: int | None) -> torch.Tensor:
@@ -110,7 +126,15 @@ def _features(records: list[AttentionRecord], layers: Sequence[str], max_timeste
     size = 4 * sum(r.grid[0] * r.grid[1] for r in records) * sum(len(layer.key_weight) for layer in parts[0].layers)
     if size > MAX_BYTES:
         raise ValueError(f"the features take {size / 2**30:.1f} GiB, more than 4: give fewer images or fewer `layers`")
-    return torch.cat([query_features(part, record.grid) for part, record in zip(parts, records, strict=True)])
+    features, rows = None, 0
+    for part, record in zip(parts, records, strict=True):  # one image at a time: all of them are large
+        found = query_features(part, record.grid)
+        if features is None:
+            features = found.new_empty(sum(math.prod(each.grid) for each in records), found.shape[1])
+        features[rows : rows + len(found)] = found
+        rows += len(found)
+    assert features is not None
+    return features
 
 
 def _check(records: list, label_maps: list[np.ndarray], table, weight_decays: Sequence[float]) -> list[int]:

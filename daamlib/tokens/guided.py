@@ -53,6 +53,9 @@ def guided_upsample(
 
 def _means(values: Float[torch.Tensor, "C H W"], radius: int) -> Float[torch.Tensor, "C H W"]:
     """The mean of each pixel's window, cut off at the border."""
-    for window, padding in (((2 * radius + 1, 1), (radius, 0)), ((1, 2 * radius + 1), (0, radius))):
-        values = F.avg_pool2d(values[None], window, stride=1, padding=padding, count_include_pad=False)[0]
+    for _ in range(2):  # along the rows, then along the columns: differences of running sums
+        padding, length = (radius + 1, radius), values.shape[2]
+        sums, count = (F.pad(each, padding).cumsum(dim=2) for each in (values, torch.ones_like(values[:1, :1])))
+        last, first = slice(2 * radius + 1, None), slice(length)
+        values = ((sums[..., last] - sums[..., first]) / (count[..., last] - count[..., first])).transpose(1, 2)
     return values

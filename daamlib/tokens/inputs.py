@@ -47,15 +47,24 @@ def select_part(record: Any, layers: Sequence[str] | None, max_timestep: int | N
     return record.select(layers=kept, steps=None if whole else steps)
 
 
-def query_features(record: AttentionRecord, grid: tuple[int, int]) -> Float[torch.Tensor, "P channels"]:
+def query_features(
+    record: AttentionRecord, grid: tuple[int, int], keys: Float[torch.Tensor, "K channels"] | None = None
+) -> torch.Tensor:
     """Return the scaled queries of all layers at `grid`, their mean over the passes less that over the image.
 
+    They are (P, channels); with keys (P, K), their products, which are up-sampled in the place of the queries.
     Raises ValueError if the record holds no queries (`AttentionRecord.collapsed`), or some are not finite.
     """
     if record.kept_map is not None:
         raise ValueError("tokens of all classes read each layer's queries, which a collapsed record holds no more")
-    layers = [(layer.summed_queries() * layer.scale).T.unflatten(1, layer.grid) for layer in record.layers]
-    features = record.finite(torch.cat([upsample(each, grid) for each in layers]).flatten(1).T)
+    queries = [layer.summed_queries() * layer.scale for layer in record.layers]
+    if keys is not None:
+        of_layers = keys.to(record.device).split([each.shape[1] for each in queries], dim=1)
+        queries = [each @ of_layer.T for each, of_layer in zip(queries, of_layers, strict=True)]
+    pairs = zip(queries, record.layers, strict=True)
+    maps = [upsample(each.T.unflatten(1, layer.grid), grid) for each, layer in pairs]
+    joined = torch.cat(maps) if keys is None else torch.stack(maps).sum(dim=0)
+    features = record.finite(joined.flatten(1).T)
     return (features - features.mean(dim=0)) / len(record.timesteps)
 
 

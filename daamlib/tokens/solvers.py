@@ -15,6 +15,11 @@ QUADRATIC = 1e-12  # squared Newton decrement below which one full step more rea
 STEP = 2.0  # of NovoGrad: the length of its first steps; chosen by trial on the bundled model, on separate scenes
 DAMPING = 0.01  # of NovoGrad's coordinates, as a part of the mean variance of A's rows; likewise
 
+EXACT = 10**9  # of pixels times squared unknowns: a Hessian of fewer is quickly computed of all pixels
+SAMPLES = 4  # pixels an unknown of the Hessian that preconditions
+NEAR, MOST_PRODUCTS = 1e-2, 100  # of a step by conjugate gradients: its relative error, and the products that it takes
+
+Vectors = Callable[[torch.Tensor], torch.Tensor]
 Solution = tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[float]]  # x, (K, 1) bias and scale, losses
 
 
@@ -75,9 +80,10 @@ def newton(
     mean, is added to theta f in units of unit_k. The default tolerance is the precision of float64, so that the result
     does not depend on the order in which a processor adds.
 
-    It ends after 10 to 30 iterations, and at `iterations`, from the embeddings and bias `first` of a similar fit or
-    from the objective's. Returns x, the bias, the scale 1, and the objective before every iteration. Raises ValueError
-    if the Hessian and its factor are larger than `max_bytes`.
+    With a sigmoid, at Stable Diffusion's size, the Hessian of some pixels preconditions conjugate gradients for the
+    step; the minimum is the same. It ends after 10 to 30 iterations, and at `iterations`, from the embeddings and bias
+    `first` of a similar fit or from the objective's. Returns x, the bias, the scale 1, and the objective before every
+    iteration. Raises ValueError if the Hessian and its factor are larger than `max_bytes`.
     """
     _require_memory(objective, max_bytes)
     features = objective.matrix - objective.matrix.mean(dim=0)
@@ -95,7 +101,7 @@ def newton(
         (gradient,) = torch.autograd.grad(here, theta)
         losses.append(here.item())
         with torch.no_grad():
-            step = _newton_step(_hessian(objective, features, theta), gradient)
+            step = _step(objective, features, theta, gradient)
             if objective.multiclass:  # a softmax does not change if all biases do by one number
                 step[:, -1] -= step[:, -1].mean()
             decrement, length = (step * gradient).sum(), 1.0
@@ -123,36 +129,42 @@ def _require_memory(objective: Objective, max_bytes: int) -> None:
         )
 
 
-def _hessian(objective: Objective, features: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
-    """(K, n, n), a Hessian a class, or with a softmax (1, K n, K n), that of all classes; n = d_text + 1."""
+def _step(objective: Objective, features: torch.Tensor, theta: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """H^-1 g. Of many pixels by conjugate gradients, preconditioned by the Hessian of some of them."""
     offset = (objective.offset - objective.offset.mean()) / objective.unit  # (K, P)
     logits, (count, n) = theta @ features + offset, theta.shape
     decay = 2 * objective.weight_decay * objective.unit.square() / objective.start.square().sum()
     decay = torch.cat([decay.expand(-1, n - 1), torch.zeros_like(decay)], dim=1)  # (K, n)
-
-    def curvature(weights: torch.Tensor) -> torch.Tensor:
-        return (features * weights) @ features.T
-
     if objective.multiclass:
-        p, weights = logits.softmax(dim=0), objective.weights * objective.targets.sum(dim=0)  # pixels of no class: 0
-        hessian = features.new_zeros(count, n, count, n)
-        for k in range(count):
-            for other in range(k + 1):
-                block = curvature(weights * p[k] * (float(k == other) - p[other]))
-                hessian[k, :, other] = hessian[other, :, k] = block
-        hessian = hessian.view(1, count * n, count * n)
-    else:
-        p = logits.sigmoid()
-        hessian = torch.stack([curvature(w) for w in objective.weights * p * (1 - p) / count])
-    hessian.diagonal(dim1=1, dim2=2).add_(decay.view(len(hessian), -1))
-    return hessian
+        weights = objective.weights * objective.targets.sum(dim=0)  # pixels of no class: 0
+        return _factored(_softmax_hessian(features, logits.softmax(dim=0), weights), decay)(gradient)
+    p = logits.sigmoid()
+    weights = objective.weights * p * (1 - p) / count  # (K, P)
+    stride = 1 if features.shape[1] * n**2 < EXACT else max(1, features.shape[1] // (SAMPLES * n))
+    some = features[:, ::stride].contiguous()
+    of_some = _factored(torch.stack([(some * w) @ some.T for w in stride * weights[:, ::stride]]), decay)
+    if stride == 1:
+        return of_some(gradient)
+    return conjugate_gradients(lambda v: (weights * (v @ features)) @ features.T + decay * v, gradient, of_some)
 
 
-def _newton_step(hessian: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """H^-1 g, shaped as g; a ridge at the rounding of float64, or as much as H needs to be positive definite.
+def _softmax_hessian(features: torch.Tensor, p: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """(1, K n, K n), the Hessian of all classes without D, of (K, P) probabilities and (P,) weights."""
+    count, n = len(p), len(features)
+    hessian = features.new_zeros(count, n, count, n)
+    for k in range(count):
+        for other in range(k + 1):
+            block = (features * (weights * p[k] * (float(k == other) - p[other]))) @ features.T
+            hessian[k, :, other] = hessian[other, :, k] = block
+    return hessian.view(1, count * n, count * n)
+
+
+def _factored(hessian: torch.Tensor, decay: torch.Tensor) -> Vectors:
+    """The function g -> H^-1 g; a ridge at the rounding of float64, or as much as H needs to be positive definite.
 
     H, which is large, is changed in place.
     """
+    hessian.diagonal(dim1=1, dim2=2).add_(decay.view(len(hessian), -1))
     scale = hessian.diagonal(dim1=1, dim2=2).clamp(min=torch.finfo(hessian.dtype).tiny).rsqrt()
     scaled = hessian.mul_(scale[:, :, None]).mul_(scale[:, None])  # of a unit diagonal
     diagonal = scaled.diagonal(dim1=1, dim2=2).clone()
@@ -161,8 +173,28 @@ def _newton_step(hessian: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         factor, failed = torch.linalg.cholesky_ex(scaled)
         if not failed.any():
             break
-    right = (scale * gradient.reshape(scale.shape))[:, :, None]
-    return (scale * torch.cholesky_solve(right, factor)[:, :, 0]).view_as(gradient)
+
+    def solve(gradient: torch.Tensor) -> torch.Tensor:
+        right = (scale * gradient.reshape(scale.shape))[:, :, None]
+        return (scale * torch.cholesky_solve(right, factor)[:, :, 0]).view_as(gradient)
+
+    return solve
+
+
+def conjugate_gradients(product: Vectors, right: torch.Tensor, precondition: Vectors) -> torch.Tensor:
+    """H^-1 g of H v = `product`(v), as near as the next step of Newton's method needs."""
+    solution, residual, direction = torch.zeros_like(right), right, precondition(right)
+    length = first = (residual * direction).sum()
+    for _ in range(MOST_PRODUCTS):
+        if not length > NEAR**2 * first:
+            break
+        changed = product(direction)
+        along = length / (direction * changed).sum()
+        solution, residual = solution + along * direction, residual - along * changed
+        scaled = precondition(residual)
+        before, length = length, (residual * scaled).sum()
+        direction = scaled + length / before * direction
+    return solution
 
 
 def novograd(objective: Objective, iterations: int) -> Solution:

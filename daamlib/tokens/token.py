@@ -94,7 +94,7 @@ class OptimizedToken:
             return record.probe_map(self.info.get("layers"))(self.embedding), len(record.timesteps)
         part = select_part(record, self.info.get("layers"), self.info.get("max_timestep"))
         if self.method == "keys":
-            values = (query_features(part, record.grid) @ self.embedding.to(part.device).T).T
+            values = query_features(part, record.grid, self.embedding).T
             return values.unflatten(1, record.grid), len(part.timesteps)
         of_rows = (part.ldaam_from if self.method == "ldaam" else part.daam_from)(self.embedding).values
         values = torch.stack([of_rows[list(rows)].mean(dim=0) for rows in self.rows])

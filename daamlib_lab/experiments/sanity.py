@@ -85,15 +85,7 @@ def mean_interval(values: Sequence[float] | np.ndarray, *, resamples: int = 1000
 
 
 def rank_correlation(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Return Spearman's correlation of two maps: Pearson's of the ranks of their cells.
-
-    Args:
-        one: (h, w) map.
-        other: likewise, of the same shape.
-
-    Returns:
-        A number in [-1, 1].
-    """
+    """Return Spearman's correlation of two (h, w) maps: Pearson's of the ranks of their cells, in [-1, 1]."""
     ranks = [heat.flatten().argsort().argsort().view(heat.shape).float() for heat in (one, other)]
     return metrics.correlation(*ranks)
 
@@ -163,15 +155,7 @@ def random_denoiser(pipe: Any, seed: int = 0) -> Any:
 
 
 def latents(pipe: Any, image: Any) -> Float[torch.Tensor, "1 C h w"]:
-    """Return the latents of an image, without noise, as `daamlib.trace_image` gives them to the denoiser.
-
-    Args:
-        pipe: the pipeline whose VAE encodes.
-        image: PIL image or (H, W, 3) uint8 array.
-
-    Returns:
-        Float32 on the pipeline's device.
-    """
+    """Return the float32 latents of an image, without noise, as `daamlib.trace_image` gives them to the denoiser."""
     with torch.no_grad():
         return latents_of(pipe.vae, pixels_of(image, pipe.vae_scale_factor).to(pipe.device))
 

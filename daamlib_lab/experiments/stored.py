@@ -79,17 +79,9 @@ DIFFERENCES: dict[str, tuple[Key, Key]] = {
 
 
 def dataset_of(truth: str, n: int, folder: Path, pipe: Any, *, seed: int = 0) -> Dataset:
-    """Return the images of a set with label maps, made where the folder lacks them.
+    """Return a set of n images with label maps, made where the folder of the sets lacks it.
 
-    Args:
-        truth: "generated" (the annotator's masks) or "rendered" (held-out scenes, exact masks).
-        n: Images.
-        folder: Where the sets are.
-        pipe: Generates the images.
-        seed: Of the prompts and images, or of the scenes.
-
-    Returns:
-        The data set.
+    It is "generated" (the annotator's masks) or "rendered" (held-out scenes, exact masks).
     """
     if truth == "rendered":
         return render_dataset(folder / f"rendered-{seed}-{n}", n, first_seed=HELD_OUT + 1000 * seed, size=128)
@@ -100,16 +92,10 @@ def dataset_of(truth: str, n: int, folder: Path, pipe: Any, *, seed: int = 0) ->
 
 
 def one_draw(examples: Sequence[Example], draw: int, *, losses: bool) -> dict[tuple[str, int, bool, str], Any]:
-    """Fit and read all `RUNS` for one draw.
+    """Fit and read all `RUNS` for one draw, the seed of the order of each class' images; `losses` adds the slow ones.
 
-    Args:
-        examples: Of a set.
-        draw: Seed of the order of the images of each class.
-        losses: Whether to add the runs with the thesis' loss, which are slow.
-
-    Returns:
-        (name, k, refined, class) -> (numbers of the test images, (n, 101) IoU, position of the best threshold on the
-        training images).
+    Return (name, k, refined, class) -> (numbers of the test images, (n, 101) IoU, position of the best threshold on the
+    training images).
     """
     found = {}
     for word in CLASSES:
@@ -141,14 +127,7 @@ def summarise(draws: Sequence[Mapping], *, resamples: int = 1000, seed: int = 0)
 
     The value of a metric is its mean over the draws. An interval holds 95 % of `resamples` values; for each of these
     the draws and the images are drawn with replacement. An image that shows several classes is drawn for all of them.
-
-    Args:
-        draws: What `one_draw` returned, for each draw.
-        resamples: Of the bootstrap.
-        seed: Of the bootstrap.
-
-    Returns:
-        By name of the table; "curves" and "differences" are of the mean of all classes.
+    "curves" and "differences" are of the mean of all classes.
     """
     generator = np.random.default_rng(seed)
     n = 1 + max(max(numbers) for found in draws for numbers, _, _ in found.values())
@@ -259,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         floors[truth] = {w: [100 * images.mask(i, w).mean() for i in images.with_class(w)] for w in CLASSES}
         if len(done[truth]) == options.draws:
             continue
-        examples = load_examples(images, pipe, timesteps=TIMESTEPS if truth == "rendered" else None)
+        examples = load_examples(images, pipe, timesteps=TIMESTEPS if truth == "rendered" else None, in_memory=True)
         for draw in range(len(done[truth]), options.draws):
             done[truth].append(one_draw(examples, draw, losses=draw < options.losses))
             path.write_bytes(pickle.dumps(done[truth]))
@@ -269,13 +248,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def write(done: Mapping[str, list], floors: Mapping[str, Mapping[str, list[float]]], folder: Path) -> None:
-    """Write the tables of all sets and the facts of the run to a folder.
-
-    Args:
-        done: By set, what `one_draw` returned for each draw.
-        floors: By set and class, the share of each image that the class covers, in percent.
-        folder: That exists.
-    """
+    """Write the tables of all sets and the facts of the run; floors: the percent of each image that a class covers."""
     made = {truth: summarise(draws) for truth, draws in done.items()}
     for name in ("results", "curves", "differences"):
         frame = pd.concat([of[name].assign(ground_truth=truth) for truth, of in made.items()], ignore_index=True)

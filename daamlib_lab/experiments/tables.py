@@ -8,8 +8,9 @@ curves, as in the thesis (its Table 4.3 shows it), so its maximum has one thresh
 
 import os
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -49,8 +50,13 @@ _STREET_MAPS: weakref.WeakKeyDictionary[AttentionRecord, HeatMaps] = weakref.Wea
 class Example:
     """An image's attention and the true masks, boolean (H, W), of the classes that it shows and its prompt names."""
 
-    record: AttentionRecord
+    source: AttentionRecord | Callable[[], AttentionRecord]  # the record, or what reads it each time
     masks: Mapping[str, np.ndarray]
+
+    @property
+    def record(self) -> AttentionRecord:
+        """The image's attention."""
+        return self.source() if callable(self.source) else self.source
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +88,7 @@ def load_examples(
     timesteps: Sequence[int] | None = None,
     classes: Sequence[str] = CLASSES,
     seed: int = 0,
+    in_memory: bool = False,
 ) -> list[Example]:
     """The images of a dataset that show a class their prompt names, with their attention.
 
@@ -94,6 +101,7 @@ def load_examples(
             as real images (`trace_image`).
         classes: Those to look for.
         seed: Of the noise, to which an image's number is added.
+        in_memory: Hold all records, which then are read once; else each is read, or traced, when it is asked for.
 
     Returns:
         The examples, in the order of the images.
@@ -102,16 +110,18 @@ def load_examples(
         ValueError: There are no records to read.
     """
     shown = {name: set(dataset.with_class(name)) for name in classes}
-    examples = []
-    for i in tqdm(sorted(set().union(*shown.values())), desc="attention", disable="CI" in os.environ):
+    examples: list[Example] = []
+
+    def read(i: int) -> AttentionRecord:
         if timesteps is None:
-            record = dataset.record(i, pipe)
-        else:
-            prompt = dataset.manifest.prompt[i]
-            record = trace_image(
-                pipe, dataset.image(i), prompt=prompt, timesteps=timesteps, seed=seed + i, self_attention=True
-            )
-        examples.append(Example(record, {name: dataset.mask(i, name) for name in classes if i in shown[name]}))
+            return dataset.record(i, pipe)
+        options: dict[str, Any] = {"timesteps": timesteps, "seed": seed + i, "self_attention": True}
+        return trace_image(pipe, dataset.image(i), prompt=dataset.manifest.prompt[i], **options)
+
+    for i in tqdm(sorted(set().union(*shown.values())), desc="attention", disable="CI" in os.environ):
+        masks = {name: dataset.mask(i, name) for name in classes if i in shown[name]}
+        record = read(i) if in_memory or not examples else None  # the first shows whether there are records
+        examples.append(Example(record if in_memory and record else partial(read, i), masks))
     return examples
 
 
@@ -240,19 +250,21 @@ def compare(
     examples, most = list(examples), max(train_images)
     splits = {name: train_test_split(examples, name, most, seed=seed) for name in classes}
     runs = [(method, k) for method in ("DAAM", "LDAAM") for k in (0, *train_images)]  # 0: plain
-    counts, images, tokens, refined_tokens = {}, {}, {}, {}
-    work = [(name, *run) for name in classes for run in runs]
-    for name, method, k in tqdm(work, desc="fit and evaluate", disable="CI" in os.environ):
-        (train, test), key = splits[name], (method, k, name)
-        if k:
-            given = (options or {}).get(method, {})
-            tokens[key], refined_tokens[key] = _fit_both(train[:k], name, method, given, choose=iterations > 0)
-        for part, having in (("train", train[: k or most]), ("test", test)):
-            images[part, k, name] = [examples.index(example) for example in having]
-            counts[(part, False, *key)] = count(having, name, method, tokens.get(key))
-            if iterations:
-                token = refined_tokens.get(key)
-                counts[(part, True, *key)] = count(having, name, method, token, iterations=iterations)
+    maps, images, tokens, refined_tokens = {}, {}, {}, {}
+    for name in tqdm(classes, desc="fit", disable="CI" in os.environ):
+        loaded = [replace(example, source=example.record) for example in splits[name][0]]
+        for method, k in runs:
+            (train, test), key = splits[name], (method, k, name)
+            if k:
+                given = (options or {}).get(method, {})
+                tokens[key], refined_tokens[key] = _fit_both(loaded[:k], name, method, given, choose=iterations > 0)
+            for part, having in (("train", train[: k or most]), ("test", test)):
+                numbers = images[part, k, name] = [examples.index(example) for example in having]
+                maps[(part, False, *key)] = numbers, name, method, tokens.get(key), 0
+                if iterations:
+                    maps[(part, True, *key)] = numbers, name, method, refined_tokens.get(key), iterations
+        del loaded  # before the next ones are read
+    counts = _count_each(examples, maps)
     results, curves = _summarise(counts, images, resamples=resamples, seed=seed)
     test_images = {name: images["test", 0, name] for name in classes}
     test_counts = {
@@ -261,6 +273,29 @@ def compare(
         if part == "test"
     }
     return Comparison(results, curves, tokens, refined_tokens, test_images, test_counts)
+
+
+def _count_each(examples: Sequence[Example], maps: Mapping[Any, tuple]) -> dict[Any, metrics.ThresholdCounts]:
+    """Counts by key; `maps` gives for each the numbers of its examples, a class, method, token and iterations.
+
+    The images come one after another, each once for all keys: one record is in memory at a time.
+    """
+    rows: dict[Any, dict[int, metrics.ThresholdCounts]] = {key: {} for key in maps}
+    for number, example in enumerate(tqdm(examples, desc="evaluate", disable="CI" in os.environ)):
+        if keys := [key for key in maps if number in maps[key][0]]:
+            loaded = replace(example, source=example.record)
+            for key in keys:
+                _, name, method, token, iterations = maps[key]
+                rows[key][number] = count([loaded], name, method, token, iterations=iterations)
+            del loaded
+    together = {}
+    for key, (numbers, *_) in maps.items():
+        parts = [rows[key][number] for number in numbers]
+        intersection, union = (
+            np.concatenate([getattr(part, of) for part in parts]) for of in ("intersection", "union")
+        )
+        together[key] = metrics.ThresholdCounts(parts[0].thresholds, intersection, union)
+    return together
 
 
 def _fit_both(
@@ -482,15 +517,14 @@ def evaluate_transfer(
     Return a table of COLUMNS, `max_miou` and `auc` only. `iterations` are of `refined_map`; 0: the maps as they are.
     """
     examples, rows = list(examples), []
+    shown = {name: [i for i, e in enumerate(examples) if name in e.masks] for *_, name in tokens}
+    maps = {key: (shown[key[2]], key[2], key[0], token, iterations) for key, token in tokens.items()}
+    counts = _count_each(examples, maps)
     for method, k in sorted({key[:2] for key in tokens}):
-        counts, images = {}, {}
-        for name, token in ((key[2], token) for key, token in tokens.items() if key[:2] == (method, k)):
-            having = [example for example in examples if name in example.masks]
-            counts[name] = [count(having, name, method, token, iterations=iterations)]
-            images[name] = [[examples.index(example) for example in having]]
-        counts["all"], images["all"] = sum(counts.values(), []), sum(images.values(), [])
-        for group, of_group in counts.items():
-            found = summary(of_group, of_group, images[group], resamples=resamples)
+        names = [key[2] for key in tokens if key[:2] == (method, k)]
+        for group, members in [(name, [name]) for name in names] + [("all", names)]:
+            of_group = [counts[method, k, name] for name in members]
+            found = summary(of_group, of_group, [shown[name] for name in members], resamples=resamples)
             row = (method, True, iterations > 0, k, group)
             rows += [(*row, metric, *found[metric]) for metric in ("max_miou", "auc")]
     return pd.DataFrame(rows, columns=COLUMNS)

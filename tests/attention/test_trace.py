@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import logging
+import math
 import types
 import weakref
 from contextlib import nullcontext
@@ -18,8 +19,10 @@ from peft import LoraConfig
 from tiny import BLOCKS
 
 import daamlib
+from daamlib.attention import recording
 from daamlib.attention.calls import EmptyTraceError
 from daamlib.attention.layers import KeyProjection
+from daamlib.attention.placement import free_bytes
 from daamlib.attention.readers.unet import UNetReader
 
 GRIDS = [(16, 24), (8, 12)]
@@ -614,6 +617,70 @@ def test_texts_may_be_embedded_inside_the_with(sd1_pipe):
 
 
 # -- memory --------------------------------------------------------------------------------------------------------
+
+
+def test_a_call_that_would_take_too_much_is_refused_in_its_first_step(sd1_pipe):
+    steps, before, plain = [], hooks(sd1_pipe), generate(sd1_pipe, output_type="np")
+    note = {"callback_on_step_end": lambda pipe, number, *_: steps.append(number) or {}}
+    with daamlib.trace(sd1_pipe) as trace:
+        generate(sd1_pipe, ["a car", "a tree"], num_inference_steps=4)
+    needed = trace.bytes_needed
+    message = r'2 images of 4 steps, take .* GiB of max_bytes: give store="maps" or "linear".*half.*store_device'
+    with pytest.raises(ValueError, match=message), daamlib.trace(sd1_pipe, max_bytes=needed - 1) as trace:
+        generate(sd1_pipe, ["a car", "a tree"], num_inference_steps=4, **note)
+    assert steps == [] and len(trace) == trace.bytes_needed == 0
+    assert hooks(sd1_pipe) == before
+    assert generate(sd1_pipe, output_type="np").tobytes() == plain.tobytes()
+    for options in ({"max_bytes": needed}, {"max_bytes": needed - 1, "store": "linear"}, {"max_bytes": None}):
+        with daamlib.trace(sd1_pipe, **options) as trace:
+            generate(sd1_pipe, ["a car", "a tree"], num_inference_steps=4)
+        assert len(trace) == 2
+
+
+def test_the_self_attention_counts_from_the_first_step(sd1_pipe):
+    options = {"num_inference_steps": 8, "guidance_scale": 1.0}
+    with daamlib.trace(sd1_pipe, self_attention=True) as trace:
+        generate(sd1_pipe, **options)
+    with pytest.raises(ValueError, match="8 steps"):
+        with daamlib.trace(sd1_pipe, self_attention=True, max_bytes=trace.bytes_needed - 1):
+            generate(sd1_pipe, **options)
+
+
+def test_the_default_is_a_share_of_what_is_free_where_records_are_stored(sd1_pipe, monkeypatch):
+    asked, free = [], {"bytes": 2**40}
+    monkeypatch.setattr(recording, "free_bytes", lambda device: asked.append(device) or free["bytes"])
+    with daamlib.trace(sd1_pipe, store_device="cpu") as trace:
+        generate(sd1_pipe)
+        free["bytes"] = 1.9 * trace.bytes_needed
+        with pytest.raises(ValueError, match="max_bytes"):
+            generate(sd1_pipe)
+    assert len(trace) == 1 and asked == [torch.device("cpu")] * 2
+    assert 2**20 < free_bytes(torch.device("cpu")) and free_bytes(torch.device("meta")) == math.inf
+    for wrong in (0, -1, float("nan")):
+        with pytest.raises(ValueError, match="max_bytes"), daamlib.trace(sd1_pipe, max_bytes=wrong):
+            pass
+
+
+def test_a_loop_of_unknown_length_loses_its_record_alone(sd1_pipe):
+    with daamlib.trace(sd1_pipe) as trace:
+        latents = looped(sd1_pipe, trace, 3)
+    with pytest.warns(UserWarning, match="1 images of 3 steps, take"):
+        with daamlib.trace(sd1_pipe, max_bytes=trace.bytes_needed - 1) as short:
+            assert torch.equal(looped(sd1_pipe, short, 3), latents)
+    assert len(trace) == 1 and len(short) == 0
+
+
+def looped(pipe, trace, steps):
+    """Latents of a custom loop."""
+    text, _ = pipe.encode_prompt("a car", pipe.device, 1, do_classifier_free_guidance=False)
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).to(pipe.device)
+    pipe.scheduler.set_timesteps(steps)
+    with torch.no_grad(), trace.loop("a car"):
+        for t in pipe.scheduler.timesteps:
+            latents = pipe.scheduler.step(
+                pipe.unet(latents, t, encoder_hidden_states=text).sample, t, latents
+            ).prev_sample
+    return latents
 
 
 def test_linear_sums_take_the_same_bytes_at_any_number_of_steps(sd1_pipe):

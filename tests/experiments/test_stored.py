@@ -89,7 +89,7 @@ def test_a_run_that_was_stopped_resumes_and_writes_the_tables(tmp_path, monkeypa
 
     monkeypatch.setattr(stored.daamlib, "load_pipeline", lambda **_: None)
     monkeypatch.setattr(stored, "dataset_of", lambda *_: Images())
-    monkeypatch.setattr(stored, "load_examples", lambda *_, timesteps: timesteps)
+    monkeypatch.setattr(stored, "load_examples", lambda *_, timesteps, in_memory: timesteps)
     monkeypatch.setattr(stored, "one_draw", one_draw)
     (tmp_path / "out").mkdir()
     arguments = ["--folder", str(tmp_path / "work"), "--output", str(tmp_path / "out"), "--losses", "1"]

@@ -1,6 +1,9 @@
 """The thesis' experiment, on a tiny pipeline: the numbers are those of the parts, and the tables fit together."""
 
+import gc
+import weakref
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -135,6 +138,46 @@ def test_refined_rows_can_be_left_out(examples, comparison):
     pd.testing.assert_frame_equal(plain.results, expected, check_exact=True)
     with pytest.raises(ValueError, match="self_attention"):
         experiments.compare(bare, **settings)
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_images_come_one_after_another(examples, comparison, copies):
+    """Whatever the number of test images, no more records are in memory than a class trains on, and one."""
+    alive, most = weakref.WeakSet(), 0
+
+    def read(example):
+        nonlocal most
+        record = replace(
+            example.record, layers=tuple(replace(a, queries=a.queries.clone()) for a in example.record.layers)
+        )
+        alive.add(record)
+        most = max(most, sum(each.nbytes for each in alive))
+        return record
+
+    lazy = [Example(partial(read, example), example.masks) for example in examples * copies]
+    options = {"DAAM": {"iterations": 5, "weight_decay": 0.01}, "LDAAM": {"iterations": 50}}
+    settings = {"classes": CLASSES, "train_images": (1, 2), "resamples": 50, "seed": 3, "options": options}
+    streamed = experiments.compare(lazy, **settings)
+    largest = examples[0].record.nbytes  # with its linear map, which other tests read
+    assert 0 < most <= 3 * largest
+    gc.collect()
+    assert not alive
+    if copies == 1:
+        pd.testing.assert_frame_equal(streamed.results, comparison.results, check_exact=True)
+    transferred = experiments.evaluate_transfer(comparison.tokens, lazy, resamples=5)
+    pd.testing.assert_frame_equal(
+        transferred, experiments.evaluate_transfer(comparison.tokens, examples * copies, resamples=5)
+    )
+    assert most <= 3 * largest
+
+
+@pytest.mark.parametrize("method", ["DAAM", "LDAAM"])
+def test_images_are_counted_alone_as_together(examples, method):
+    together = experiments.count(examples, "car", method)
+    for row, example in enumerate(examples):
+        alone = experiments.count([example], "car", method)
+        assert (alone.intersection[0] == together.intersection[row]).all()
+        assert (alone.union[0] == together.union[row]).all()
 
 
 def test_all_is_the_mean_of_the_classes_curves(comparison):

@@ -12,6 +12,7 @@ from daamlib import OptimizedToken, fit_classes, label_map
 from daamlib.attention.heatmaps import upsample
 from daamlib.attention.layers import KeyProjection, Layer
 from daamlib.datasets import TokenLabeller
+from daamlib.tokens import classes
 from daamlib.tokens.classes import RARE, WEIGHT_DECAYS
 from daamlib.tokens.label_maps import token_probabilities
 
@@ -158,3 +159,16 @@ def test_what_does_not_fit_is_refused(annotated, make, message):
 def test_a_record_of_a_model_without_tokens_of_its_classes(template):
     with pytest.raises(ValueError, match="fit_classes"):
         label_map(template, iterations=0)
+
+
+def test_the_directions_of_many_features_are_those_of_the_largest_variance(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(400, 90, generator=generator) * torch.logspace(0, -3, 90)
+    monkeypatch.setattr(classes, "RANK", 20)
+    exact = classes.principal_directions(features)
+    monkeypatch.setattr(classes, "EXACT", 0)
+    monkeypatch.setattr(classes, "SAMPLES", 400)  # all pixels, of which there are few
+    found = classes.principal_directions(features)
+    assert found.shape == exact.shape == (90, 20)
+    assert_close(found @ found.T, exact @ exact.T, 1e-3)  # the space that they span
+    assert torch.equal(found, classes.principal_directions(features))

@@ -18,6 +18,7 @@ import daamlib
 from daamlib import OptimizedToken, optimize_token
 from daamlib.attention.heatmaps import upsample
 from daamlib.io import save_tensors
+from daamlib.tokens import solvers
 from daamlib.tokens.objective import linear_maps, loss_of, softmax_maps
 from daamlib.tokens.optimize import token_objective
 from daamlib.tokens.solvers import newton
@@ -138,6 +139,30 @@ def test_a_convex_fit_ends_at_the_minimum_whatever_the_order_of_the_pixels(recor
     assert losses[0] == pytest.approx(token.losses[0], rel=1e-12)
     expected = bias - scale / mixed.unit * mixed.centre_of(mixed.maps(x))
     assert token.bias == pytest.approx(expected.flatten().tolist(), rel=1e-6)
+
+
+@pytest.mark.parametrize("weight_decay", [1e-2, 1e-5, 1e-8])
+def test_steps_by_conjugate_gradients_end_at_the_same_minimum(records, weight_decay, monkeypatch):
+    """What a fit of many unknowns does, whose Hessian is computed of some of the pixels."""
+    masks = list(blobs(3, classes=2))
+    objective = token_objective(records, masks, word=("car", "tree"), weight_decay=weight_decay)
+    exact = objective(*newton(objective, 100)[:2])
+    seen = []
+    by_gradients = solvers.conjugate_gradients
+    monkeypatch.setattr(solvers, "EXACT", 0)
+    monkeypatch.setattr(solvers, "conjugate_gradients", lambda *of: seen.append(1) or by_gradients(*of))
+    x, bias, _, losses = newton(objective, 100)
+    assert len(seen) == len(losses) < 60
+    assert objective(x, bias).item() == pytest.approx(exact.item(), rel=1e-9)
+
+
+def test_a_fit_that_starts_at_its_minimum_stays(records, monkeypatch):
+    objective = token_objective(records, list(blobs(3)), word="car", weight_decay=1e-2)
+    monkeypatch.setattr(solvers, "EXACT", 0)
+    end = newton(objective, 100)
+    again = newton(objective, 100, first=end[:2])
+    assert len(again[3]) == 1 and again[0].isfinite().all()
+    assert_close(again[0], end[0], 1e-6)
 
 
 @pytest.mark.parametrize("method", ["ldaam", "daam"])

@@ -53,7 +53,7 @@ class JointRecorder(Recorder):
         super().__init__(pipe, denoiser_of(pipe), options)
         if options.store == "linear":
             raise ValueError(f'store="linear" is not for {family.name}: {NOT_LINEAR}')
-        usual = Options(words=options.words, device=options.device)
+        usual = Options(words=options.words, device=options.device, max_bytes=options.max_bytes)
         others = ", ".join(name for name, value in vars(options).items() if value != vars(usual)[name])
         if others:
             raise ValueError(f"{others}: {family.name} is a joint model, it takes words and store_device only")
