@@ -231,7 +231,7 @@ def token_optimisation() -> Figure:
     text = _box(ax, columns[0], rows[0], "A  text $X$\nthat generates", "text", **size)
     images = _box(ax, columns[1], rows[0], "B  images\n$j = 1 \\ldots n$", "image", **size)
     truth = _box(ax, columns[2], rows[0], "E  ground truth $G_{j,k}$\nof each token $k$", "map", **size)
-    queries = _box(ax, columns[0], rows[1], "C  queries,\ncollected once", "image", **size)
+    queries = _box(ax, columns[0], rows[1], "C  queries $Q_{t,i}$,\ncollected once", "image", **size)
     maps = _box(ax, columns[1], rows[1], "D  heat maps\n$D_{j,k}(X')$", "map", **size)
     loss = _box(ax, columns[2], rows[1], "F  loss\n$\\Sigma\\,C(D_{j,k}, G_{j,k})$", "operation", **size)
     start = _box(ax, columns[0], rows[2], "start: the embeddings\nof words", "text", **size)
@@ -239,8 +239,11 @@ def token_optimisation() -> Figure:
     gradient = _box(ax, columns[2], rows[2], "G  gradient\n$\\partial\\,loss\\,/\\,\\partial X'$", "operation", **size)
     _chain(ax, text, images, truth)
     _note(ax, 6.03, rows[0] + 0.33, "annotate")
-    _note(ax, 2.98, rows[0] + 0.33, "generate")
-    _arrow(ax, text.bottom(), queries.top())
+    _note(ax, 2.98, rows[0] + 0.33, "U-Net")
+    turn = (rows[0] + rows[1]) / 2
+    between = (columns[0] + columns[1]) / 2  # the queries come from the U-Net's steps, while B is generated
+    _arrow(ax, (between, rows[0]), (between, turn), (columns[0], turn), queries.top())
+    _note(ax, between + 0.08, turn, "of every step", ha="left")
     _chain(ax, queries, maps, loss)
     _arrow(ax, truth.bottom(), loss.top())
     _arrow(ax, loss.bottom(), gradient.top())
