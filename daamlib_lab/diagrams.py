@@ -242,7 +242,7 @@ def token_optimisation() -> Figure:
     _note(ax, 2.98, rows[0] + 0.33, "U-Net")
     turn = (rows[0] + rows[1]) / 2
     between = (columns[0] + columns[1]) / 2  # the queries come from the U-Net's steps, while B is generated
-    _arrow(ax, (between, rows[0]), (between, turn), (columns[0], turn), queries.top())
+    _arrow(ax, text.right, (between, rows[0]), (between, turn), (columns[0], turn), queries.top())
     _note(ax, between + 0.08, turn, "of every step", ha="left")
     _chain(ax, queries, maps, loss)
     _arrow(ax, truth.bottom(), loss.top())
