@@ -110,9 +110,8 @@ def latent_diffusion() -> Figure:
     _chain(ax, noise, unet, scheduler, decoder)
     _note(ax, 7.05, middle + 0.15, "$z_0$")
     _arrow(ax, decoder.top(), image.bottom())
-    turn = 1.3
-    _arrow(ax, scheduler.bottom(), (scheduler.x, turn), (unet.x + 0.3, turn), unet.bottom(0.3))
-    _note(ax, 5.25, turn - 0.16, "$T$ times: one denoising step each")
+    _arrow(ax, scheduler.bottom(), (scheduler.x, 1.3), (unet.x + 0.3, 1.3), unet.bottom(0.3))
+    _note(ax, 5.25, 1.14, "$T$ times: one denoising step each")
     _chain(ax, real, vae)
     _arrow(ax, vae.right, (unet.x - 0.3, bottom), unet.bottom(-0.3), dashed=True)
     _note(ax, 4.0, bottom, "a real image: one pass a noise level, no loop", ha="left")
@@ -231,7 +230,7 @@ def token_optimisation() -> Figure:
     text = _box(ax, columns[0], rows[0], "A  text $X$\nthat generates", "text", **size)
     images = _box(ax, columns[1], rows[0], "B  images\n$j = 1 \\ldots n$", "image", **size)
     truth = _box(ax, columns[2], rows[0], "E  ground truth $G_{j,k}$\nof each token $k$", "map", **size)
-    queries = _box(ax, columns[0], rows[1], "C  queries $Q_{t,i}$,\ncollected once", "image", **size)
+    queries = _box(ax, columns[0], rows[1], "C  queries $Q_{t,i}$ of every\nstep, collected once", "image", **size)
     maps = _box(ax, columns[1], rows[1], "D  heat maps\n$D_{j,k}(X')$", "map", **size)
     loss = _box(ax, columns[2], rows[1], "F  loss\n$\\Sigma\\,C(D_{j,k}, G_{j,k})$", "operation", **size)
     start = _box(ax, columns[0], rows[2], "start: the embeddings\nof words", "text", **size)
@@ -240,10 +239,8 @@ def token_optimisation() -> Figure:
     _chain(ax, text, images, truth)
     _note(ax, 6.03, rows[0] + 0.33, "annotate")
     _note(ax, 2.98, rows[0] + 0.33, "U-Net")
-    turn = (rows[0] + rows[1]) / 2
-    between = (columns[0] + columns[1]) / 2  # the queries come from the U-Net's steps, while B is generated
+    between, turn = (columns[0] + columns[1]) / 2, (rows[0] + rows[1]) / 2  # the queries come out while B is generated
     _arrow(ax, text.right, (between, rows[0]), (between, turn), (columns[0], turn), queries.top())
-    _note(ax, between + 0.08, turn, "of every step", ha="left")
     _chain(ax, queries, maps, loss)
     _arrow(ax, truth.bottom(), loss.top())
     _arrow(ax, loss.bottom(), gradient.top())
