@@ -150,7 +150,7 @@ SMALLEST = {
     "03": ({"N_SCENES": 2}, "grid of the maps: {maps}, "),
     "04": ({"N_SCENES": 3}, "maps of {maps}, text width {width}"),
     "05": ({"N_SCENES": 24}, "one token of {width} numbers, fitted to 5 masks of {scene}"),
-    "08": ({"N_SCENES": 22}, "self-attention of {maps[0]} x {maps[1]} positions"),
+    "08": ({"N_SCENES": 24}, "self-attention of {maps[0]} x {maps[1]} positions"),
     "09": ({"N_IMAGES": 7, "CASES": 2}, "maps of {scene}: "),
 }
 PRINTED = {
