@@ -35,7 +35,7 @@ FEWEST = {
     "04": {"N_IMAGES": 1, "N_SCENES": 3},
     "05": {"N_IMAGES": 1},
     "06": {},
-    "08": {"N_IMAGES": 1, "N_SCENES": 12},
+    "08": {"N_IMAGES": 1, "N_SCENES": 24},
 }
 VAE = {
     "block_out_channels": (128, 256, 512, 512),

@@ -150,6 +150,7 @@ SMALLEST = {
     "03": ({"N_SCENES": 2}, "grid of the maps: {maps}, "),
     "04": ({"N_SCENES": 3}, "maps of {maps}, text width {width}"),
     "05": ({"N_SCENES": 24}, "one token of {width} numbers, fitted to 5 masks of {scene}"),
+    "08": ({"N_SCENES": 24}, "self-attention of {maps[0]} x {maps[1]} positions"),
     "09": ({"N_IMAGES": 7, "CASES": 2}, "maps of {scene}: "),
 }
 PRINTED = {
@@ -162,6 +163,7 @@ UNETS = [
     ("sd1", "01"),
     ("sd1", "03"),
     ("sd1", "05"),
+    ("sd1", "08"),
     ("sd1", "09"),
     ("sdxl", "00"),
     ("sdxl", "02"),
@@ -208,6 +210,15 @@ def test_a_notebook_on_a_transformer_passes_or_says_why_not(run, request, number
         assert code == 1
         assert text in error and "nothing to collapse" in error and "optimize_probe" in error
         assert not (folder / "metrics.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpoint", ["SD 3"], indirect=True)
+def test_without_an_attention_of_the_image_alone_propagation_stops(run):
+    code, _, folder, error = run("08", **SMALLEST["08"][0])
+    assert code == 1
+    assert "ValueError: self_attention: SD 3 is a joint model" in error
+    assert not (folder / "metrics.json").exists()
 
 
 @pytest.mark.slow
