@@ -2,6 +2,7 @@
 
 import json
 import os
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, fields, is_dataclass
@@ -60,7 +61,7 @@ def save_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], header: 
     """
     # safetensors writes no tensors that share memory
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    text = json.dumps({"format": format, "header": header})
+    text = json.dumps({"format": format, "header": header, "checksum": _checksum(copies, header)})
     with atomic_write(Path(path)) as temporary:
         save_file(copies, temporary, metadata={"daamlib": text})
 
@@ -77,9 +78,20 @@ def load_tensors(path: str | Path, format: str) -> tuple[dict[str, torch.Tensor]
         with safe_open(path, "pt") as file:
             written = _header(file, format)
             # clone: what lies in the mapped file is not aligned, and products of it may round otherwise
-            return {name: file.get_tensor(name).clone() for name in file.keys()}, dict(written["header"])
+            tensors, header = {name: file.get_tensor(name).clone() for name in file.keys()}, dict(written["header"])
+        if written.get("checksum") not in (None, _checksum(tensors, header)):
+            raise ValueError("its values are not those that were written")
+        return tensors, header
     except (SafetensorError, LookupError, TypeError, ValueError) as error:
         raise _unreadable(path, format, error) from error
+
+
+def _checksum(tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]) -> int:
+    """CRC of a header and of tensors on the CPU; files of before it was stored have none."""
+    crc = zlib.crc32(json.dumps(header, sort_keys=True).encode())
+    for _, tensor in sorted(tensors.items()):
+        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, crc)
+    return crc
 
 
 def save_dataclass(path: str | Path, instance: Any, format: str) -> None:

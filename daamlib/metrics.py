@@ -1,7 +1,5 @@
 """Scores of heat maps as segmentations: IoU over thresholds, averaged over images or pooled.
 
-    daamlib.metrics.max_miou(record.daam()["car"][None], mask[None])
-
 A heat map becomes a mask by a threshold t: it is up-sampled bilinearly to the size of the true mask, scaled to its own
 [0, 1] (min-max), and a pixel belongs to the word where the map is larger than t. With the true mask G,
 
@@ -25,7 +23,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int64
 
-from .attention.heatmaps import normalize, upsample
+from .attention.heatmaps import normalize, require_ratio, upsample
 
 Array = np.ndarray | torch.Tensor
 
@@ -90,7 +88,7 @@ def threshold_counts(maps: Array, masks: Array, *, thresholds: Sequence[float] |
 
     Args:
         maps: (n, h, w) heat maps of one word, one an image.
-        masks: (n, H, W) boolean, the truth; the maps are up-sampled to its size.
+        masks: (n, H, W) boolean, the truth; the maps are up-sampled to its size, which has their ratio.
         thresholds: T ascending numbers in [0, 1]; evenly spaced ones from 0 to 1 are the fastest.
 
     Returns:
@@ -108,6 +106,7 @@ def threshold_counts(maps: Array, masks: Array, *, thresholds: Sequence[float] |
         raise ValueError(f"expected (n, h, w) maps, one or more, got shape {tuple(maps.shape)}")
     if len(maps) != len(masks):
         raise ValueError(f"{len(maps)} maps for {len(masks)} masks: give one map for each mask")
+    require_ratio("the mask", (masks.shape[1], masks.shape[2]), (maps.shape[1], maps.shape[2]))
     if not maps.isfinite().all():
         raise ValueError(f"maps {_numbers(~maps.isfinite().all(dim=(1, 2)))} hold NaN or infinite values")
     _refuse_empty(masks)
@@ -132,6 +131,8 @@ def max_miou(
     maps: Array, masks: Array, *, thresholds: Sequence[float] | Array = THRESHOLDS, pooled: bool = False
 ) -> float:
     """Return the maximum of `miou_curve`: the mIoU at the one threshold that is best for all the images together.
+
+        daamlib.metrics.max_miou(record.daam()["car"][None], mask[None])
 
     The threshold is chosen on the very images that are evaluated, as in the thesis, which is optimistic.
     """

@@ -32,7 +32,7 @@ def some():
 
 
 @pytest.mark.parametrize("thresholds", [metrics.THRESHOLDS, (0.0, 0.5, 1.0), (0.3,), np.linspace(0, 0.9, 500)])
-@pytest.mark.parametrize("size", [(9, 13), (36, 52), (20, 17)])
+@pytest.mark.parametrize("size", [(9, 13), (36, 52), (20, 29)])
 def test_the_curve_equals_a_plain_loop(some, thresholds, size):
     maps, masks = some
     masks = torch.nn.functional.interpolate(masks[None].float(), size, mode="nearest")[0] > 0.5
@@ -106,6 +106,7 @@ def empty_mask(maps, masks):
         (lambda maps, masks: (maps[:0], masks[:0]), "one or more"),
         (lambda maps, masks: (maps, masks.float()), "float32"),
         (lambda maps, masks: (maps, masks.byte().numpy()), "uint8"),
+        (lambda maps, masks: (maps, masks.repeat_interleave(3, dim=2)), "ratios of height and width differ"),
         (nan, "maps 3"),
         (empty_mask, "1, 5"),
     ],

@@ -39,8 +39,8 @@ class Options:
         for name, value, known in (("branch", self.branch, Branch), ("store", self.store, Store)):
             if value not in get_args(known):
                 raise ValueError(f"{name} must be one of {get_args(known)}, got {value!r}")
-        if self.max_bytes is not None and not self.max_bytes > 0:
-            raise ValueError(f"max_bytes must be positive, or None, got {self.max_bytes!r}")
+        if self.max_bytes is not None and (isinstance(self.max_bytes, str) or not self.max_bytes > 0):
+            raise ValueError(f"max_bytes must be a positive number, or None, got {self.max_bytes!r}")
 
 
 class Trace(Sequence[Any]):

@@ -1,15 +1,7 @@
 """Datasets in the formats that others read: folders of Cityscapes, COCO and MMSegmentation, Hugging Face, FiftyOne.
 
-    export.cityscapes(dataset, "out", classes=("car", "person"))
-    export.mmsegmentation(dataset, "mmseg", classes=("car", "person"))  # the arguments of mmseg's BaseSegDataset
-    export.coco(dataset, "out")
-    export.overlays(dataset, "out")  # for a quick look
-    export.detections(dataset.labels(0))  # the arguments of supervision.Detections
-    export.hugging_face(dataset)  # a datasets.Dataset, which can be pushed to a hub; `fiftyone` returns theirs
-
-All images of the dataset need a label map; `classes` are names of `Dataset.classes`. Every file is written whole or
-not at all. Calling an export again finishes it, or writes its files anew, as after `datasets.import_masks`. Files of
-another dataset in its folders are a ValueError, and so is a damaged image or label map.
+All images need a label map; `classes` are names of `Dataset.classes`. Every file is written whole or not at all.
+Called again, an export writes its files anew. Files of another dataset, or a damaged image, are a ValueError.
 """
 
 import filecmp
@@ -202,9 +194,8 @@ def fiftyone(dataset: Dataset, *, word: str | None = None) -> Any:
         fiftyone(dataset)  # fiftyone.launch_app shows it
 
     Fields: filepath, label (a `Segmentation` by ids, 255 ignored), index, prompt, seed; with `word`, where an image has
-    a record and the word in its prompt, heatmap (a `Heatmap`: DAAM, coloured from its least to its greatest value). It
-    refers to this dataset's files. FiftyOne forgets it when Python ends, unless `persistent` is set. Raises ImportError
-    without the package, ValueError as `cityscapes` does, and if no image has a heat map of the word.
+    a record and the word in its prompt, heatmap (DAAM). It refers to this dataset's files. FiftyOne forgets it when
+    Python ends, unless `persistent` is set. Raises ValueError as `cityscapes`, and if no image has a map of the word.
     """
     with needs("fiftyone"):
         import fiftyone as voxel

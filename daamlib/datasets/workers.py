@@ -56,7 +56,7 @@ class Job:
     Attributes:
         folder: of the dataset; with Ray on several machines on a shared file system.
         prompts: one for each image.
-        tokens: files of optimised tokens, whose `TokenLabeller` makes the label maps; without any no label maps.
+        tokens: files of optimised tokens, whose `TokenLabeller` makes label maps; the command has its own.
         model: id or folder of a diffusers pipeline; by default the bundled model.
         device: such as cpu, cuda, cuda:1; by default a GPU if there is one.
         seed: of the noise.
@@ -67,7 +67,7 @@ class Job:
         threshold: probability from which on a pixel is of a class, by default 0.6; one number, or one for every class.
         ignore_from: probability from which on it is ignored (255), and below it 0; by default 0.4.
         margin: a pixel whose best two probabilities differ by less is ignored; by default 0.1 with `fit_classes`.
-        named_only: whether a pixel is only of classes that its image's prompt names.
+        named_only: whether a pixel is only of classes that its prompt names, which --all-classes switches off.
         iterations: of the refinement along the self-attention; 0 for none.
         edge_aware: whether label maps follow the edges of their image.
         ids: of the tokens' classes, or the name of a class list.

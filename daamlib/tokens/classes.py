@@ -126,14 +126,13 @@ def _features(records: list[AttentionRecord], layers: Sequence[str], max_timeste
     size = 4 * sum(r.grid[0] * r.grid[1] for r in records) * sum(len(layer.key_weight) for layer in parts[0].layers)
     if size > MAX_BYTES:
         raise ValueError(f"the features take {size / 2**30:.1f} GiB, more than 4: give fewer images or fewer `layers`")
-    features, rows = None, 0
+    features, rows = torch.empty(0), 0
     for part, record in zip(parts, records, strict=True):  # one image at a time: all of them are large
         found = query_features(part, record.grid)
-        if features is None:
+        if not rows:
             features = found.new_empty(sum(math.prod(each.grid) for each in records), found.shape[1])
         features[rows : rows + len(found)] = found
         rows += len(found)
-    assert features is not None
     return features
 
 
@@ -181,10 +180,7 @@ def _loss(features: torch.Tensor, targets: torch.Tensor, theta: torch.Tensor, bi
 
 
 def _fit(
-    features: torch.Tensor,
-    targets: torch.Tensor,
-    decay: float,
-    start: tuple[torch.Tensor, torch.Tensor] | None = None,
+    features: torch.Tensor, targets: torch.Tensor, decay: float, start: tuple[torch.Tensor, torch.Tensor] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[float, ...], float]:
     """Minimise `_loss` + decay |theta|^2 by L-BFGS; returns theta, bias, losses and the gradient's norm."""
     unit = (0.1 * features.square().mean(dim=0) + 2 * decay).rsqrt()

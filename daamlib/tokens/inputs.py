@@ -38,6 +38,8 @@ def select_part(record: Any, layers: Sequence[str] | None, max_timestep: int | N
     unknown = sorted(set(layers or ()) - set(record.layer_names()))
     if unknown:
         raise ValueError(f"the record has no layers {unknown}: it has {record.layer_names()}")
+    if max_timestep is not None and max_timestep < 0:
+        raise ValueError(f"max_timestep must be 0 or more, got {max_timestep}")
     limit = max(record.timesteps) if max_timestep is None else max(max_timestep, min(record.timesteps))
     steps = [i for i, t in enumerate(record.timesteps) if t <= limit]
     whole = len(steps) == len(record.timesteps)

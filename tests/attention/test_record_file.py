@@ -31,10 +31,11 @@ def path(record, tmp_path):
 
 
 def rewrite(path, change):
-    """The record file again, after `change(header, tensors)`."""
+    """The record file again, after `change(header, tensors)`, as another program may write it: without a checksum."""
     with safe_open(path, "pt") as file:
         written = json.loads(file.metadata()["daamlib"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}
+    del written["checksum"]
     change(written["header"], tensors)
     save_file(tensors, path, metadata={"daamlib": json.dumps(written)})
 
@@ -197,6 +198,16 @@ def test_a_damaged_header(path):
         AttentionRecord.load(path)
     path.write_bytes(struct.pack("<Q", 2**60) + bytes(100))
     with pytest.raises(ValueError, match="no readable file"):
+        AttentionRecord.load(path)
+
+
+@pytest.mark.parametrize("place", [0.2, 0.5, 0.9])
+def test_damaged_values(path, place):
+    content = bytearray(path.read_bytes())
+    start = 8 + struct.unpack("<Q", content[:8])[0]  # of the tensors
+    content[start + int(place * (len(content) - start))] ^= 255
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="values are not those that were written"):
         AttentionRecord.load(path)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import assert_close, generate
+from PIL import Image
 
 import daamlib
 from daamlib import label_map
@@ -162,7 +163,7 @@ def test_label_maps_of_tokens(record, tokens, iterations):
 
 def test_what_label_maps_of_tokens_may_hold(record, tokens):
     plain = {"iterations": 0, "margin": 0}
-    assert label_map(record, tokens, size=(50, 70), **plain).shape == (50, 70)
+    assert label_map(record, tokens, size=(50, 75), **plain).shape == (50, 75)
     assert {*np.unique(label_map(record, tokens, **plain))} == {0, CAR, PERSON}
     assert {*np.unique(label_map(record, tokens, names=["car"], **plain))} == {0, CAR}
     assert {*np.unique(label_map(record, tokens, ids={"car": 1, "person": 2}, **plain))} == {0, 1, 2}
@@ -226,6 +227,15 @@ def test_what_cannot_be_read(record, tokens):
         with pytest.raises(ValueError, match=message):
             label_map(record, classes)
     assert check_tokens(tokens) == ("car", "person")
+    for options, message in (
+        ({"names": ["Car"]}, "names has Car, the classes are car, person"),
+        ({"names": "bus"}, "names has bus"),
+        ({"ids": {"car": 300, "person": 1}}, "ids of classes are 0 ... 254"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            label_map(record, tokens, **options)
+    with pytest.raises(TypeError, match="expected optimised tokens, or words as {class: word}, got 'car'"):
+        label_map(record, ["car", "sky"])
 
 
 @pytest.mark.parametrize(
@@ -292,3 +302,8 @@ def test_more_classes_than_one_text_holds(record):
 def test_a_picture_of_another_ratio_is_refused(record, tokens):
     with pytest.raises(ValueError, match="the image is 64 x 64, the image's maps are 16 x 24"):
         label_map(record, tokens, image=np.zeros((64, 64, 3), np.uint8))
+    with pytest.raises(ValueError, match="the image is 64 x 64, the image's maps are 16 x 24"):
+        label_map(record, tokens, size=(64, 64))
+    picture = np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8)
+    by_pillow = label_map(record, tokens, image=Image.fromarray(picture))
+    assert np.array_equal(by_pillow, label_map(record, tokens, image=picture))

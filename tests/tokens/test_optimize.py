@@ -527,3 +527,8 @@ def test_a_hessian_that_no_machine_should_hold(records):
     objective = replace(small, start=torch.zeros(19, 2048), matrix=torch.zeros(len(small.matrix), 2048))
     with pytest.raises(ValueError, match=r"19 classes of 2049 unknowns each needs 24\.2 GB, max_bytes allows 4\.3"):
         newton(objective, 1)
+
+
+def test_noise_levels_are_not_negative(records, masks):
+    with pytest.raises(ValueError, match="max_timestep must be 0 or more, got -5"):
+        optimize_token(records, masks, word="car", max_timestep=-5)
