@@ -1,5 +1,7 @@
 """Scores of heat maps as segmentations: IoU over thresholds, averaged over images or pooled.
 
+    daamlib.metrics.max_miou(record.daam()["car"][None], mask[None])
+
 A heat map becomes a mask by a threshold t: it is up-sampled bilinearly to the size of the true mask, scaled to its own
 [0, 1] (min-max), and a pixel belongs to the word where the map is larger than t. With the true mask G,
 
@@ -131,8 +133,6 @@ def max_miou(
     maps: Array, masks: Array, *, thresholds: Sequence[float] | Array = THRESHOLDS, pooled: bool = False
 ) -> float:
     """Return the maximum of `miou_curve`: the mIoU at the one threshold that is best for all the images together.
-
-        daamlib.metrics.max_miou(record.daam()["car"][None], mask[None])
 
     The threshold is chosen on the very images that are evaluated, as in the thesis, which is optimistic.
     """

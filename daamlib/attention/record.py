@@ -240,9 +240,8 @@ class AttentionRecord(ImageRecord):
             raise ValueError(f"nothing is left of {len(self.timesteps)} steps and the layers {names}")
         if steps is not None and chosen[0].queries is None:
             raise ValueError('steps cannot be taken apart: this record holds sums, made with store="linear" or "maps"')
-        given, count = [] if steps is None else list(steps), len(self.timesteps)
-        if len(set(given)) < len(given) or not set(given) <= set(range(-count, count)):
-            raise ValueError(f"steps are numbers below {count}, each once, got {given}")
+        if steps is not None and len({range(len(self.timesteps))[step] for step in steps}) < len(steps):
+            raise ValueError(f"a step is selected once, got steps={list(steps)}")
         return replace(
             self,
             layers=tuple(layer.select(steps, heads) for layer in chosen),

@@ -277,7 +277,7 @@ def _source(labeller: Labeller) -> str:
 def _thinned(record: AttentionRecord, settings: dict[str, Any]) -> AttentionRecord:
     """Return the record of `keep_steps` steps, evenly spaced, in half precision, without what only a labeller reads."""
     passes, steps = len(record.timesteps), settings["keep_steps"]  # some schedulers make more passes than steps
-    record = record.select(steps=[int((j + 0.5) * passes / steps) for j in range(steps)])
+    record = record.select(steps=sorted({int((j + 0.5) * passes / steps) for j in range(steps)}))
     attention = record.self_attention if settings.get("self_attention") else None
     if attention is not None and attention.queries is not None:  # in their place the mean over all steps and layers
         positions = torch.eye(attention.queries.shape[1], device=attention.queries.device)

@@ -382,7 +382,7 @@ def test_trap_hw_from_sqrt_of_a_token_count(record):
     assert tall.ldaam_from(embeddings).values.shape == (2, 6, 4)
 
 
-@pytest.mark.parametrize("steps", [[0, 0], [99], [-9]])
-def test_steps_are_selected_once_and_only_those_that_there_are(record, steps):
-    with pytest.raises(ValueError, match="steps are numbers below 3, each once, got"):
+@pytest.mark.parametrize("steps", [[0, 0], [2, -1]])
+def test_a_step_is_selected_once(record, steps):
+    with pytest.raises(ValueError, match="a step is selected once, got"):
         record.select(steps=steps)
