@@ -120,8 +120,9 @@ def load_examples(
 
     for i in tqdm(sorted(set().union(*shown.values())), desc="attention", disable="CI" in os.environ):
         masks = {name: dataset.mask(i, name) for name in classes if i in shown[name]}
-        record = read(i) if in_memory or not examples else None  # the first shows whether there are records
-        examples.append(Example(record if in_memory and record else partial(read, i), masks))
+        if timesteps is None and not in_memory and not examples:
+            read(i)  # where there are no records, say so now
+        examples.append(Example(read(i) if in_memory else partial(read, i), masks))
     return examples
 
 
