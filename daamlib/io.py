@@ -60,9 +60,8 @@ def save_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], header: 
     `format` is the name and version of the layout, which `load_tensors` asks for.
     """
     # safetensors writes no tensors that share memory
-    copies = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
-    }
+    plain = torch.contiguous_format
+    copies = {name: tensor.detach().cpu().clone(memory_format=plain) for name, tensor in tensors.items()}
     text = json.dumps({"format": format, "header": header, "checksum": _checksum(copies, header)})
     with atomic_write(Path(path)) as temporary:
         save_file(copies, temporary, metadata={"daamlib": text})

@@ -194,12 +194,13 @@ def check_tokens(tokens: Sequence[OptimizedToken]) -> tuple[str, ...]:
 
 def is_complete(tokens: Sequence[OptimizedToken]) -> bool:
     """Return whether these are tokens of `fit_classes`, which give every pixel a class and know no background."""
-    return any(isinstance(token, OptimizedToken) and token.method == "keys" for token in tokens)
+    return any(token.method == "keys" for token in tokens)
 
 
 def ids_of(tokens: Sequence[OptimizedToken]) -> ClassList:
     """Return the class list of the tokens' label maps: the one they were fitted to, or that of their words."""
-    return class_list(tokens[0].info["classes"] if is_complete(tokens) else check_tokens(tokens))
+    words = check_tokens(tokens)
+    return class_list(tokens[0].info["classes"] if is_complete(tokens) else words)
 
 
 def _bundled_tokens(record: AttentionRecord) -> OptimizedToken:
