@@ -473,6 +473,7 @@ def custom_loop(pipe, trace, text, fails=()):
             with torch.no_grad():
                 noise = pipe.unet(latents, t, encoder_hidden_states=text).sample
             latents = pipe.scheduler.step(noise, t, latents).prev_sample
+    return latents
 
 
 def raising_hook(module, args):
@@ -662,25 +663,14 @@ def test_the_default_is_a_share_of_what_is_free_where_records_are_stored(sd1_pip
 
 
 def test_a_loop_of_unknown_length_loses_its_record_alone(sd1_pipe):
+    text, _ = sd1_pipe.encode_prompt("a tree", sd1_pipe.device, 1, do_classifier_free_guidance=False)
+    sd1_pipe.scheduler.set_timesteps(3)
     with daamlib.trace(sd1_pipe) as trace:
-        latents = looped(sd1_pipe, trace, 3)
+        latents = custom_loop(sd1_pipe, trace, text)
     with pytest.warns(UserWarning, match="1 images of 3 steps, take"):
         with daamlib.trace(sd1_pipe, max_bytes=trace.bytes_needed - 1) as short:
-            assert torch.equal(looped(sd1_pipe, short, 3), latents)
+            assert torch.equal(custom_loop(sd1_pipe, short, text), latents)
     assert len(trace) == 1 and len(short) == 0
-
-
-def looped(pipe, trace, steps):
-    """Latents of a custom loop."""
-    text, _ = pipe.encode_prompt("a car", pipe.device, 1, do_classifier_free_guidance=False)
-    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).to(pipe.device)
-    pipe.scheduler.set_timesteps(steps)
-    with torch.no_grad(), trace.loop("a car"):
-        for t in pipe.scheduler.timesteps:
-            latents = pipe.scheduler.step(
-                pipe.unet(latents, t, encoder_hidden_states=text).sample, t, latents
-            ).prev_sample
-    return latents
 
 
 def test_linear_sums_take_the_same_bytes_at_any_number_of_steps(sd1_pipe):
